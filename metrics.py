@@ -1,0 +1,454 @@
+"""Scores of generated pictures: FID, Inception Score, Mode Score, coverage; and plots of the runs' logs.
+
+    python metrics.py --real mnist --fake runs/NAME/generated          a folder of PNG, or a .npy or .pt of uint8 (N, C, H, W)
+    python metrics.py --plot runs/A runs/B -o curves.png
+
+The features come from a small convnet that is trained here on the labelled training set: "classifier". Its FID is on a
+scale of its own: compare order and ratios under one classifier (its hash is printed), never with Inception FIDs.
+The functions take features and logits as tensors; everything is computed in float64.
+"""
+
+import argparse
+import csv
+import hashlib
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from torch import nn
+from torch.nn import functional as F
+
+# SCORES: pure functions of features and logits ------------------------------------------------------------------------
+
+
+def inception_score(logits, splits=10):
+    """exp(E KL(p(y|x) || p(y))), Salimans et al. 2016 (1606.03498), section 4: 1 (worst) to K.
+
+    logits (N, K) -> mean and population standard deviation over `splits` equal shares, taken in a fixed shuffle; a
+    share of n pictures cannot score above n, so keep N / splits well above K. One split: the score of all, spread 0."""
+    log_p = logits.double().log_softmax(1)
+    order = np.random.RandomState(2020).permutation(len(log_p))  # the seed torch-fidelity publishes its scores with
+    scores = []
+    for part in np.array_split(order, splits):
+        lp = log_p[torch.from_numpy(part).to(log_p.device)]
+        kl = lp.exp() * (lp - lp.exp().mean(0).log())
+        scores.append(kl.nan_to_num(0.0).sum(1).mean().exp())  # 0 log 0 = 0
+    scores = torch.stack(scores)
+    return scores.mean().item(), scores.std(correction=0).item()
+
+
+def mode_score(logits_fake, logits_real):
+    """(as printed, as meant) for logits (N, K) and (M, K).
+
+    As the papers print it, exp(E KL(p(y|x) || p*) - KL(p(y) || p*)), p* the real marginal: p* cancels and what is left
+    is the Inception Score of the whole set, exactly. As meant (Xu et al. 2018, 1806.07755): IS * exp(-KL(p(y) || p*)),
+    which does fall when classes are missing: m of K classes, each certain, score m * m / K."""
+    p, p_real = logits_fake.double().softmax(1), logits_real.double().softmax(1).mean(0)
+
+    def kl(a, b):
+        return (torch.xlogy(a, a) - torch.xlogy(a, b)).sum(-1)
+
+    p_fake = p.mean(0)
+    printed = (kl(p, p_real).mean() - kl(p_fake, p_real)).exp()
+    meant = (kl(p, p_fake).mean() - kl(p_fake, p_real)).exp()
+    return printed.item(), meant.item()
+
+
+def mean_and_covariance(x):
+    """Features (N, d) -> mean (d,) and covariance (d, d) in float64, divided by N - 1 as np.cov does."""
+    x = x.double()
+    mean = x.mean(0)
+    return mean, (x - mean).T @ (x - mean) / (len(x) - 1)
+
+
+def frechet_distance(mean1, cov1, mean2, cov2):
+    """|m1 - m2|^2 + Tr(C1 + C2 - 2 (C1 C2)^(1/2)), Heusel et al. 2017 (1706.08500), section 4.
+
+    (C1 C2)^(1/2) has the trace of (S C2 S)^(1/2), S the symmetric root of C1: symmetric, so eigenvalues are real and a
+    singular covariance is no special case. ValueError where anything is not finite."""
+    if not all(t.isfinite().all() for t in (mean1, cov1, mean2, cov2)):
+        raise ValueError("features that are not finite")
+    values, vectors = torch.linalg.eigh(cov1.double())
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    trace = torch.linalg.eigvalsh(root @ cov2.double() @ root).clamp(min=0).sqrt().sum()
+    return clamp_rounding((mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * trace, cov1.trace())
+
+
+def fid(x, y):
+    """Frechet distance of features (N, d) and (M, d). With fewer pictures than dimensions the trace is the nuclear norm
+    of the centred product (N, M): exact, and no (d, d) matrix is made. Biased upwards by O(1/N): use equal N."""
+    if min(len(x), len(y)) < 2:
+        raise ValueError("a covariance needs two pictures or more")
+    if max(len(x), len(y)) >= x.shape[1]:
+        return frechet_distance(*mean_and_covariance(x), *mean_and_covariance(y))
+    if not (x.isfinite().all() and y.isfinite().all()):
+        raise ValueError("features that are not finite")
+    x, y = x.double(), y.double()
+    a, b = ((t - t.mean(0)) / math.sqrt(len(t) - 1) for t in (x, y))
+    trace = torch.linalg.svdvals(a @ b.T).sum()
+    traces = a.square().sum() + b.square().sum()
+    return clamp_rounding((x.mean(0) - y.mean(0)).square().sum() + traces - 2 * trace, traces)
+
+
+def clamp_rounding(distance, scale):
+    """Rounding can leave a distance just below 0; more than that is an error and must be seen."""
+    assert distance > -1e-5 * scale - 1e-12, f"FID {distance}: far below 0"
+    return max(distance.item(), 0.0)
+
+
+def coverage(real, fake, k=5, radius=None):
+    """The share of real points whose ball, as wide as the distance to the k-th other real point, holds a fake one.
+
+    Naeem et al. 2020 (2002.09797), eq. (8), the inequality strict as in their code. Features (N, d), (M, d); `radius`
+    (N,) if already known. For equal laws and sizes 1 - 2^-k: .969 at k = 5."""
+    radius = ball_radius(real, k) if radius is None else radius
+    nearest = torch.cat([torch.cdist(part.double(), fake.double()).amin(1) for part in real.split(1000)])
+    return (nearest < radius).double().mean().item()
+
+
+def ball_radius(x, k):
+    """The distance (N,) from each of x (N, d) to its k-th neighbour, itself not counted."""
+    # in float32 the matrix-product form of cdist is wrong by 1e-3 near 0; in float64 it is good to 1e-7
+    return torch.cat([torch.cdist(part.double(), x.double()).kthvalue(k + 1).values for part in x.split(1000)])
+
+
+# FEATURES: a small convnet, trained here ------------------------------------------------------------------------------
+
+
+class Classifier(nn.Module):
+    """uint8 pictures (N, C, H, W) -> features (N, 128), logits (N, K). Inside, 32x32 pictures in [0, 1]."""
+
+    def __init__(self, channels, classes):
+        super().__init__()
+        layers = []
+        for a, b in ((channels, 16), (16, 32), (32, 64)):
+            layers += [nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU(), nn.MaxPool2d(2)]
+        self.body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(1024, 128), nn.ReLU())
+        self.head = nn.Linear(128, classes)
+
+    def forward(self, x):
+        features = self.body(x)
+        return features, self.head(features)
+
+    @staticmethod
+    def prepare(x):
+        x = x.float() / 255
+        if x.shape[-1] == 28:
+            x = F.pad(x, (2, 2, 2, 2))
+        return F.adaptive_avg_pool2d(x, 32) if x.shape[-1] != 32 else x
+
+    @torch.no_grad()
+    def embed(self, x):
+        """uint8 (N, C, H, W) -> features (N, 128), logits (N, K), in eval mode whatever mode it was in."""
+        self.eval()
+        device = self.head.weight.device
+        parts = [self(self.prepare(b.to(device))) for b in x.split(1000)]
+        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+
+def train_classifier(x, y, classes, device, epochs=3, say=print):
+    """AdamW under a one-cycle rate, pictures shifted by up to 2 pixels. Draws from no stream of the caller's."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        net = Classifier(x.shape[1], classes).to(device, memory_format=torch.channels_last)
+        rng, start, size = torch.Generator().manual_seed(0), time.time(), min(100, len(x))
+        opt = torch.optim.AdamW(net.parameters(), 1e-3, weight_decay=0.01)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 4e-3, epochs * (len(x) // size))
+        for epoch in range(epochs):
+            order = torch.randperm(len(x), generator=rng)
+            for i in range(len(x) // size):
+                index = order[i * size:(i + 1) * size]
+                dx, dy = torch.randint(-2, 3, (2,), generator=rng).tolist()
+                batch = net.prepare(x[index].to(device)).roll((dx, dy), (2, 3))
+                loss = F.cross_entropy(net.train()(batch)[1], y[index].to(device))
+                opt.zero_grad()
+                loss.backward()
+                opt.step()
+                schedule.step()
+            say(f"classifier: epoch {epoch + 1} of {epochs}, {time.time() - start:.0f} s")
+    return net.eval()
+
+
+def classifier(dataset, data_dir, device, limit=None, say=print):
+    """The trained classifier of a data set, with .name ("classifier-mnist/128 HASH") and .accuracy on the test set.
+    Cached as DATA_DIR/classifier-DATASET-vN.pt, apart from a `limit`ed one, which is for trying things out."""
+    path, channels = Path(data_dir) / f"classifier-{dataset}-v1.pt", None
+    if not limit and path.exists():
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            net = Classifier(saved["channels"], saved["classes"])
+            net.load_state_dict(saved["net"])
+            net.accuracy, channels = saved["accuracy"], saved["channels"]
+        except Exception as e:
+            fail(f"{path} is damaged ({type(e).__name__}): delete it and it will be trained again")
+    if channels is None:
+        x, y = load_data(dataset, data_dir, 28, "train", limit)
+        x_test, y_test = load_data(dataset, data_dir, 28, "test", limit)
+        classes = int(max(y.max(), y_test.max())) + 1
+        say(f"classifier: training once on {len(x)} pictures of {dataset}")
+        net = train_classifier(x, y, classes, device, epochs=1 if limit else 3, say=say)
+        net.accuracy = (net.embed(x_test)[1].argmax(1).cpu() == y_test).double().mean().item()
+        net.cpu()
+        if not limit:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_suffix(f".{os.getpid()}")
+            torch.save({"net": net.state_dict(), "accuracy": net.accuracy, "channels": x.shape[1], "classes": classes},
+                       temporary)
+            os.replace(temporary, path)
+    digest = hashlib.sha256(b"".join(t.cpu().numpy().tobytes() for t in net.state_dict().values())).hexdigest()[:8]
+    net.name = f"classifier-{dataset}/128 {digest}"
+    say(f"{net.name}: {net.accuracy:.2%} of the test set right")
+    return net.to(device)
+
+
+class Judge:
+    """Scores pictures against a data set. judge(x) takes uint8 (N, C, H, W) and returns a dict of plain numbers:
+
+    fid, coverage, inception_score, mode_score   against the first n test pictures; coverage's k is 5
+    fid_train                                    against the first n training pictures: for choosing a checkpoint
+    classes, class_min, class_max                classes that hold 1/(4K) of the samples or more; least and largest share
+    n_real, n_fake, floor                        sizes (equal), and the FID of the training against the test pictures"""
+
+    def __init__(self, dataset, data_dir, image_size, device="cpu", limit=None, n=10_000, say=print, real=None):
+        self.net = classifier(dataset, data_dir, torch.device(device), limit, say)
+        train, test = (load_data(dataset, data_dir, image_size, s, limit)[0] for s in ("train", "test"))
+        test = test if real is None else real
+        self.n = min(n, len(train), len(test))
+        self.train = self.net.embed(train[:self.n])[0]
+        self.real, self.logits_real = self.net.embed(test[:self.n])
+        self.train_statistics, self.real_statistics = mean_and_covariance(self.train), mean_and_covariance(self.real)
+        self.radius = ball_radius(self.real, min(5, self.n - 1))
+        self.floor = frechet_distance(*self.train_statistics, *self.real_statistics)
+
+    def __call__(self, x):
+        if len(x) < self.n:
+            raise ValueError(f"{len(x)} pictures: {self.n} are needed, as many as real ones")
+        features, logits = self.net.embed(x[:self.n])
+        if not features.isfinite().all():
+            raise ValueError("features that are not finite")
+        statistics, classes = mean_and_covariance(features), logits.shape[1]
+        shares = torch.bincount(logits.argmax(1), minlength=classes) / self.n
+        score, spread = inception_score(logits)
+        return {"fid": frechet_distance(*statistics, *self.real_statistics),
+                "fid_train": frechet_distance(*statistics, *self.train_statistics),
+                "inception_score": score, "inception_score_std": spread,
+                "mode_score": mode_score(logits, self.logits_real)[1], "coverage": coverage(self.real, features, radius=self.radius),
+                "classes": int((shares >= 1 / (4 * classes)).sum()), "class_min": shares.min().item(),
+                "class_max": shares.max().item(), "n_real": self.n, "n_fake": self.n, "floor": self.floor,
+                "features": self.net.name, "accuracy": self.net.accuracy}
+
+    @staticmethod
+    def line(s):
+        return (f"FID[{s['features']}] {s['fid']:.1f} (floor {s['floor']:.1f}, n {s['n_real']} + {s['n_fake']})  "
+                f"IS {s['inception_score']:.2f} +- {s['inception_score_std']:.2f}  Mode Score {s['mode_score']:.2f}  "
+                f"coverage {s['coverage']:.3f}  {s['classes']} classes, {s['class_min']:.1%} to {s['class_max']:.1%} each")
+
+
+# PLOT -----------------------------------------------------------------------------------------------------------------
+
+COLOURS = ("#1f5fa8", "#c8452b", "#2f8f4e", "#8a4fa3", "#b58a00", "#444444")
+PANELS = ("d_loss", "g_loss", "w_dist", "grad_norm", "d_acc", "fid", "inception_score", "mode_score", "coverage")
+
+
+def read_log(run):
+    """A run directory's log.csv -> {column: (steps, values)}, rows without a value left out."""
+    path = Path(run) / "log.csv" if Path(run).is_dir() else Path(run)
+    try:
+        rows = list(csv.DictReader(path.open(newline="")))
+        return {k: ([float(r["step"]) for r in rows if r[k]], [float(r[k]) for r in rows if r[k]]) for k in rows[0]}
+    except (OSError, KeyError, IndexError, ValueError, TypeError) as e:
+        fail(f"{path} is not the log of a run ({type(e).__name__}: {e})")
+
+
+def ticks(low, high, wanted=4):
+    """Round numbers from low to high: 1, 2 or 5 times a power of ten apart."""
+    raw = (high - low) / wanted
+    unit = 10 ** math.floor(math.log10(raw))
+    step = next(m * unit for m in (1, 2, 5, 10) if m * unit >= raw)
+    return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def plot(runs, out, names=None):
+    """Every logged column of one or several runs against the step (D updates), a panel each, as one PNG. FID in logs."""
+    logs = [read_log(r) for r in runs]
+    names = names or [Path(r).resolve().name for r in runs]
+    panels = [c for c in PANELS if any(log.get(c, ((), ()))[0] for log in logs)]
+    if not panels:
+        fail("nothing to plot: the logs have no rows yet")
+    w, h, columns = 440, 260, min(3, len(panels))
+    image = Image.new("RGB", (w * columns, h * -(-len(panels) // columns) + 18 * len(runs) + 8), "white")
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(13)
+    for i, name in enumerate(names):
+        draw.line([(14, 15 + 18 * i), (44, 15 + 18 * i)], COLOURS[i % len(COLOURS)], 3)
+        draw.text((52, 15 + 18 * i), name, "black", font, anchor="lm")
+    for i, column in enumerate(panels):
+        x0, y0 = w * (i % columns) + 62, h * (i // columns) + 18 * len(runs) + 32
+        x1, y1 = x0 + w - 80, y0 + h - 66
+        log_scale = column.startswith("fid")
+        curves = [(s, [math.log10(max(v, 1e-3)) if log_scale else v for v in vs])
+                  for s, vs in (log.get(column, ((), ())) for log in logs)]
+        values = [v for _, vs in curves for v in vs if math.isfinite(v)] or [0.0]
+        low, high = min(values), max(values)
+        low, high = (low - 0.5, high + 0.5) if high - low < 1e-9 else (low - 0.04 * (high - low), high + 0.04 * (high - low))
+        last = max(max(s, default=0) for s, _ in curves) or 1
+        draw.rectangle([x0, y0, x1, y1], outline="#999999")
+        draw.text((x0, y0 - 6), column + (" (log scale)" if log_scale else ""), "black", font, anchor="ls")
+        for t in ticks(0, last):
+            draw.text((x0 + t / last * (x1 - x0), y1 + 4), f"{t:g}", "#555555", font, anchor="mt")
+        for t in ticks(low, high):
+            y = y1 - (t - low) / (high - low) * (y1 - y0)
+            draw.line([(x0, y), (x1, y)], "#e4e4e4")
+            draw.text((x0 - 4, y), f"{10 ** t:.3g}" if log_scale else f"{t:g}", "#555555", font, anchor="rm")
+        for j, (s, vs) in enumerate(curves):
+            points = [(x0 + a / last * (x1 - x0), y1 - (v - low) / (high - low) * (y1 - y0))
+                      for a, v in zip(s, vs) if math.isfinite(v)]
+            draw.line(points, COLOURS[j % len(COLOURS)], 2)
+            for a, b in points if len(points) < 60 else ():
+                draw.ellipse([a - 2, b - 2, a + 2, b + 2], fill=COLOURS[j % len(COLOURS)])
+    image.save(out)
+
+
+# COMMAND LINE ---------------------------------------------------------------------------------------------------------
+
+
+def read_pictures(path, channels):
+    """A folder of pictures, or a .npy or .pt of uint8 (N, C, H, W) -> uint8 (N, channels, H, W)."""
+    path = Path(path)
+    try:
+        if path.suffix in (".npy", ".pt"):
+            x = torch.as_tensor(np.load(path) if path.suffix == ".npy" else torch.load(path, weights_only=True))
+            if x.dim() != 4 or x.dtype != torch.uint8 or x.shape[1] != channels:
+                fail(f"{path}: {x.dtype} {tuple(x.shape)} is not uint8 (N, {channels}, H, W)")
+            return x
+        files = sorted(f for f in path.iterdir() if f.suffix.lower() in (".png", ".jpg", ".jpeg"))
+    except SystemExit:
+        raise
+    except Exception as e:
+        fail(f"{path}: {e}")
+    if not files:
+        fail(f"{path} holds no .png or .jpg")
+    pictures = []
+    for f in files:
+        try:
+            with Image.open(f) as im:
+                if im.mode[0] in "IF":
+                    fail(f"{f} has more than 8 bits a channel ({im.mode})")
+                pictures.append(np.asarray(im.convert("L" if channels == 1 else "RGB")))
+        except (OSError, ValueError, SyntaxError) as e:
+            fail(f"{f} cannot be read: {e}")
+        if pictures[-1].shape != pictures[0].shape:
+            fail(f"{f} is {pictures[-1].shape[:2]}, the first is {pictures[0].shape[:2]}: all must have one size")
+    return torch.from_numpy(np.stack(pictures)).view(len(files), *pictures[0].shape[:2], channels).permute(0, 3, 1, 2)
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.error = fail
+    p.add_argument("--real", help="a data set's name (digits, mnist, fashion: its test set), a folder, a .npy or a .pt")
+    p.add_argument("--fake", help="a folder of PNG, or a .npy or .pt of uint8 (N, C, H, W)")
+    p.add_argument("--classifier", choices=DATASETS, help="whose classifier gives the features; default: --real's")
+    p.add_argument("--data-dir", default="data", help="folder of the data sets and of the classifier")
+    p.add_argument("--n", type=int, default=10_000, help="pictures of each kind, at most")
+    p.add_argument("--json", action="store_true", help="print the scores as JSON")
+    p.add_argument("--plot", nargs="+", metavar="RUN", help="run directories, or their log.csv, in one plot")
+    p.add_argument("-o", "--out", default="curves.png", help="where --plot draws")
+    args = p.parse_args(argv)
+    if args.plot:
+        plot(args.plot, args.out)
+        return print(args.out)
+    if not (args.real and args.fake):
+        fail("name --real and --fake, or --plot")
+    name = args.classifier or (args.real if args.real in DATASETS else None)
+    if not name:
+        fail(f"--real {args.real} is no data set's name: say whose features to use by --classifier")
+    if args.n < 2:
+        fail(f"--n {args.n}: a covariance needs two pictures or more")
+    fake = read_pictures(args.fake, 1)
+    if fake.shape[2] != fake.shape[3]:
+        fail(f"{args.fake}: pictures of {tuple(fake.shape[2:])}, not square")
+    if len(fake) < 2:
+        fail(f"{args.fake}: a covariance needs two pictures or more")
+    real = None if args.real in DATASETS else read_pictures(args.real, 1)
+    judge = Judge(name, args.data_dir, fake.shape[-1], n=min(args.n, len(fake)), real=real,
+                  device="cuda" if torch.cuda.is_available() else "cpu", say=lambda text: print(text, file=sys.stderr))
+    try:
+        scores = judge(fake)
+    except ValueError as e:
+        fail(f"{args.fake}: {e}")
+    print(json.dumps(scores, indent=1) if args.json else judge.line(scores))
+
+
+# --- shared: data ---
+DATASETS = ("digits", "mnist", "fashion")
+
+
+def fail(message):
+    """A user's mistake: one line on stderr, exit code 2, no traceback."""
+    sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}\n")
+    raise SystemExit(2)
+
+
+def load_data(name, data_dir, size, split, limit=None):
+    """The "train" or "test" pictures of a data set: uint8 (N, C, size, size) in 0..255 and int64 labels (N,)."""
+    if name == "digits":
+        x, y = render_digits(*((20_000, 1) if split == "train" else (10_000, 2)))
+    else:
+        x, y = torchvision_data(name, Path(data_dir), split)
+    return fit(x[:limit], size), y[:limit]
+
+
+def torchvision_data(name, root, split):
+    """MNIST or Fashion-MNIST as (N, 1, 28, 28): files under `root` are used as they are, missing ones downloaded."""
+    from torchvision import datasets
+    kind = {"mnist": datasets.MNIST, "fashion": datasets.FashionMNIST}[name]
+    ours = [d for d in (root / kind.__name__ / "raw", root / kind.__name__, root) if not d.exists()]
+    try:
+        data = kind(str(root), train=split == "train", download=True)
+    except Exception as e:  # no network, a damaged or cut file: torchvision raises a different kind for each
+        for d in ours:
+            if d.is_dir() and not any(d.iterdir()): d.rmdir()
+        fail(f"--dataset {name}: no usable files in {root / kind.__name__ / 'raw'} and no download ({e}). Offline: put "
+             f"the four *-ubyte files there, or name a folder that has them by --data-dir, or use --dataset digits")
+    return data.data[:, None], data.targets.long()
+
+
+def render_digits(n, seed):
+    """n numerals (n, 1, 28, 28), labels 0..9 in turn: Pillow's own font, three stroke widths, three blurs, a random
+    affine map each. The same for the same seed, so every run and every metric sees the same data."""
+    glyphs = []
+    for digit, stroke, blur in ((d, s, b) for d in range(10) for s in (0, 1, 2) for b in (1.2, 1.8, 2.6)):
+        im = Image.new("L", (64, 64))
+        ImageDraw.Draw(im).text((32, 32), str(digit), 255, ImageFont.load_default(54), anchor="mm", stroke_width=stroke)
+        glyphs.append(torch.from_numpy(np.array(im.filter(ImageFilter.GaussianBlur(blur)))))
+    rng, y = torch.Generator().manual_seed(seed), torch.arange(n) % 10
+    which = y * 9 + torch.randint(9, (n,), generator=rng)
+    angle, shear, sx, sy, tx, ty = (torch.rand(6, n, generator=rng) * 2 - 1) * torch.tensor(
+        [[0.26], [0.25], [0.15], [0.12], [0.16], [0.16]])  # +-15 degrees, scales .85..1.15, shifts of 2 pixels
+    c, s, one = angle.cos(), angle.sin(), 1.05
+    theta = torch.stack([torch.stack([c * (one + sx), shear - s, tx], 1), torch.stack([s, c * (one + sy), ty], 1)], 1)
+    bank, out = torch.stack(glyphs)[:, None], []
+    for i in torch.arange(n).split(2000):
+        grid = F.affine_grid(theta[i], [len(i), 1, 28, 28], align_corners=False)
+        out.append(F.grid_sample(bank[which[i]].float(), grid, align_corners=False).round().clamp(0, 255).byte())
+    return torch.cat(out), y
+
+
+def fit(x, size):
+    """uint8 (N, C, H, W) -> side `size`: 28 to 32 by 2 pixels of zeros, everything else resized with antialiasing."""
+    if x.shape[-1] == 28 and size >= 32:
+        x = F.pad(x, (2, 2, 2, 2))
+    if x.shape[-2:] != (size, size):
+        x = torch.cat([F.interpolate(b.float(), (size, size), mode="bilinear", antialias=True).round().byte()
+                       for b in x.split(1000)])
+    return x
+# --- end shared ---
+
+
+if __name__ == "__main__":
+    main()

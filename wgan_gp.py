@@ -1,0 +1,761 @@
+"""WGAN-GP: a critic scores pictures, G climbs that score, and a penalty keeps the critic's slope at 1.
+
+Gulrajani, Ahmed, Arjovsky, Dumoulin and Courville, "Improved Training of Wasserstein GANs", arXiv 1704.00028, eq. (3):
+
+    critic     min_C  E[C(G(z))] - E[C(x)] + lambda E[(||grad C(x_hat)||_2 - 1)^2],   x_hat = eps x + (1 - eps) G(z)
+    generator  min_G  -E[C(G(z))]                      eps ~ U[0, 1], one per picture; z ~ N(0, I) or U[-1, 1]
+
+    python wgan_gp.py                                    numerals rendered at start-up, no download
+    python wgan_gp.py --dataset mnist --epochs 200
+
+The critic has no batch norm: the penalty is a statement about one picture at a time, and batch norm makes C(x) depend
+on its neighbours. G is in train mode for the critic's fakes and is sampled in eval mode with averaged weights.
+"""
+
+import argparse
+import copy
+import csv
+import io
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from torch import nn
+from torch.nn import functional as F
+
+
+def parse_args(argv=None):
+    p = Parser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.epilog = ("w_dist in the log is E[C(x)] - E[C(G(z))]: positive where the critic tells real from fake, towards 0 as "
+                "G catches up. It leaves the penalty out, and it is the Wasserstein-1 distance only in so far as C is "
+                "optimal and 1-Lipschitz: compare it along one run, not between networks.")
+    p.add_argument("--gp-weight", type=number(float, 0), default=10.0, help="lambda; the paper: 10 on images, .1 on toys")
+    p.add_argument("--lr-decay", choices=("none", "linear", "best-fid"), default="none",
+                   help="linear: to 0 at the last step. best-fid: when the FID has not improved for --patience "
+                        "evaluations, go back to the best checkpoint and halve both rates")
+    p.add_argument("--patience", type=number(int, 1), default=5, help="evaluations without a better FID, for best-fid")
+    add_run_flags(p)
+    # the paper's Adam is 1e-4 (0, .9); .5 is what its public code uses on digits
+    p.set_defaults(batch_size=64, d_steps=5, lr_g=1e-4, lr_d=1e-4, beta1=0.5, beta2=0.9)
+    return resolve(p, argv)
+
+
+# MODEL ----------------------------------------------------------------------------------------------------------------
+
+
+def make_generator(args, channels):
+    """z (B, latent_dim) -> picture (B, channels, S, S) in [-1, 1]."""
+    S, nz, ngf = args.image_size, args.latent_dim, args.ngf
+    if args.arch == "mlp":  # report E's fully connected pair: 256-512-1024
+        layers, width = [], nz
+        for w in (256, 512, 1024):
+            layers += [nn.Linear(width, w, bias=False), nn.BatchNorm1d(w), nn.LeakyReLU(negative_slope=0.2)]
+            width = w
+        return nn.Sequential(*layers, nn.Linear(width, channels * S * S), nn.Tanh(), nn.Unflatten(1, (channels, S, S)))
+    start, widths = dcgan_plan(args, ngf)
+    layers = [nn.Unflatten(1, (nz, 1, 1)), nn.ConvTranspose2d(nz, widths[0], start, 1, 0, bias=False)]  # (B, w, start, start)
+    for w_in, w_out in zip(widths, [*widths[1:], channels]):  # each block doubles the side
+        layers += [nn.BatchNorm2d(w_in), nn.ReLU(), nn.ConvTranspose2d(w_in, w_out, 4, 2, 1, bias=False)]
+    return nn.Sequential(*layers, nn.Tanh()).apply(dcgan_init)
+
+
+def make_critic(args, channels):
+    """Picture (B, channels, S, S) -> score (B,), any real number, larger for more real. No norm, so the biases stay."""
+    S, ndf = args.image_size, args.ndf
+    if args.arch == "mlp":
+        layers, width = [nn.Flatten()], channels * S * S
+        for w in (1024, 512, 256):
+            layers += [nn.Linear(width, w), nn.LeakyReLU(negative_slope=0.2)]
+            width = w
+        return nn.Sequential(*layers, nn.Linear(width, 1), nn.Flatten(0))
+    start, widths = dcgan_plan(args, ndf)
+    layers, width = [], channels
+    for w in reversed(widths):  # each block halves the side
+        layers += [nn.Conv2d(width, w, 4, 2, 1), nn.LeakyReLU(negative_slope=0.2)]
+        width = w
+    return nn.Sequential(*layers, nn.Conv2d(width, 1, start, 1, 0), nn.Flatten(0)).apply(dcgan_init)
+
+
+def dcgan_plan(args, base):
+    """Side of the smallest feature map, and the widths from there to the picture: 32 is report C's 4x base, 2x, base."""
+    plans = {28: (7, [2, 1]), 32: (4, [4, 2, 1]), 64: (4, [8, 4, 2, 1])}
+    if args.image_size not in plans:
+        fail(f"--arch dcgan makes pictures of 28, 32 or 64 pixels, not --image-size {args.image_size}")
+    start, factors = plans[args.image_size]
+    return start, [base * f for f in factors]
+
+
+def dcgan_init(m):
+    """Radford et al. 2016, section 3: convolutions N(0, .02), batch norm's scale N(1, .02)."""
+    if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)):
+        nn.init.normal_(m.weight, 0.0, 0.02)
+    elif isinstance(m, nn.BatchNorm2d):
+        nn.init.normal_(m.weight, 1.0, 0.02)
+
+
+# LOSS -----------------------------------------------------------------------------------------------------------------
+
+
+def critic_loss(score_real, score_fake):
+    """E[C(G(z))] - E[C(x)] for scores (B,): eq. (3) without its penalty. Its negative estimates the W-1 distance."""
+    return score_fake.mean() - score_real.mean()
+
+
+def generator_loss(score_fake):
+    """-E[C(G(z))] for scores (B,)."""
+    return -score_fake.mean()
+
+
+def interpolate(x_real, x_fake):
+    """x_hat (B, ...): a point on each segment from fake to real, one eps per picture, not per pixel."""
+    eps = torch.rand(len(x_real), *[1] * (x_real.dim() - 1), device=x_real.device, dtype=x_real.dtype)
+    return torch.lerp(x_fake, x_real, eps)
+
+
+def gradient_penalty(C, x_hat):
+    """E[(||grad C(x_hat)||_2 - 1)^2] and the mean norm. The norm runs over all of a picture's numbers (C, H and W):
+    taken over one axis of (B, C, H, W) it would push the slope at every pixel to 1, and the whole to 28 on MNIST."""
+    x_hat = x_hat.detach().requires_grad_(True)
+    (grad,) = torch.autograd.grad(C(x_hat).sum(), x_hat, create_graph=True)
+    norm = (grad.flatten(1).square().sum(1) + 1e-12).sqrt()  # sqrt has no slope at 0
+    return (norm - 1).square().mean(), norm.detach().mean()
+
+
+# SCHEDULE -------------------------------------------------------------------------------------------------------------
+
+
+def train(args):
+    device = pick_device(args.device)
+    x_train, y_train = load_data(args.dataset, args.data_dir, args.image_size, "train", limit=args.limit)
+    channels = x_train.shape[1]
+    torch.manual_seed(args.seed)
+    G, C = make_generator(args, channels), make_critic(args, channels)  # drawn on the CPU: the same on every device
+    G, C = (net.to(device, memory_format=torch.channels_last) for net in (G, C))
+    ema = copy.deepcopy(G).eval().requires_grad_(False)
+    opt_g, opt_d = adam(G, args.lr_g, args), adam(C, args.lr_d, args)
+    batch = Batches(x_train.to(device), y_train.to(device), args)
+
+    # step() reads nothing but x and the random stream, takes nothing and waits for nothing: what a CUDA graph needs
+    x = torch.empty((args.d_steps, args.batch_size, *x_train.shape[1:]), dtype=torch.uint8, device=device)
+    ema_updates = torch.zeros((), device=device)
+
+    def step():
+        for x_uint8 in x:
+            x_real = from_uint8(x_uint8)
+            with torch.no_grad():  # no gradient through G here: a third of a textbook loop's critic step
+                x_fake = G(sample_z(args, args.batch_size, device))
+            score_real, score_fake = C(torch.cat([x_real, x_fake])).chunk(2)  # no batch norm: one forward for both
+            penalty, grad_norm = gradient_penalty(C, interpolate(x_real, x_fake))
+            d_loss = critic_loss(score_real, score_fake) + args.gp_weight * penalty
+            opt_d.zero_grad(set_to_none=True)
+            d_loss.backward()
+            opt_d.step()
+
+        C.requires_grad_(False)  # G's step wants the slope of C in x, not in its weights
+        for _ in range(args.g_steps):
+            g_loss = generator_loss(C(G(sample_z(args, args.batch_size, device))))  # a fresh z
+            opt_g.zero_grad(set_to_none=True)
+            g_loss.backward()
+            opt_g.step()
+            update_ema(ema, G, args.ema, ema_updates)
+        C.requires_grad_(True)
+        return dict(d_loss=d_loss.detach(), g_loss=g_loss.detach(), w_dist=-critic_loss(score_real, score_fake).detach(),
+                    grad_norm=grad_norm, d_acc=pair_accuracy(score_real, score_fake))
+
+    @torch.no_grad()
+    def draw(n, z=None, y=None):
+        x_fake = ema(sample_z(args, n, device) if z is None else z)
+        return x_fake, C(x_fake)
+
+    @torch.no_grad()
+    def rate(x, y=None):
+        return C(x)
+
+    run = Run(args, {"G": G, "D": C}, {"g": opt_g, "d": opt_d}, ema, draw, rate, batch)
+    ema_updates.fill_(run.g_updates())
+    if args.generate:
+        return run.generate()
+    while run.training():
+        run.set_lr(1 - run.step / run.total if args.lr_decay == "linear" else run.state["lr_scale"])
+        for i in range(args.d_steps):
+            x[i], _ = batch()
+        run.record(step())
+        if run.due(args.log_every): run.log()
+        if run.due(args.sample_every): run.sample()
+        if run.due(args.eval_every):
+            run.evaluate()
+            if args.lr_decay == "best-fid" and run.state["stale"] >= args.patience:
+                run.back_to_best()
+                run.state.update(stale=0, lr_scale=run.state["lr_scale"] / 2)
+        if run.due(args.checkpoint_every): run.save("last.pt")
+    run.finish()
+
+
+# ======================================================================================================================
+# The method ends here. Below is plumbing: each block between "shared" marks is the same, byte for byte, in every script.
+# ======================================================================================================================
+
+
+# --- shared: data ---
+DATASETS = ("digits", "mnist", "fashion")
+
+
+def fail(message):
+    """A user's mistake: one line on stderr, exit code 2, no traceback."""
+    sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}\n")
+    raise SystemExit(2)
+
+
+def load_data(name, data_dir, size, split, limit=None):
+    """The "train" or "test" pictures of a data set: uint8 (N, C, size, size) in 0..255 and int64 labels (N,)."""
+    if name == "digits":
+        x, y = render_digits(*((20_000, 1) if split == "train" else (10_000, 2)))
+    else:
+        x, y = torchvision_data(name, Path(data_dir), split)
+    return fit(x[:limit], size), y[:limit]
+
+
+def torchvision_data(name, root, split):
+    """MNIST or Fashion-MNIST as (N, 1, 28, 28): files under `root` are used as they are, missing ones downloaded."""
+    from torchvision import datasets
+    kind = {"mnist": datasets.MNIST, "fashion": datasets.FashionMNIST}[name]
+    ours = [d for d in (root / kind.__name__ / "raw", root / kind.__name__, root) if not d.exists()]
+    try:
+        data = kind(str(root), train=split == "train", download=True)
+    except Exception as e:  # no network, a damaged or cut file: torchvision raises a different kind for each
+        for d in ours:
+            if d.is_dir() and not any(d.iterdir()): d.rmdir()
+        fail(f"--dataset {name}: no usable files in {root / kind.__name__ / 'raw'} and no download ({e}). Offline: put "
+             f"the four *-ubyte files there, or name a folder that has them by --data-dir, or use --dataset digits")
+    return data.data[:, None], data.targets.long()
+
+
+def render_digits(n, seed):
+    """n numerals (n, 1, 28, 28), labels 0..9 in turn: Pillow's own font, three stroke widths, three blurs, a random
+    affine map each. The same for the same seed, so every run and every metric sees the same data."""
+    glyphs = []
+    for digit, stroke, blur in ((d, s, b) for d in range(10) for s in (0, 1, 2) for b in (1.2, 1.8, 2.6)):
+        im = Image.new("L", (64, 64))
+        ImageDraw.Draw(im).text((32, 32), str(digit), 255, ImageFont.load_default(54), anchor="mm", stroke_width=stroke)
+        glyphs.append(torch.from_numpy(np.array(im.filter(ImageFilter.GaussianBlur(blur)))))
+    rng, y = torch.Generator().manual_seed(seed), torch.arange(n) % 10
+    which = y * 9 + torch.randint(9, (n,), generator=rng)
+    angle, shear, sx, sy, tx, ty = (torch.rand(6, n, generator=rng) * 2 - 1) * torch.tensor(
+        [[0.26], [0.25], [0.15], [0.12], [0.16], [0.16]])  # +-15 degrees, scales .85..1.15, shifts of 2 pixels
+    c, s, one = angle.cos(), angle.sin(), 1.05
+    theta = torch.stack([torch.stack([c * (one + sx), shear - s, tx], 1), torch.stack([s, c * (one + sy), ty], 1)], 1)
+    bank, out = torch.stack(glyphs)[:, None], []
+    for i in torch.arange(n).split(2000):
+        grid = F.affine_grid(theta[i], [len(i), 1, 28, 28], align_corners=False)
+        out.append(F.grid_sample(bank[which[i]].float(), grid, align_corners=False).round().clamp(0, 255).byte())
+    return torch.cat(out), y
+
+
+def fit(x, size):
+    """uint8 (N, C, H, W) -> side `size`: 28 to 32 by 2 pixels of zeros, everything else resized with antialiasing."""
+    if x.shape[-1] == 28 and size >= 32:
+        x = F.pad(x, (2, 2, 2, 2))
+    if x.shape[-2:] != (size, size):
+        x = torch.cat([F.interpolate(b.float(), (size, size), mode="bilinear", antialias=True).round().byte()
+                       for b in x.split(1000)])
+    return x
+# --- end shared ---
+
+
+# --- shared: flags ---
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        fail(message)
+
+
+def number(kind, low, high=2**40):
+    """An argparse type: an int or a float in [low, high]; NaN and infinity are out."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not in {low}..{high}")
+        return value
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def add_run_flags(p):
+    """The flags every image script has. A script sets its own defaults with p.set_defaults."""
+    count, share = number(int, 0), number(float, 0, 0.999999)
+    a = p.add_argument
+    a("--dataset", choices=DATASETS, default="digits", help="digits: rendered here, no download")
+    a("--data-dir", default="data", help="folder of the data sets, and of the trained classifier that scores")
+    a("--image-size", type=number(int, 8, 1024), help="dcgan: 28, 32 (its default) or 64; mlp: 28 (its default)")
+    a("--arch", choices=("dcgan", "mlp"), default="dcgan", help="networks")
+    a("--ngf", type=number(int, 1, 4096), default=32, help="dcgan: G's width at its widest map; report C: 32")
+    a("--ndf", type=number(int, 1, 4096), default=32, help="dcgan: D's width at its widest map; report C: 32")
+    a("--latent-dim", type=number(int, 1, 65536), default=100, help="size of z")
+    a("--prior", choices=("normal", "uniform"), default="normal", help="law of z: N(0, I) or U[-1, 1]")
+    a("--epochs", type=number(int, 1), default=20, help="passes over the data, in D updates; the last short batch is dropped")
+    a("--steps", type=number(int, 1), help="D updates in all; overrides --epochs")
+    a("--batch-size", type=number(int, 2), help="pictures a step")
+    a("--d-steps", "--n-critic", type=number(int, 1, 1000), help="D updates an iteration; WGAN-GP's paper: 5")
+    a("--g-steps", type=number(int, 1, 1000), default=1, help="G updates an iteration")
+    a("--lr-g", type=number(float, 0, 10), help="Adam's rate for G")
+    a("--lr-d", type=number(float, 0, 10), help="Adam's rate for D")
+    a("--beta1", type=share, help="Adam's first moment")
+    a("--beta2", type=share, help="Adam's second moment")
+    a("--ema", type=share, default=0.999, help="decay of G's averaged copy, which makes every picture; 0: no averaging")
+    a("--seed", type=number(int, 0), default=0, help="of the networks, the order of the data, and all noise")
+    a("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="mps is written for but untested")
+    a("--log-every", type=count, default=100, help="D updates between lines of log.csv; 0: never. So for the next three")
+    a("--sample-every", type=count, default=1000, help="between sheets of samples")
+    a("--eval-every", type=count, default=5000, help="between scores of 10,000 samples")
+    a("--checkpoint-every", type=count, default=2000, help="between writes of last.pt")
+    a("--run-dir", help="default: runs/SCRIPT-DATASET-sSEED-TIME")
+    a("--resume", metavar="FILE", help="a checkpoint: go on from it, with its flags unless given here")
+    a("--generate", type=number(int, 1), metavar="N", help="with --resume: train nothing, write N pictures as PNG")
+    a("--generate-to", metavar="DIR", help="where to; default: RUN/generated")
+    a("--z-file", metavar="FILE", help="with --generate: take z from a .npy or .pt file (N, latent-dim); else --seed draws it")
+    a("--traverse", type=number(int, 1), default=10, help="rows of traversal.png: the coordinates of z that change most")
+    a("--tensorboard", action="store_true", help="also write the log for TensorBoard, if it is installed")
+    a("--dry-run", action="store_true", help="two iterations and one of everything else, on tiny data")
+
+
+# what a resumed run may change; the rest would make another network, other data or another order of it
+MAY_CHANGE = {"steps", "epochs", "lr_g", "lr_d", "lr_decay", "patience", "log_every", "sample_every", "eval_every",
+              "checkpoint_every", "data_dir", "device", "run_dir", "resume", "generate", "generate_to", "z_file",
+              "traverse", "tensorboard"}
+
+
+def resolve(p, argv):
+    """Flags, with those not given taken from --resume's checkpoint, and the defaults that depend on others."""
+    args = p.parse_args(argv)
+    args.checkpoint = None
+    if args.resume:
+        checkpoint = read_checkpoint(args.resume)
+        if checkpoint["script"] != Path(__file__).stem:
+            fail(f"{args.resume} is a checkpoint of {checkpoint['script']}.py")
+        p.set_defaults(**{k: v for k, v in checkpoint["args"].items() if hasattr(args, k) and k not in
+                          ("resume", "run_dir", "generate", "generate_to", "z_file")})
+        args = p.parse_args(argv)
+        for k, v in checkpoint["args"].items():
+            if getattr(args, k, v) != v and k not in MAY_CHANGE | ({"seed"} if args.generate else set()):
+                fail(f"--{k.replace('_', '-')} is {v} in {args.resume}: a resumed run cannot change it")
+        args.checkpoint = checkpoint
+    elif args.generate:
+        fail("--generate needs --resume FILE, the checkpoint to draw from")
+    args.image_size = args.image_size or {"dcgan": 32, "mlp": 28}[args.arch]
+    args.limit = None
+    if args.dry_run:
+        args.steps, args.batch_size, args.limit = 2 * args.d_steps, min(args.batch_size, 16), 256
+        args.log_every = args.sample_every = args.eval_every = args.checkpoint_every = args.d_steps
+    return args
+
+
+def pick_device(name):
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if (name == "cuda" and not torch.cuda.is_available()) or (name == "mps" and not torch.backends.mps.is_available()):
+        fail(f"--device {name}: this PyTorch finds no such device")
+    torch.set_float32_matmul_precision("high")  # TF32 on CUDA
+    torch.backends.cudnn.benchmark = True
+    return torch.device(name)
+# --- end shared ---
+
+
+# --- shared: step ---
+def to_uint8(x):
+    """[-1, 1] -> uint8 0..255: the one way out, for files and for metrics alike."""
+    return ((x + 1) * 127.5).round().clamp(0, 255).byte()
+
+
+def from_uint8(x):
+    """uint8 0..255 -> float [-1, 1]."""
+    return x.float() / 127.5 - 1
+
+
+def sample_z(args, n, device, generator=None):
+    """z (n, latent_dim) from the prior."""
+    if args.prior == "normal":
+        return torch.randn(n, args.latent_dim, device=device, generator=generator)
+    return torch.rand(n, args.latent_dim, device=device, generator=generator) * 2 - 1
+
+
+def seeded(*key):
+    """A CPU generator that is a pure function of whole numbers; torch keeps only 32 bits of a seed, so they are hashed."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+
+
+def adam(net, lr, args):
+    fused = next(net.parameters()).device.type in ("cpu", "cuda")
+    return torch.optim.Adam(net.parameters(), lr, (args.beta1, args.beta2), fused=fused)
+
+
+@torch.no_grad()
+def update_ema(ema, G, decay, updates):
+    """ema <- d ema + (1 - d) G with d = min(decay, (1 + t) / (10 + t)), t = `updates` on the device; buffers copied."""
+    updates += 1
+    weight = 1 - ((1 + updates) / (10 + updates)).clamp(max=decay)
+    for e, p in zip(ema.parameters(), G.parameters()):
+        e.lerp_(p, weight)
+    for e, b in zip(ema.buffers(), G.buffers()):
+        e.copy_(b)
+
+
+def pair_accuracy(score_real, score_fake):
+    """The share of all pairs with score(real) > score(fake): .5 cannot tell, 1 always tells; comparable across losses."""
+    return (score_real.detach()[:, None] > score_fake.detach()).float().mean()
+
+
+class Batches:
+    """batch() -> uint8 (B, C, H, W), labels (B,). The order of epoch e is a pure function of (seed, e)."""
+
+    def __init__(self, x, y, args):
+        self.x, self.y, self.size, self.seed, self.per_epoch = x, y, args.batch_size, args.seed, len(x) // args.batch_size
+        if not self.per_epoch:
+            fail(f"--batch-size {args.batch_size} is larger than the data: {len(x)} pictures")
+        self.step, self.epoch = 0, None
+
+    def __call__(self):
+        epoch, i = divmod(self.step, self.per_epoch)
+        if epoch != self.epoch:
+            self.epoch = epoch
+            self.order = torch.randperm(len(self.x), generator=seeded(self.seed, epoch)).to(self.x.device)
+        self.step += 1
+        index = self.order[i * self.size:(i + 1) * self.size]
+        return self.x[index], self.y[index]
+# --- end shared ---
+
+
+# --- shared: checkpoint ---
+def write_whole(path, write):
+    """write(file) into a temporary file beside `path`, flush, rename: a kill at any moment leaves the old file."""
+    temporary = Path(path).with_name(Path(path).name + ".tmp")
+    with open(temporary, "wb") as f:
+        write(f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def read_checkpoint(path):
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        assert {"script", "args", "step", "nets", "ema", "opts", "rng", "state"} <= set(checkpoint)
+        return checkpoint
+    except FileNotFoundError:
+        fail(f"no checkpoint at {path}")
+    except Exception as e:  # cut short, not ours, or a folder: torch raises a different kind for each
+        fail(f"{path} is not a whole checkpoint of these scripts ({type(e).__name__})")
+
+
+def load_optimizer(opt, saved):
+    for now, old in zip(opt.param_groups, saved["param_groups"]):  # another device may want other kernels
+        old.update({k: now[k] for k in ("fused", "capturable", "foreach", "lr")})
+    opt.load_state_dict(saved)
+# --- end shared ---
+
+
+# --- shared: run ---
+SCORES = ["fid", "fid_train", "inception_score", "mode_score", "coverage", "classes"]
+
+
+class Run:
+    """The run directory, progress, checkpoints, evaluation and figures; sees the method only through its arguments."""
+
+    def __init__(self, args, nets, opts, ema, draw, rate, batch):
+        self.args, self.nets, self.opts, self.ema, self.draw, self.rate, self.batch = args, nets, opts, ema, draw, rate, batch
+        self.script, self.device = Path(sys.modules[draw.__module__].__file__), next(ema.parameters()).device
+        self.step, self.total = 0, args.steps or args.epochs * batch.per_epoch
+        self.state = {"best_fid": math.inf, "stale": 0, "lr_scale": 1.0, "seconds": 0.0}
+        self.sums, self.count, self.first_bad = 0, 0, torch.full((), -1, device=self.device)
+        self.signal, self.judge, self.board, self.last_scores = None, None, None, None
+        resumed = Path(args.resume) if args.resume else None
+        if resumed:
+            self.restore(args.checkpoint, streams=True)
+        self.dir = Path(args.run_dir or (resumed.parent if resumed else f"runs/{self.script.stem}-{args.dataset}-"
+                        f"s{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"))
+        if args.generate:
+            return
+        new = not resumed or self.dir.resolve() != resumed.parent.resolve()
+        if new and self.dir.exists() and (not self.dir.is_dir() or any(self.dir.iterdir())):
+            fail(f"--run-dir {self.dir} is in use: name another, or go on with --resume {self.dir / 'last.pt'}")
+        if args.tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                fail("--tensorboard needs a package of its own: pip install tensorboard")
+        self.metrics = None
+        if self.script.with_name("metrics.py").exists():
+            import metrics
+            self.metrics = metrics
+        else:
+            print("metrics.py is not beside this script: no scores, no curves.png")
+            if getattr(args, "lr_decay", "") == "best-fid":
+                fail("--lr-decay best-fid needs metrics.py beside the script")
+        try:
+            (self.dir / "samples").mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            fail(f"--run-dir {self.dir}: {e}")
+        if new:
+            shutil.copy(self.script, self.dir / self.script.name)
+        plain = {k: v for k, v in vars(args).items() if k != "checkpoint"}
+        (self.dir / "args.json").write_text(json.dumps(plain, indent=1))
+        if resumed:
+            self.take_log(resumed.parent)
+        self.board = SummaryWriter(self.dir) if args.tensorboard else None
+        self.z_sheet = self.noise(64, 1)
+        self.clock, self.clock_step, self.paused = time.time(), self.step, 0.0
+        self.handlers = {}
+        for s in (signal.SIGINT, signal.SIGTERM):  # stop at the end of an iteration; a second one stops at once
+            self.handlers[s] = signal.signal(s, self.on_signal)
+        print(f"{self.dir}: {self.total} D updates of {args.batch_size} pictures on {self.device}")
+
+    # what the loop reads
+
+    def training(self):
+        return self.step < self.total and self.signal is None
+
+    def due(self, every):
+        """At the first iteration boundary at or past each multiple of `every`."""
+        return every > 0 and self.step // every > (self.step - self.args.d_steps) // every
+
+    def g_updates(self):
+        return self.step // self.args.d_steps * self.args.g_steps
+
+    def set_lr(self, scale):
+        for key, lr in (("g", self.args.lr_g), ("d", self.args.lr_d)):
+            for group in self.opts[key].param_groups:
+                group["lr"] = lr * scale
+
+    def record(self, stats):
+        """Once an iteration: sums stay on the device, and so does the first step with a loss that is not finite."""
+        values = torch.stack(list(stats.values()))
+        self.step += self.args.d_steps
+        self.sums, self.count, self.names = self.sums + values, self.count + 1, list(stats)
+        self.first_bad = torch.where((self.first_bad < 0) & ~values.isfinite().all(), self.step, self.first_bad)
+
+    def check_finite(self):
+        bad = int(self.first_bad)
+        if bad < 0 and all(p.isfinite().all() for net in self.nets.values() for p in net.parameters()):
+            return
+        kept = f"{self.dir / 'last.pt'} is from before" if (self.dir / "last.pt").exists() else "no checkpoint was due yet"
+        fail(f"a loss or weight is not finite at step {bad if bad >= 0 else self.step}; {kept}. Try a lower --lr-d and --lr-g")
+
+    # log, samples, scores
+
+    def log(self):
+        means = dict(zip(self.names, (self.sums / self.count).tolist()))  # waits for the device
+        self.check_finite()
+        seconds = time.time() - self.clock - self.paused
+        rate = (self.step - self.clock_step) / max(seconds, 1e-9)
+        self.state["seconds"] += time.time() - self.clock
+        self.sums, self.count, self.clock, self.clock_step, self.paused = 0, 0, time.time(), self.step, 0.0
+        row = {"step": self.step, "epoch": round(self.step / self.batch.per_epoch, 3), "g_updates": self.g_updates(),
+               **means, "images_per_s": rate * self.args.batch_size, "seconds": self.state["seconds"],
+               "lr_g": self.opts["g"].param_groups[0]["lr"], "lr_d": self.opts["d"].param_groups[0]["lr"]}
+        self.write_row(row)
+        eta = int((self.total - self.step) / rate)
+        line = (f"epoch {row['epoch']:.1f}/{self.total / self.batch.per_epoch:.4g}  D {self.step} G {row['g_updates']}  "
+                + "  ".join(f"{k} {v:.3f}" for k, v in means.items())
+                + f"  {row['images_per_s']:.0f} img/s  ETA {eta // 3600}:{eta // 60 % 60:02}:{eta % 60:02}")
+        print(f"\r\033[K{line}" if sys.stdout.isatty() else line, end="" if sys.stdout.isatty() else "\n", flush=True)
+
+    def say(self, text):
+        print(f"\r\033[K{text}" if sys.stdout.isatty() else text, flush=True)
+
+    def write_row(self, row):
+        row = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
+        path = self.dir / "log.csv"
+        if not path.exists():
+            path.write_text(",".join(["step", "epoch", "g_updates", *self.names, "images_per_s", "seconds", "lr_g", "lr_d",
+                                      *SCORES]) + "\n")
+        with open(path, "r+", newline="") as f:
+            header = f.readline().rstrip("\r\n").split(",")
+            f.seek(0, os.SEEK_END)
+            csv.DictWriter(f, header, extrasaction="ignore", lineterminator="\n").writerow(row)
+        if self.board:
+            for k, v in row.items():
+                self.board.add_scalar(k, float(v), self.step)
+
+    def take_log(self, old):
+        """Keep the rows up to this step, and the sheets, so that a resumed run leaves what an unbroken one would."""
+        if (old / "log.csv").exists():
+            lines = (old / "log.csv").read_text().splitlines()
+            kept = [r for r in lines[1:] if r.count(",") == lines[0].count(",") and int(r.split(",")[0]) <= self.step]
+            write_whole(self.dir / "log.csv", lambda f: f.write("\n".join([lines[0], *kept, ""]).encode()))
+        for sheet in (old / "samples").glob("step_*.png"):
+            if int(sheet.stem[5:]) > self.step:
+                sheet.unlink() if old == self.dir else None
+            elif old != self.dir:
+                shutil.copy(sheet, self.dir / "samples")
+
+    def noise(self, n, *key):
+        """z (n, latent_dim) for figures and scores: a pure function of the seed, apart from the training's stream."""
+        return sample_z(self.args, n, "cpu", seeded(self.args.seed, *key)).to(self.device)
+
+    def pictures(self, z):
+        """uint8 (N, C, H, W) on the CPU."""
+        return torch.cat([to_uint8(self.draw(len(b), z=b)[0]).cpu() for b in z.split(500)])
+
+    def sample(self):
+        start = time.time()
+        save_sheet(self.pictures(self.z_sheet), self.dir / "samples" / f"step_{self.step:07}.png", 8)
+        self.paused += time.time() - start
+
+    def evaluate(self, report=False):
+        """Scores of fresh samples into log.csv. best.pt is chosen by the FID against training pictures, so that the
+        FID against the test set stays a measurement."""
+        if not self.metrics or (report and self.last_scores and self.last_scores["step"] == self.step):
+            return
+        start = time.time()
+        if not self.judge:
+            self.judge = self.metrics.Judge(self.args.dataset, self.args.data_dir, self.args.image_size,
+                                            device=self.device, limit=self.args.limit, say=self.say)
+        scores = self.judge(self.pictures(self.noise(self.judge.n, 2, self.step)))
+        self.last_scores = {"step": self.step, **scores}
+        self.state["stale"] += 1
+        if scores["fid_train"] < self.state["best_fid"]:
+            self.state.update(best_fid=scores["fid_train"], stale=0)
+            self.save("best.pt")
+        self.write_row({"step": self.step, "epoch": round(self.step / self.batch.per_epoch, 3),
+                        "g_updates": self.g_updates(), "seconds": self.state["seconds"] + time.time() - self.clock,
+                        **{k: scores[k] for k in SCORES}})
+        self.say(f"step {self.step}: {self.judge.line(scores)}")
+        self.paused += time.time() - start
+
+    # checkpoints
+
+    def save(self, name):
+        self.check_finite()
+        rng = {"cpu": torch.get_rng_state()}
+        if self.device.type != "cpu":
+            rng[self.device.type] = getattr(torch, self.device.type).get_rng_state()
+        checkpoint = {"script": self.script.stem, "step": self.step, "state": dict(self.state), "rng": rng,
+                      "args": {k: v for k, v in vars(self.args).items() if k not in ("checkpoint", "limit")},
+                      "nets": {k: net.state_dict() for k, net in self.nets.items()}, "ema": self.ema.state_dict(),
+                      "opts": {k: opt.state_dict() for k, opt in self.opts.items()}}
+        write_whole(self.dir / name, lambda f: torch.save(checkpoint, f))
+
+    def restore(self, checkpoint, streams):
+        """Networks, averages and optimizers; with `streams` also the step, the noise and the schedule."""
+        try:
+            for k, net in self.nets.items():
+                net.load_state_dict(checkpoint["nets"][k])
+            self.ema.load_state_dict(checkpoint["ema"])
+            for k, opt in self.opts.items():
+                load_optimizer(opt, checkpoint["opts"][k])
+        except (KeyError, RuntimeError, ValueError) as e:
+            fail(f"the checkpoint does not fit these networks ({e})")
+        if streams:
+            self.step = self.batch.step = checkpoint["step"]
+            self.state.update(checkpoint["state"])
+            torch.set_rng_state(checkpoint["rng"]["cpu"])
+            if self.device.type in checkpoint["rng"] and self.device.type != "cpu":
+                getattr(torch, self.device.type).set_rng_state(checkpoint["rng"][self.device.type])
+
+    def back_to_best(self):
+        self.restore(read_checkpoint(self.dir / "best.pt"), streams=False)
+
+    def on_signal(self, number, frame):
+        self.signal = number
+        for s, handler in self.handlers.items():
+            signal.signal(s, handler)
+
+    # the end of a run
+
+    def finish(self):
+        self.save("last.pt")
+        for s, handler in self.handlers.items():
+            signal.signal(s, handler)
+        if self.signal is not None:
+            self.say(f"stopped at step {self.step}: go on with --resume {self.dir / 'last.pt'}")
+            raise SystemExit(128 + self.signal)
+        self.figures()
+        if self.metrics:
+            self.evaluate(report=True)
+            fresh = {"last": self.judge(self.pictures(self.noise(self.judge.n, 3)))}
+            if (self.dir / "best.pt").exists():
+                self.ema.load_state_dict(read_checkpoint(self.dir / "best.pt")["ema"])
+                fresh["best"] = self.judge(self.pictures(self.noise(self.judge.n, 3)))
+            write_whole(self.dir / "scores.json", lambda f: f.write(json.dumps(fresh, indent=1).encode()))
+            for name, scores in fresh.items():
+                self.say(f"{name}.pt, fresh z, test set: {self.judge.line(scores)}")
+            self.metrics.plot([self.dir], self.dir / "curves.png")
+        if self.board: self.board.close()
+        self.say(f"done: {self.dir}")
+
+    def figures(self):
+        limit = 4.0 if self.args.prior == "normal" else 1.0
+        save_sheet(self.pictures(self.z_sheet), self.dir / "samples.png", 8)
+        save_gif(sorted((self.dir / "samples").glob("step_*.png")), self.dir / "training.gif")
+        a, b = self.noise(16, 4).chunk(2)  # eight pairs, ten pictures from one to the other
+        t = torch.linspace(0, 1, 10, device=a.device).view(1, 10, 1)
+        save_sheet(self.pictures(torch.lerp(a[:, None], b[:, None], t).flatten(0, 1)), self.dir / "interpolation_latent.png", 10)
+        xa, xb = (self.pictures(z).float()[:, None] for z in (a, b))
+        mix = torch.lerp(xa, xb, t.cpu().view(1, 10, 1, 1, 1)).flatten(0, 1).round().byte()
+        save_sheet(mix, self.dir / "interpolation_pixel.png", 10)
+        z, nz = self.noise(1, 5), self.args.latent_dim
+        ends = [self.pictures(torch.where(torch.eye(nz, device=z.device) > 0, v, z)).float() for v in (-limit, limit)]
+        strongest = (ends[0] - ends[1]).abs().flatten(1).mean(1).argsort(descending=True)[:self.args.traverse]
+        rows = z.repeat(len(strongest), 9, 1)
+        rows[torch.arange(len(strongest)), :, strongest.to(z.device)] = torch.linspace(-limit, limit, 9, device=z.device)
+        save_sheet(self.pictures(rows.flatten(0, 1)), self.dir / "traversal.png", 9)
+
+    def generate(self):
+        args, out = self.args, Path(self.args.generate_to or self.dir / "generated")
+        z = self.noise(args.generate, 6)
+        if args.z_file:
+            try:
+                z = torch.as_tensor(np.load(args.z_file) if args.z_file.endswith(".npy") else
+                                    torch.load(args.z_file, weights_only=True)).float().to(self.device)
+            except Exception as e:
+                fail(f"--z-file {args.z_file}: {e}")
+            if z.dim() != 2 or z.shape[1] != args.latent_dim or len(z) < args.generate or not z.isfinite().all():
+                fail(f"--z-file {args.z_file}: {tuple(z.shape)} is not ({args.generate} or more, {args.latent_dim}) finite numbers")
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            fail(f"--generate-to {out} is in use")
+        out.mkdir(parents=True, exist_ok=True)
+        for i, x in enumerate(self.pictures(z[:args.generate])):
+            to_image(x).save(out / f"{i:05}.png")
+        print(f"{args.generate} pictures in {out}")
+# --- end shared ---
+
+
+# --- shared: figures ---
+def to_image(x):
+    """uint8 (C, H, W) -> a grey or colour Pillow image."""
+    return Image.fromarray(x[0].numpy() if len(x) == 1 else x.permute(1, 2, 0).contiguous().numpy())
+
+
+def save_sheet(x, path, columns):
+    """uint8 (N, C, H, W) as one PNG, row by row, two pixels of white between pictures."""
+    from torchvision.utils import make_grid
+    sheet = make_grid(x, nrow=columns, padding=2, pad_value=255)
+    to_image(sheet[:x.shape[1]]).save(path)
+
+
+def save_gif(paths, out, limit=300 * 1024):
+    """The sheets as an animation of at most `limit` bytes: fewer frames and grey levels until it fits."""
+    for frames, colours in ((48, 16), (32, 16), (24, 8), (16, 8), (10, 4), (5, 4), (2, 2)):
+        chosen = [paths[i] for i in sorted({round(t) for t in np.linspace(0, len(paths) - 1, min(frames, len(paths)))})]
+        images = [Image.open(p).quantize(colours) for p in chosen]
+        if not images:
+            return
+        file = io.BytesIO()
+        images[0].save(file, "GIF", save_all=True, append_images=images[1:] + images[-1:] * 5, duration=150, loop=0)
+        if file.tell() <= limit:
+            return write_whole(out, lambda f, b=file: f.write(b.getvalue()))
+# --- end shared ---
+
+
+def main(argv=None):
+    train(parse_args(argv))
+
+
+if __name__ == "__main__":
+    main()
