@@ -1,6 +1,6 @@
 """Scores of generated pictures: FID, Inception Score, Mode Score, coverage; and plots of the runs' logs.
 
-    python metrics.py --real mnist --fake runs/NAME/generated          a folder of PNG, or a .npy or .pt of uint8 (N, C, H, W)
+    python metrics.py --real mnist --fake runs/NAME/generated     a folder of PNG; or a .npy or .pt, uint8 (N, C, H, W)
     python metrics.py --plot runs/A runs/B -o curves.png
 
 The features come from a small convnet that is trained here on the labelled training set: "classifier". Its FID is on a
@@ -212,11 +212,12 @@ class Judge:
 
     fid, coverage, inception_score, mode_score   against the first n test pictures; coverage's k is 5
     fid_train                                    against the first n training pictures: for choosing a checkpoint
-    classes, class_min, class_max                classes that hold 1/(4K) of the samples or more; least and largest share
+    classes, class_min, class_max                classes with 1/(4K) of the samples or more; least and largest share
     n_real, n_fake, floor                        sizes (equal), and the FID of the training against the test pictures"""
 
     def __init__(self, dataset, data_dir, image_size, device="cpu", limit=None, n=10_000, say=print, real=None):
-        self.net = classifier(dataset, data_dir, torch.device(device), limit, say)
+        device = torch.device(device if str(device) != "mps" else "cpu")  # MPS has no float64
+        self.net = classifier(dataset, data_dir, device, limit, say)
         train, test = (load_data(dataset, data_dir, image_size, s, limit)[0] for s in ("train", "test"))
         test = test if real is None else real
         self.n = min(n, len(train), len(test))
@@ -238,7 +239,8 @@ class Judge:
         return {"fid": frechet_distance(*statistics, *self.real_statistics),
                 "fid_train": frechet_distance(*statistics, *self.train_statistics),
                 "inception_score": score, "inception_score_std": spread,
-                "mode_score": mode_score(logits, self.logits_real)[1], "coverage": coverage(self.real, features, radius=self.radius),
+                "mode_score": mode_score(logits, self.logits_real)[1],
+                "coverage": coverage(self.real, features, radius=self.radius),
                 "classes": int((shares >= 1 / (4 * classes)).sum()), "class_min": shares.min().item(),
                 "class_max": shares.max().item(), "n_real": self.n, "n_fake": self.n, "floor": self.floor,
                 "features": self.net.name, "accuracy": self.net.accuracy}
@@ -247,7 +249,7 @@ class Judge:
     def line(s):
         return (f"FID[{s['features']}] {s['fid']:.1f} (floor {s['floor']:.1f}, n {s['n_real']} + {s['n_fake']})  "
                 f"IS {s['inception_score']:.2f} +- {s['inception_score_std']:.2f}  Mode Score {s['mode_score']:.2f}  "
-                f"coverage {s['coverage']:.3f}  {s['classes']} classes, {s['class_min']:.1%} to {s['class_max']:.1%} each")
+                f"coverage {s['coverage']:.3f}  {s['classes']} classes of {s['class_min']:.1%} to {s['class_max']:.1%}")
 
 
 # PLOT -----------------------------------------------------------------------------------------------------------------
@@ -275,7 +277,7 @@ def ticks(low, high, wanted=4):
 
 
 def plot(runs, out, names=None):
-    """Every logged column of one or several runs against the step (D updates), a panel each, as one PNG. FID in logs."""
+    """Each logged column of one or several runs against the step (D updates), a panel each, as one PNG."""
     logs = [read_log(r) for r in runs]
     names = names or [Path(r).resolve().name for r in runs]
     panels = [c for c in PANELS if any(log.get(c, ((), ()))[0] for log in logs)]
@@ -295,7 +297,8 @@ def plot(runs, out, names=None):
                   for s, vs in (log.get(column, ((), ())) for log in logs)]
         values = [v for _, vs in curves for v in vs if math.isfinite(v)] or [0.0]
         low, high = min(values), max(values)
-        low, high = (low - 0.5, high + 0.5) if high - low < 1e-9 else (low - 0.04 * (high - low), high + 0.04 * (high - low))
+        margin = 0.04 * (high - low) if high - low > 1e-9 else 0.5
+        low, high = low - margin, high + margin
         last = max(max(s, default=0) for s, _ in curves) or 1
         draw.rectangle([x0, y0, x1, y1], outline="#999999")
         draw.text((x0, y0 - 6), column + (" (log scale)" if log_scale else ""), "black", font, anchor="ls")
@@ -348,7 +351,7 @@ def read_pictures(path, channels):
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.error = fail
     p.add_argument("--real", help="a data set's name (digits, mnist, fashion: its test set), a folder, a .npy or a .pt")
     p.add_argument("--fake", help="a folder of PNG, or a .npy or .pt of uint8 (N, C, H, W)")
@@ -385,7 +388,7 @@ def main(argv=None):
 
 
 # --- shared: data ---
-DATASETS = ("digits", "mnist", "fashion")
+DATASETS = {"digits": 1, "mnist": 1, "fashion": 1}  # name -> channels
 
 
 def fail(message):

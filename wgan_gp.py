@@ -34,10 +34,10 @@ from torch.nn import functional as F
 
 def parse_args(argv=None):
     p = Parser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.epilog = ("w_dist in the log is E[C(x)] - E[C(G(z))]: positive where the critic tells real from fake, towards 0 as "
-                "G catches up. It leaves the penalty out, and it is the Wasserstein-1 distance only in so far as C is "
-                "optimal and 1-Lipschitz: compare it along one run, not between networks.")
-    p.add_argument("--gp-weight", type=number(float, 0), default=10.0, help="lambda; the paper: 10 on images, .1 on toys")
+    p.epilog = ("w_dist in the log is E[C(x)] - E[C(G(z))]: positive where the critic tells real from fake, towards 0 "
+                "as G catches up. It leaves the penalty out, and it is the Wasserstein-1 distance only in so far as C "
+                "is optimal and 1-Lipschitz: compare it along one run, not between networks.")
+    p.add_argument("--gp-weight", type=number(float, 0), default=10.0, help="lambda; the paper: 10 (.1 on 2-D toys)")
     p.add_argument("--lr-decay", choices=("none", "linear", "best-fid"), default="none",
                    help="linear: to 0 at the last step. best-fid: when the FID has not improved for --patience "
                         "evaluations, go back to the best checkpoint and halve both rates")
@@ -61,7 +61,7 @@ def make_generator(args, channels):
             width = w
         return nn.Sequential(*layers, nn.Linear(width, channels * S * S), nn.Tanh(), nn.Unflatten(1, (channels, S, S)))
     start, widths = dcgan_plan(args, ngf)
-    layers = [nn.Unflatten(1, (nz, 1, 1)), nn.ConvTranspose2d(nz, widths[0], start, 1, 0, bias=False)]  # (B, w, start, start)
+    layers = [nn.Unflatten(1, (nz, 1, 1)), nn.ConvTranspose2d(nz, widths[0], start, 1, 0, bias=False)]
     for w_in, w_out in zip(widths, [*widths[1:], channels]):  # each block doubles the side
         layers += [nn.BatchNorm2d(w_in), nn.ReLU(), nn.ConvTranspose2d(w_in, w_out, 4, 2, 1, bias=False)]
     return nn.Sequential(*layers, nn.Tanh()).apply(dcgan_init)
@@ -93,7 +93,7 @@ class MaskedLeakyReLU(nn.LeakyReLU):
 
 
 def dcgan_plan(args, base):
-    """Side of the smallest feature map, and the widths from there to the picture: 32 is report C's 4x base, 2x, base."""
+    """Side of the smallest feature map, and the widths from there to the picture: at 32, report C's 128, 64, 32."""
     plans = {28: (7, [2, 1]), 32: (4, [4, 2, 1]), 64: (4, [8, 4, 2, 1])}
     if args.image_size not in plans:
         fail(f"--arch dcgan makes pictures of 28, 32 or 64 pixels, not --image-size {args.image_size}")
@@ -141,18 +141,17 @@ def gradient_penalty(C, x_hat):
 
 
 def train(args):
-    device = pick_device(args.device)
-    x_train, y_train = load_data(args.dataset, args.data_dir, args.image_size, "train", limit=args.limit)
-    channels = x_train.shape[1]
+    device, channels = pick_device(args.device), DATASETS[args.dataset]
     torch.manual_seed(args.seed)
     G, C = make_generator(args, channels), make_critic(args, channels)  # drawn on the CPU: the same on every device
     G, C = (net.to(device, memory_format=torch.channels_last) for net in (G, C))
     ema = copy.deepcopy(G).eval().requires_grad_(False)
     opt_g, opt_d = adam(G, args.lr_g, args), adam(C, args.lr_d, args)
-    batch = Batches(x_train.to(device), y_train.to(device), args)
+    batch = None if args.generate else Batches(args, device)
 
     # step() reads nothing but x and the random stream, takes nothing and waits for nothing: what a CUDA graph needs
-    x = torch.empty((args.d_steps, args.batch_size, *x_train.shape[1:]), dtype=torch.uint8, device=device)
+    S = args.image_size
+    x = torch.empty((args.d_steps, args.batch_size, channels, S, S), dtype=torch.uint8, device=device)
     ema_updates = torch.zeros((), device=device)
 
     def step():
@@ -175,8 +174,8 @@ def train(args):
             opt_g.step()
             update_ema(ema, G, args.ema, ema_updates)
         C.requires_grad_(True)
-        return dict(d_loss=d_loss.detach(), g_loss=g_loss.detach(), w_dist=-critic_loss(score_real, score_fake).detach(),
-                    grad_norm=grad_norm, d_acc=pair_accuracy(score_real, score_fake))
+        w_dist, d_acc = -critic_loss(score_real, score_fake).detach(), pair_accuracy(score_real, score_fake)
+        return dict(d_loss=d_loss.detach(), g_loss=g_loss.detach(), w_dist=w_dist, grad_norm=grad_norm, d_acc=d_acc)
 
     @torch.no_grad()
     def draw(n, z=None, y=None):
@@ -188,9 +187,9 @@ def train(args):
         return C(x)
 
     run = Run(args, {"G": G, "D": C}, {"g": opt_g, "d": opt_d}, ema, draw, rate, batch)
-    ema_updates.fill_(run.g_updates())
     if args.generate:
         return run.generate()
+    ema_updates.fill_(run.g_updates())
     while run.training():
         run.set_lr(1 - run.step / run.total if args.lr_decay == "linear" else run.state["lr_scale"])
         for i in range(args.d_steps):
@@ -208,12 +207,12 @@ def train(args):
 
 
 # ======================================================================================================================
-# The method ends here. Below is plumbing: each block between "shared" marks is the same, byte for byte, in every script.
+# The method ends here. Below is plumbing: each block between "shared" marks is byte-identical in every script.
 # ======================================================================================================================
 
 
 # --- shared: data ---
-DATASETS = ("digits", "mnist", "fashion")
+DATASETS = {"digits": 1, "mnist": 1, "fashion": 1}  # name -> channels
 
 
 def fail(message):
@@ -307,7 +306,7 @@ def add_run_flags(p):
     a("--ndf", type=number(int, 1, 4096), default=32, help="dcgan: D's width at its widest map; report C: 32")
     a("--latent-dim", type=number(int, 1, 65536), default=100, help="size of z")
     a("--prior", choices=("normal", "uniform"), default="normal", help="law of z: N(0, I) or U[-1, 1]")
-    a("--epochs", type=number(int, 1), default=20, help="passes over the data, in D updates; the last short batch is dropped")
+    a("--epochs", type=number(int, 1), default=20, help="of N // batch D updates")
     a("--steps", type=number(int, 1), help="D updates in all; overrides --epochs")
     a("--batch-size", type=number(int, 2), help="pictures a step")
     a("--d-steps", "--n-critic", type=number(int, 1, 1000), help="D updates an iteration; WGAN-GP's paper: 5")
@@ -319,45 +318,46 @@ def add_run_flags(p):
     a("--ema", type=share, default=0.999, help="decay of G's averaged copy, which makes every picture; 0: no averaging")
     a("--seed", type=number(int, 0), default=0, help="of the networks, the order of the data, and all noise")
     a("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="mps is written for but untested")
-    a("--log-every", type=count, default=100, help="D updates between lines of log.csv; 0: never. So for the next three")
-    a("--sample-every", type=count, default=1000, help="between sheets of samples")
-    a("--eval-every", type=count, default=5000, help="between scores of 10,000 samples")
-    a("--checkpoint-every", type=count, default=2000, help="between writes of last.pt")
+    a("--log-every", type=count, default=100, help="D updates between rows of log.csv; 0: never")
+    a("--sample-every", type=count, default=1000, help="D updates between sheets of samples")
+    a("--eval-every", type=count, default=5000, help="D updates between scores of 10,000 samples")
+    a("--checkpoint-every", type=count, default=2000, help="D updates between writes of last.pt")
     a("--run-dir", help="default: runs/SCRIPT-DATASET-sSEED-TIME")
     a("--resume", metavar="FILE", help="a checkpoint: go on from it, with its flags unless given here")
     a("--generate", type=number(int, 1), metavar="N", help="with --resume: train nothing, write N pictures as PNG")
     a("--generate-to", metavar="DIR", help="where to; default: RUN/generated")
-    a("--z-file", metavar="FILE", help="with --generate: take z from a .npy or .pt file (N, latent-dim); else --seed draws it")
-    a("--traverse", type=number(int, 1), default=10, help="rows of traversal.png: the coordinates of z that change most")
+    a("--z-file", metavar="FILE", help="with --generate: z from a .npy or .pt (N, latent-dim)")
+    a("--traverse", type=number(int, 1), default=10, help="rows of traversal.png: the strongest coordinates of z")
     a("--tensorboard", action="store_true", help="also write the log for TensorBoard, if it is installed")
     a("--dry-run", action="store_true", help="two iterations and one of everything else, on tiny data")
 
 
+OF_ONE_CALL = {"resume", "run_dir", "generate", "generate_to", "z_file"}  # never taken from a checkpoint
 # what a resumed run may change; the rest would make another network, other data or another order of it
-MAY_CHANGE = {"steps", "epochs", "lr_g", "lr_d", "lr_decay", "patience", "log_every", "sample_every", "eval_every",
-              "checkpoint_every", "data_dir", "device", "run_dir", "resume", "generate", "generate_to", "z_file",
-              "traverse", "tensorboard"}
+MAY_CHANGE = OF_ONE_CALL | {"steps", "epochs", "lr_g", "lr_d", "lr_decay", "patience", "log_every", "sample_every",
+                            "eval_every", "checkpoint_every", "data_dir", "device", "traverse", "tensorboard"}
 
 
 def resolve(p, argv):
     """Flags, with those not given taken from --resume's checkpoint, and the defaults that depend on others."""
     args = p.parse_args(argv)
-    args.checkpoint = None
+    args.checkpoint = args.limit = None
     if args.resume:
-        checkpoint = read_checkpoint(args.resume)
-        if checkpoint["script"] != Path(__file__).stem:
-            fail(f"{args.resume} is a checkpoint of {checkpoint['script']}.py")
-        p.set_defaults(**{k: v for k, v in checkpoint["args"].items() if hasattr(args, k) and k not in
-                          ("resume", "run_dir", "generate", "generate_to", "z_file")})
-        args = p.parse_args(argv)
-        for k, v in checkpoint["args"].items():
-            if getattr(args, k, v) != v and k not in MAY_CHANGE | ({"seed"} if args.generate else set()):
-                fail(f"--{k.replace('_', '-')} is {v} in {args.resume}: a resumed run cannot change it")
-        args.checkpoint = checkpoint
+        absent = argparse.Namespace(**dict.fromkeys(vars(args), ...))
+        given = {k: v for k, v in vars(p.parse_args(argv, absent)).items() if v is not ...}
+        args.checkpoint = read_checkpoint(args.resume)
+        old, script = args.checkpoint["args"], args.checkpoint["script"]
+        if script != Path(__file__).stem:
+            fail(f"{args.resume} is a checkpoint of {script}.py")
+        for k, v in given.items():
+            if k in old and v != old[k] and k not in MAY_CHANGE | ({"seed"} if args.generate else set()):
+                fail(f"--{k.replace('_', '-')} is {old[k]} in {args.resume}: a resumed run cannot change it to {v}")
+        vars(args).update({k: v for k, v in old.items() if k not in given and k not in OF_ONE_CALL})
+        if "epochs" in given and "steps" not in given:
+            args.steps = None
     elif args.generate:
         fail("--generate needs --resume FILE, the checkpoint to draw from")
     args.image_size = args.image_size or {"dcgan": 32, "mlp": 28}[args.arch]
-    args.limit = None
     if args.dry_run:
         args.steps, args.batch_size, args.limit = 2 * args.d_steps, min(args.batch_size, 16), 256
         args.log_every = args.sample_every = args.eval_every = args.checkpoint_every = args.d_steps
@@ -394,7 +394,7 @@ def sample_z(args, n, device, generator=None):
 
 
 def seeded(*key):
-    """A CPU generator that is a pure function of whole numbers; torch keeps only 32 bits of a seed, so they are hashed."""
+    """A CPU generator, a pure function of whole numbers: hashed, as torch keeps only 32 bits of a seed."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
@@ -415,18 +415,20 @@ def update_ema(ema, G, decay, updates):
 
 
 def pair_accuracy(score_real, score_fake):
-    """The share of all pairs with score(real) > score(fake): .5 cannot tell, 1 always tells; comparable across losses."""
+    """The share of all pairs with score(real) > score(fake): .5 to 1, comparable across all losses."""
     return (score_real.detach()[:, None] > score_fake.detach()).float().mean()
 
 
 class Batches:
-    """batch() -> uint8 (B, C, H, W), labels (B,). The order of epoch e is a pure function of (seed, e)."""
+    """batch() -> uint8 (B, C, H, W), labels (B,), from one tensor on the device. Epoch e's order is a pure function of
+    (seed, e): there is nothing to checkpoint but the step."""
 
-    def __init__(self, x, y, args):
-        self.x, self.y, self.size, self.seed, self.per_epoch = x, y, args.batch_size, args.seed, len(x) // args.batch_size
+    def __init__(self, args, device):
+        x, y = load_data(args.dataset, args.data_dir, args.image_size, "train", args.limit)
+        self.x, self.y, self.size, self.seed = x.to(device), y.to(device), args.batch_size, args.seed
+        self.per_epoch, self.step, self.epoch = len(x) // args.batch_size, 0, None
         if not self.per_epoch:
             fail(f"--batch-size {args.batch_size} is larger than the data: {len(x)} pictures")
-        self.step, self.epoch = 0, None
 
     def __call__(self):
         epoch, i = divmod(self.step, self.per_epoch)
@@ -469,67 +471,74 @@ def load_optimizer(opt, saved):
 
 
 # --- shared: run ---
-SCORES = ["fid", "fid_train", "inception_score", "mode_score", "coverage", "classes"]
+SCRIPT = Path(__file__)
+SCORES = ["fid", "fid_train", "inception_score", "mode_score", "coverage", "classes", "class_min", "class_max"]
 
 
 class Run:
-    """The run directory, progress, checkpoints, evaluation and figures; sees the method only through its arguments."""
+    """The run directory, progress, checkpoints, scores and figures; sees the method only through these arguments."""
 
     def __init__(self, args, nets, opts, ema, draw, rate, batch):
-        self.args, self.nets, self.opts, self.ema, self.draw, self.rate, self.batch = args, nets, opts, ema, draw, rate, batch
-        self.script, self.device = Path(sys.modules[draw.__module__].__file__), next(ema.parameters()).device
-        self.step, self.total = 0, args.steps or args.epochs * batch.per_epoch
+        self.args, self.nets, self.opts, self.ema, self.draw, self.batch = args, nets, opts, ema, draw, batch
+        self.device, self.step = next(ema.parameters()).device, 0
         self.state = {"best_fid": math.inf, "stale": 0, "lr_scale": 1.0, "seconds": 0.0}
-        self.sums, self.count, self.first_bad = 0, 0, torch.full((), -1, device=self.device)
-        self.signal, self.judge, self.board, self.last_scores = None, None, None, None
-        resumed = Path(args.resume) if args.resume else None
-        if resumed:
-            self.restore(args.checkpoint, streams=True)
-        self.dir = Path(args.run_dir or (resumed.parent if resumed else f"runs/{self.script.stem}-{args.dataset}-"
-                        f"s{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"))
+        old = Path(args.resume).parent if args.resume else None
+        name = f"{SCRIPT.stem}-{args.dataset}-s{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+        self.dir = Path(args.run_dir) if args.run_dir else old or Path("runs") / name
+        if old:
+            self.restore(args.checkpoint)
         if args.generate:
             return
-        new = not resumed or self.dir.resolve() != resumed.parent.resolve()
-        if new and self.dir.exists() and (not self.dir.is_dir() or any(self.dir.iterdir())):
+        self.total, self.names = args.steps or args.epochs * batch.per_epoch, []
+        self.sums, self.count, self.first_bad = 0, 0, torch.full((), -1, device=self.device)
+        self.signal = self.judge = self.metrics = self.board = self.scored = None
+        fresh = not old or self.dir.resolve() != old.resolve()
+        if fresh and self.dir.exists() and (not self.dir.is_dir() or any(self.dir.iterdir())):
             fail(f"--run-dir {self.dir} is in use: name another, or go on with --resume {self.dir / 'last.pt'}")
+        if SCRIPT.with_name("metrics.py").exists():
+            import metrics
+            self.metrics = metrics
+        elif getattr(args, "lr_decay", "") == "best-fid":
+            fail("--lr-decay best-fid needs metrics.py beside the script")
+        else:
+            self.say("metrics.py is not beside this script: no scores, no curves.png")
         if args.tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
                 fail("--tensorboard needs a package of its own: pip install tensorboard")
-        self.metrics = None
-        if self.script.with_name("metrics.py").exists():
-            import metrics
-            self.metrics = metrics
-        else:
-            print("metrics.py is not beside this script: no scores, no curves.png")
-            if getattr(args, "lr_decay", "") == "best-fid":
-                fail("--lr-decay best-fid needs metrics.py beside the script")
         try:
             (self.dir / "samples").mkdir(parents=True, exist_ok=True)
         except OSError as e:
             fail(f"--run-dir {self.dir}: {e}")
-        if new:
-            shutil.copy(self.script, self.dir / self.script.name)
-        plain = {k: v for k, v in vars(args).items() if k != "checkpoint"}
-        (self.dir / "args.json").write_text(json.dumps(plain, indent=1))
-        if resumed:
-            self.take_log(resumed.parent)
-        self.board = SummaryWriter(self.dir) if args.tensorboard else None
+        if args.tensorboard:
+            self.board = SummaryWriter(self.dir)
+        if fresh:
+            shutil.copy(SCRIPT, self.dir / SCRIPT.name)
+        (self.dir / "args.json").write_text(json.dumps(self.plain_args(), indent=1))
+        if old:
+            self.take_over(old)
         self.z_sheet = self.noise(64, 1)
+        if self.step == 0 and args.sample_every:
+            self.sample()
         self.clock, self.clock_step, self.paused = time.time(), self.step, 0.0
-        self.handlers = {}
-        for s in (signal.SIGINT, signal.SIGTERM):  # stop at the end of an iteration; a second one stops at once
-            self.handlers[s] = signal.signal(s, self.on_signal)
-        print(f"{self.dir}: {self.total} D updates of {args.batch_size} pictures on {self.device}")
+        for s in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(s, self.on_signal)
+        self.say(f"{self.dir}: {self.total} D updates of {args.batch_size} pictures on {self.device}")
 
-    # what the loop reads
+    def on_signal(self, number, frame):
+        """Stop at the end of this iteration, with a checkpoint; a second signal stops at once."""
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
+
+    def plain_args(self):
+        return {k: v for k, v in vars(self.args).items() if k not in ("checkpoint", "limit")}
 
     def training(self):
         return self.step < self.total and self.signal is None
 
     def due(self, every):
-        """At the first iteration boundary at or past each multiple of `every`."""
+        """True at the first iteration boundary at or past each multiple of `every`."""
         return every > 0 and self.step // every > (self.step - self.args.d_steps) // every
 
     def g_updates(self):
@@ -548,59 +557,61 @@ class Run:
         self.first_bad = torch.where((self.first_bad < 0) & ~values.isfinite().all(), self.step, self.first_bad)
 
     def check_finite(self):
+        """Before anything is written: a NaN stops the run and leaves the last good checkpoint."""
         bad = int(self.first_bad)
-        if bad < 0 and all(p.isfinite().all() for net in self.nets.values() for p in net.parameters()):
-            return
-        kept = f"{self.dir / 'last.pt'} is from before" if (self.dir / "last.pt").exists() else "no checkpoint was due yet"
-        fail(f"a loss or weight is not finite at step {bad if bad >= 0 else self.step}; {kept}. Try a lower --lr-d and --lr-g")
+        if bad >= 0 or not all(p.isfinite().all() for net in self.nets.values() for p in net.parameters()):
+            kept = self.dir / "last.pt"
+            fail(f"a loss or weight is not finite at step {bad if bad >= 0 else self.step}: try lower --lr-d, --lr-g"
+                 + (f"; {kept} is from before" if kept.exists() else ""))
 
-    # log, samples, scores
+    # the log ----------------------------------------------------------------------------------------------------------
 
     def log(self):
-        means = dict(zip(self.names, (self.sums / self.count).tolist()))  # waits for the device
+        means = dict(zip(self.names, (self.sums / self.count).tolist()))  # the one place that waits for the device
         self.check_finite()
-        seconds = time.time() - self.clock - self.paused
-        rate = (self.step - self.clock_step) / max(seconds, 1e-9)
-        self.state["seconds"] += time.time() - self.clock
-        self.sums, self.count, self.clock, self.clock_step, self.paused = 0, 0, time.time(), self.step, 0.0
-        row = {"step": self.step, "epoch": round(self.step / self.batch.per_epoch, 3), "g_updates": self.g_updates(),
-               **means, "images_per_s": rate * self.args.batch_size, "seconds": self.state["seconds"],
-               "lr_g": self.opts["g"].param_groups[0]["lr"], "lr_d": self.opts["d"].param_groups[0]["lr"]}
-        self.write_row(row)
-        eta = int((self.total - self.step) / rate)
-        line = (f"epoch {row['epoch']:.1f}/{self.total / self.batch.per_epoch:.4g}  D {self.step} G {row['g_updates']}  "
-                + "  ".join(f"{k} {v:.3f}" for k, v in means.items())
-                + f"  {row['images_per_s']:.0f} img/s  ETA {eta // 3600}:{eta // 60 % 60:02}:{eta % 60:02}")
-        print(f"\r\033[K{line}" if sys.stdout.isatty() else line, end="" if sys.stdout.isatty() else "\n", flush=True)
+        now = time.time()
+        rate = (self.step - self.clock_step) / max(now - self.clock - self.paused, 1e-9)
+        self.state["seconds"] += now - self.clock
+        self.sums, self.count, self.clock, self.clock_step, self.paused = 0, 0, now, self.step, 0.0
+        self.write_row({**means, "images_per_s": rate * self.args.batch_size,
+                        "lr_g": self.opts["g"].param_groups[0]["lr"], "lr_d": self.opts["d"].param_groups[0]["lr"]})
+        losses, eta = "  ".join(f"{k} {v:.3f}" for k, v in means.items()), int((self.total - self.step) / rate)
+        self.say(f"epoch {self.step / self.batch.per_epoch:.1f}/{self.total / self.batch.per_epoch:.4g}  D {self.step} "
+                 f"G {self.g_updates()}  {losses}  {rate * self.args.batch_size:.0f} images/s  "
+                 f"ETA {eta // 3600}:{eta // 60 % 60:02}:{eta % 60:02}", redraw=True)
 
-    def say(self, text):
-        print(f"\r\033[K{text}" if sys.stdout.isatty() else text, flush=True)
+    def say(self, text, redraw=False):
+        """A line of its own; on a terminal the next one is written over a `redraw` line."""
+        terminal = sys.stdout.isatty()
+        print(f"\r\033[K{text}" if terminal else text, end="" if terminal and redraw else "\n", flush=True)
 
     def write_row(self, row):
-        row = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
+        row = {"step": self.step, "epoch": self.step / self.batch.per_epoch, "g_updates": self.g_updates(),
+               "seconds": self.state["seconds"] + time.time() - self.clock, **row}
+        columns = ["step", "epoch", "g_updates", "seconds", *self.names, "images_per_s", "lr_g", "lr_d", *SCORES]
         path = self.dir / "log.csv"
-        if not path.exists():
-            path.write_text(",".join(["step", "epoch", "g_updates", *self.names, "images_per_s", "seconds", "lr_g", "lr_d",
-                                      *SCORES]) + "\n")
-        with open(path, "r+", newline="") as f:
-            header = f.readline().rstrip("\r\n").split(",")
-            f.seek(0, os.SEEK_END)
-            csv.DictWriter(f, header, extrasaction="ignore", lineterminator="\n").writerow(row)
-        if self.board:
-            for k, v in row.items():
-                self.board.add_scalar(k, float(v), self.step)
+        new = not path.exists()
+        with open(path, "a", newline="") as f:
+            writer = csv.DictWriter(f, columns, extrasaction="ignore", lineterminator="\n")
+            if new: writer.writeheader()
+            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+        for k in columns if self.board else ():
+            if k in row: self.board.add_scalar(k, row[k], self.step)
 
-    def take_log(self, old):
-        """Keep the rows up to this step, and the sheets, so that a resumed run leaves what an unbroken one would."""
+    def take_over(self, old):
+        """Rows and sheets up to this step: a resumed run leaves what an unbroken one would."""
         if (old / "log.csv").exists():
-            lines = (old / "log.csv").read_text().splitlines()
-            kept = [r for r in lines[1:] if r.count(",") == lines[0].count(",") and int(r.split(",")[0]) <= self.step]
-            write_whole(self.dir / "log.csv", lambda f: f.write("\n".join([lines[0], *kept, ""]).encode()))
-        for sheet in (old / "samples").glob("step_*.png"):
-            if int(sheet.stem[5:]) > self.step:
-                sheet.unlink() if old == self.dir else None
-            elif old != self.dir:
+            header, *rows = (old / "log.csv").read_text().splitlines()
+            self.names = [k for k in header.split(",")[4:] if k not in ("images_per_s", "lr_g", "lr_d", *SCORES)]
+            rows = [r for r in rows if r.count(",") == header.count(",") and int(r.split(",")[0]) <= self.step]
+            write_whole(self.dir / "log.csv", lambda f: f.write("\n".join([header, *rows, ""]).encode()))
+        for sheet in sorted((old / "samples").glob("step_*.png")):
+            if int(sheet.stem[5:]) <= self.step and old.resolve() != self.dir.resolve():
                 shutil.copy(sheet, self.dir / "samples")
+            elif int(sheet.stem[5:]) > self.step and old.resolve() == self.dir.resolve():
+                sheet.unlink()
+
+    # samples and scores -----------------------------------------------------------------------------------------------
 
     def noise(self, n, *key):
         """z (n, latent_dim) for figures and scores: a pure function of the seed, apart from the training's stream."""
@@ -613,44 +624,40 @@ class Run:
     def sample(self):
         start = time.time()
         save_sheet(self.pictures(self.z_sheet), self.dir / "samples" / f"step_{self.step:07}.png", 8)
-        self.paused += time.time() - start
+        if self.step: self.paused += time.time() - start
 
-    def evaluate(self, report=False):
-        """Scores of fresh samples into log.csv. best.pt is chosen by the FID against training pictures, so that the
-        FID against the test set stays a measurement."""
-        if not self.metrics or (report and self.last_scores and self.last_scores["step"] == self.step):
+    def evaluate(self):
+        """Scores of fresh samples. best.pt is chosen by the FID against training pictures, so that the FID against the
+        test set stays a measurement."""
+        if not self.metrics or self.scored == self.step:
             return
-        start = time.time()
+        start, self.scored = time.time(), self.step
         if not self.judge:
-            self.judge = self.metrics.Judge(self.args.dataset, self.args.data_dir, self.args.image_size,
-                                            device=self.device, limit=self.args.limit, say=self.say)
+            self.judge = self.metrics.Judge(self.args.dataset, self.args.data_dir, self.args.image_size, self.device,
+                                            limit=self.args.limit, say=self.say)
         scores = self.judge(self.pictures(self.noise(self.judge.n, 2, self.step)))
-        self.last_scores = {"step": self.step, **scores}
         self.state["stale"] += 1
         if scores["fid_train"] < self.state["best_fid"]:
             self.state.update(best_fid=scores["fid_train"], stale=0)
             self.save("best.pt")
-        self.write_row({"step": self.step, "epoch": round(self.step / self.batch.per_epoch, 3),
-                        "g_updates": self.g_updates(), "seconds": self.state["seconds"] + time.time() - self.clock,
-                        **{k: scores[k] for k in SCORES}})
+        self.write_row(scores)
         self.say(f"step {self.step}: {self.judge.line(scores)}")
         self.paused += time.time() - start
 
-    # checkpoints
+    # checkpoints ------------------------------------------------------------------------------------------------------
 
     def save(self, name):
         self.check_finite()
         rng = {"cpu": torch.get_rng_state()}
         if self.device.type != "cpu":
             rng[self.device.type] = getattr(torch, self.device.type).get_rng_state()
-        checkpoint = {"script": self.script.stem, "step": self.step, "state": dict(self.state), "rng": rng,
-                      "args": {k: v for k, v in vars(self.args).items() if k not in ("checkpoint", "limit")},
-                      "nets": {k: net.state_dict() for k, net in self.nets.items()}, "ema": self.ema.state_dict(),
-                      "opts": {k: opt.state_dict() for k, opt in self.opts.items()}}
+        checkpoint = {"script": SCRIPT.stem, "args": self.plain_args(), "step": self.step, "state": dict(self.state),
+                      "rng": rng, "nets": {k: net.state_dict() for k, net in self.nets.items()},
+                      "ema": self.ema.state_dict(), "opts": {k: opt.state_dict() for k, opt in self.opts.items()}}
         write_whole(self.dir / name, lambda f: torch.save(checkpoint, f))
 
-    def restore(self, checkpoint, streams):
-        """Networks, averages and optimizers; with `streams` also the step, the noise and the schedule."""
+    def restore(self, checkpoint, weights_only=False):
+        """Networks, average and optimizers; unless `weights_only` also the step, the noise and the schedule."""
         try:
             for k, net in self.nets.items():
                 net.load_state_dict(checkpoint["nets"][k])
@@ -658,79 +665,74 @@ class Run:
             for k, opt in self.opts.items():
                 load_optimizer(opt, checkpoint["opts"][k])
         except (KeyError, RuntimeError, ValueError) as e:
-            fail(f"the checkpoint does not fit these networks ({e})")
-        if streams:
-            self.step = self.batch.step = checkpoint["step"]
+            fail(f"{self.args.resume} does not fit these networks ({e})")
+        if not weights_only:
+            self.step, rng = checkpoint["step"], checkpoint["rng"]
             self.state.update(checkpoint["state"])
-            torch.set_rng_state(checkpoint["rng"]["cpu"])
-            if self.device.type in checkpoint["rng"] and self.device.type != "cpu":
-                getattr(torch, self.device.type).set_rng_state(checkpoint["rng"][self.device.type])
+            torch.set_rng_state(rng["cpu"])
+            if self.device.type != "cpu" and self.device.type in rng:
+                getattr(torch, self.device.type).set_rng_state(rng[self.device.type])
+            if self.batch: self.batch.step = self.step
 
     def back_to_best(self):
-        self.restore(read_checkpoint(self.dir / "best.pt"), streams=False)
+        self.restore(read_checkpoint(self.dir / "best.pt"), weights_only=True)
 
-    def on_signal(self, number, frame):
-        self.signal = number
-        for s, handler in self.handlers.items():
-            signal.signal(s, handler)
-
-    # the end of a run
+    # the end ----------------------------------------------------------------------------------------------------------
 
     def finish(self):
         self.save("last.pt")
-        for s, handler in self.handlers.items():
-            signal.signal(s, handler)
         if self.signal is not None:
             self.say(f"stopped at step {self.step}: go on with --resume {self.dir / 'last.pt'}")
             raise SystemExit(128 + self.signal)
         self.figures()
         if self.metrics:
-            self.evaluate(report=True)
-            fresh = {"last": self.judge(self.pictures(self.noise(self.judge.n, 3)))}
+            self.evaluate()
+            self.save("last.pt")  # it now knows of the last score
+            scores = {"last": self.judge(self.pictures(self.noise(self.judge.n, 3)))}
             if (self.dir / "best.pt").exists():
                 self.ema.load_state_dict(read_checkpoint(self.dir / "best.pt")["ema"])
-                fresh["best"] = self.judge(self.pictures(self.noise(self.judge.n, 3)))
-            write_whole(self.dir / "scores.json", lambda f: f.write(json.dumps(fresh, indent=1).encode()))
-            for name, scores in fresh.items():
-                self.say(f"{name}.pt, fresh z, test set: {self.judge.line(scores)}")
+                scores["best"] = self.judge(self.pictures(self.noise(self.judge.n, 3)))
+            (self.dir / "scores.json").write_text(json.dumps(scores, indent=1))
+            for name in scores:
+                self.say(f"{name}.pt, fresh z: {self.judge.line(scores[name])}")
             self.metrics.plot([self.dir], self.dir / "curves.png")
         if self.board: self.board.close()
         self.say(f"done: {self.dir}")
 
     def figures(self):
-        limit = 4.0 if self.args.prior == "normal" else 1.0
+        ends, z, args = 4.0 if self.args.prior == "normal" else 1.0, self.noise(1, 5), self.args
         save_sheet(self.pictures(self.z_sheet), self.dir / "samples.png", 8)
         save_gif(sorted((self.dir / "samples").glob("step_*.png")), self.dir / "training.gif")
         a, b = self.noise(16, 4).chunk(2)  # eight pairs, ten pictures from one to the other
-        t = torch.linspace(0, 1, 10, device=a.device).view(1, 10, 1)
-        save_sheet(self.pictures(torch.lerp(a[:, None], b[:, None], t).flatten(0, 1)), self.dir / "interpolation_latent.png", 10)
+        t = torch.linspace(0, 1, 10).view(10, 1)
+        between = torch.lerp(a[:, None], b[:, None], t.to(a.device)).flatten(0, 1)
+        save_sheet(self.pictures(between), self.dir / "interpolation_latent.png", 10)
         xa, xb = (self.pictures(z).float()[:, None] for z in (a, b))
-        mix = torch.lerp(xa, xb, t.cpu().view(1, 10, 1, 1, 1)).flatten(0, 1).round().byte()
-        save_sheet(mix, self.dir / "interpolation_pixel.png", 10)
-        z, nz = self.noise(1, 5), self.args.latent_dim
-        ends = [self.pictures(torch.where(torch.eye(nz, device=z.device) > 0, v, z)).float() for v in (-limit, limit)]
-        strongest = (ends[0] - ends[1]).abs().flatten(1).mean(1).argsort(descending=True)[:self.args.traverse]
-        rows = z.repeat(len(strongest), 9, 1)
-        rows[torch.arange(len(strongest)), :, strongest.to(z.device)] = torch.linspace(-limit, limit, 9, device=z.device)
-        save_sheet(self.pictures(rows.flatten(0, 1)), self.dir / "traversal.png", 9)
+        between = torch.lerp(xa, xb, t.view(1, 10, 1, 1, 1)).flatten(0, 1).round().byte()
+        save_sheet(between, self.dir / "interpolation_pixel.png", 10)
+        one = torch.eye(args.latent_dim, device=z.device) > 0  # row i: coordinate i at either end, the rest left alone
+        low, high = (self.pictures(torch.where(one, v, z)).float() for v in (-ends, ends))
+        rows = (high - low).abs().flatten(1).mean(1).argsort(descending=True)[:args.traverse].to(z.device)
+        slide = torch.linspace(-ends, ends, 9, device=z.device).view(1, 9, 1)
+        save_sheet(self.pictures(torch.where(one[rows, None], slide, z).flatten(0, 1)), self.dir / "traversal.png", 9)
 
     def generate(self):
         args, out = self.args, Path(self.args.generate_to or self.dir / "generated")
         z = self.noise(args.generate, 6)
         if args.z_file:
             try:
-                z = torch.as_tensor(np.load(args.z_file) if args.z_file.endswith(".npy") else
-                                    torch.load(args.z_file, weights_only=True)).float().to(self.device)
+                z = np.load(args.z_file) if args.z_file.endswith(".npy") else torch.load(args.z_file, weights_only=True)
+                z = torch.as_tensor(z).float().to(self.device)
+                assert z.dim() == 2 and z.shape[1] == args.latent_dim and len(z) >= args.generate, tuple(z.shape)
+                assert z.isfinite().all(), "not all numbers are finite"
             except Exception as e:
-                fail(f"--z-file {args.z_file}: {e}")
-            if z.dim() != 2 or z.shape[1] != args.latent_dim or len(z) < args.generate or not z.isfinite().all():
-                fail(f"--z-file {args.z_file}: {tuple(z.shape)} is not ({args.generate} or more, {args.latent_dim}) finite numbers")
+                fail(f"--z-file {args.z_file}, to be ({args.generate} or more, {args.latent_dim}): {e}")
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             fail(f"--generate-to {out} is in use")
         out.mkdir(parents=True, exist_ok=True)
         for i, x in enumerate(self.pictures(z[:args.generate])):
             to_image(x).save(out / f"{i:05}.png")
-        print(f"{args.generate} pictures in {out}")
+        self.say(f"{args.generate} pictures in {out}")
 # --- end shared ---
 
 
@@ -761,8 +763,17 @@ def save_gif(paths, out, limit=300 * 1024):
 # --- end shared ---
 
 
+# --- shared: main ---
 def main(argv=None):
-    train(parse_args(argv))
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        train(parse_args(argv))
+    except KeyboardInterrupt:  # outside the training loop, or the second one
+        raise SystemExit(128 + signal.SIGINT) from None
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+# --- end shared ---
 
 
 if __name__ == "__main__":

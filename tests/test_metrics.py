@@ -1,0 +1,409 @@
+"""metrics.py's scores, against closed forms, numpy, scipy, torch-fidelity and pytorch-fid."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from pytorch_fid import fid_score
+from scipy import linalg
+from torch_fidelity import metric_fid, metric_isc
+
+import metrics
+
+F64 = torch.float64
+SURE = 2000.0  # a logit so large that the other classes' probabilities are 0
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
+
+
+def randn(*shape):
+    return torch.randn(shape, dtype=F64)
+
+
+def one_hot(classes, k):
+    return SURE * torch.nn.functional.one_hot(torch.as_tensor(classes), k).to(F64)
+
+
+def mixed(n, d, scale=1.0, shift=0.0):
+    """Features with a full covariance whose eigenvalues run from .1 to 9."""
+    rng = torch.Generator().manual_seed(d)
+    x = randn(n, d) * torch.linspace(0.3, 3, d, dtype=F64)
+    return scale * x @ torch.linalg.qr(torch.randn(d, d, generator=rng, dtype=F64)).Q + shift
+
+
+def numpy_statistics(x):
+    x = x.double().numpy()
+    return x.mean(0), np.cov(x, rowvar=False)
+
+
+# Inception Score
+
+
+@pytest.mark.parametrize("splits", [1, 10])
+@pytest.mark.parametrize("k", [2, 10, 1000])
+def test_is_of_a_classifier_that_cannot_tell_is_1(k, splits):
+    assert metrics.inception_score(torch.full((100, k), 3.0), splits) == pytest.approx((1, 0), abs=1e-12)
+
+
+@pytest.mark.parametrize("k", [2, 10])
+def test_is_of_all_classes_for_certain_is_k(k):
+    assert metrics.inception_score(one_hot(torch.arange(100 * k) % k, k), splits=1) == pytest.approx((k, 0), abs=1e-12)
+
+
+@pytest.mark.parametrize("splits", [1, 10])
+def test_is_of_one_class_is_1(splits):
+    assert metrics.inception_score(one_hot([4] * 100, 10), splits) == pytest.approx((1, 0), abs=1e-12)
+
+
+def test_is_of_two_answers_in_closed_form():
+    """Half the pictures (p, 1 - p), half (1 - p, p): the marginal is (1/2, 1/2), so log IS = log 2 - H(p)."""
+    p = torch.tensor([0.9, 0.1], dtype=F64)
+    score, _ = metrics.inception_score(torch.stack([p, p.flip(0)] * 50).log(), splits=1)
+    assert score == pytest.approx(2 * 0.9 ** 0.9 * 0.1 ** 0.1, abs=1e-12)
+
+
+def test_splitting_biases_is_downwards():
+    logits = one_hot(range(10), 10)
+    assert metrics.inception_score(logits, splits=1)[0] == pytest.approx(10, abs=1e-12)
+    assert metrics.inception_score(logits, splits=2)[0] == pytest.approx(5, abs=1e-12)
+    assert metrics.inception_score(logits, splits=10)[0] == pytest.approx(1, abs=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("n, k, splits", [(1000, 10, 10), (500, 7, 1), (400, 50, 5)])
+def test_is_agrees_with_torch_fidelity(n, k, splits, dtype):
+    logits = (3 * randn(n, k) + randn(k)).to(dtype)
+    theirs = metric_isc.isc_features_to_metric(logits, splits=splits, shuffle=True, rng_seed=2020)
+    ours = metrics.inception_score(logits, splits) if splits != 10 else metrics.inception_score(logits)
+    assert ours[0] == pytest.approx(theirs["inception_score_mean"], rel=1e-10) and ours[0] > 1.5
+    assert ours[1] == pytest.approx(theirs["inception_score_std"], rel=1e-6, abs=1e-12)
+
+
+# Mode Score
+
+
+@pytest.mark.parametrize("k", [3, 10])
+def test_mode_score_as_printed_is_the_inception_score_and_forgets_the_real_pictures(k):
+    logits = 2 * randn(300, k) + randn(k)
+    p = np.exp(logits.numpy()) / np.exp(logits.numpy()).sum(1, keepdims=True)
+    marginal = p.mean(0)
+    wanted = np.exp((p * np.log(p)).sum(1).mean() - (marginal * np.log(marginal)).sum())  # exp(H(y) - E H(y|x))
+    for real in (randn(200, k), 3 * randn(77, k) + 2 * randn(k)):
+        assert metrics.mode_score(logits, real)[0] == pytest.approx(wanted, abs=1e-12, rel=1e-12)
+
+
+@pytest.mark.parametrize("m", [1, 2, 5, 10])
+def test_mode_score_as_meant_pays_for_missing_classes(m):
+    """m of 10 classes, each certain, against all 10: IS = m and KL = log(10 / m)."""
+    printed, meant = metrics.mode_score(one_hot(torch.arange(20 * m) % m, 10), one_hot(torch.arange(100) % 10, 10))
+    assert (printed, meant) == pytest.approx((m, m * m / 10), abs=1e-12)
+
+
+def test_mode_score_as_meant_in_numpy():
+    fake, real = 2 * randn(300, 10) + randn(10), 2 * randn(200, 10)
+    p, q = (np.exp(t.numpy()) / np.exp(t.numpy()).sum(1, keepdims=True) for t in (fake, real))
+    m, star = p.mean(0), q.mean(0)
+    wanted = np.exp((p * np.log(p / m)).sum(1).mean() - (m * np.log(m / star)).sum())
+    assert metrics.mode_score(fake, real)[1] == pytest.approx(wanted, rel=1e-12)
+
+
+# FID: closed forms
+
+
+@pytest.mark.parametrize("dtype, offset", [(F64, 0), (torch.float32, 1000)])
+def test_mean_and_covariance(dtype, offset):
+    x = (mixed(50, 6) + offset).to(dtype)
+    mean, cov = metrics.mean_and_covariance(x)
+    wanted = numpy_statistics(x)
+    assert mean.dtype == cov.dtype == F64
+    np.testing.assert_allclose(mean, wanted[0], rtol=1e-12)
+    np.testing.assert_allclose(cov, wanted[1], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("n, d", [(200, 16), (20, 16), (10, 16), (16, 16), (5, 300), (150, 128)])
+def test_fid_of_a_set_with_itself_is_0(n, d):
+    x = mixed(n, d)
+    trace = metrics.mean_and_covariance(x)[1].trace().item()
+    assert 0 <= metrics.fid(x, x) < 1e-8 * d * trace
+    assert 0 <= metrics.fid(x, x.flip(0)) < 1e-8 * d * trace
+
+
+@pytest.mark.parametrize("n", [100, 6])
+def test_fid_of_a_shift_is_its_squared_length(n):
+    x, shift = randn(n, 12), 3 * randn(12)
+    assert metrics.fid(x, x + shift) == pytest.approx(shift.square().sum().item(), rel=1e-7)
+    assert metrics.fid(x + shift, x) == pytest.approx(shift.square().sum().item(), rel=1e-7)
+
+
+def test_fid_of_commuting_covariances():
+    a, b, m = torch.rand(3, 9, dtype=F64) + 0.1
+    q = torch.linalg.qr(randn(9, 9)).Q
+    wanted = m.square().sum() + (a.sqrt() - b.sqrt()).square().sum()
+    for turn in (torch.eye(9, dtype=F64), q):
+        distance = metrics.frechet_distance(m, turn @ a.diag() @ turn.T, 0 * m, turn @ b.diag() @ turn.T)
+        assert distance == pytest.approx(wanted.item(), rel=1e-12)
+
+
+def test_fid_in_one_dimension():
+    x, y = 2 * randn(50, 1) + 1, 0.5 * randn(80, 1) - 3
+    wanted = (x.mean() - y.mean()) ** 2 + (x.std() - y.std()) ** 2
+    assert metrics.fid(x, y) == pytest.approx(wanted.item(), rel=1e-12)
+
+
+def test_fid_of_rank_1_covariances():
+    u, v = randn(2, 12)
+    zero = torch.zeros(12, dtype=F64)
+    wanted = u.square().sum() + v.square().sum() - 2 * (u @ v).abs()
+    distance = metrics.frechet_distance(zero, torch.outer(u, u), zero, torch.outer(v, v))
+    assert distance == pytest.approx(wanted.item(), rel=1e-6)  # eigenvalues of 1e-16 leave roots of 1e-8
+
+
+@pytest.mark.parametrize("d", [5, 50, 400])
+def test_fid_of_two_pairs_of_pictures(d):
+    """m + u and m - u: covariance 2 u u'. 1e-12 is out of reach once a (d, d) matrix is formed and its roots taken."""
+    u, v, m1, m2 = randn(4, d)
+    distance = metrics.fid(torch.stack([m1 + u, m1 - u]), torch.stack([m2 + v, m2 - v]))
+    wanted = (m1 - m2).square().sum() + 2 * u.square().sum() + 2 * v.square().sum() - 4 * (u @ v).abs()
+    assert distance == pytest.approx(wanted.item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("n", [300, 15])
+def test_fid_is_blind_to_rotations_and_the_order_of_arguments(n):
+    x, y, q = mixed(n, 20), mixed(n, 20, 1.5, 0.2), torch.linalg.qr(randn(20, 20)).Q
+    assert metrics.fid(x @ q, y @ q) == pytest.approx(metrics.fid(x, y), rel=1e-7)
+    assert metrics.fid(y, x) == pytest.approx(metrics.fid(x, y), rel=1e-7)
+    assert metrics.fid(x @ q, y) > 1.01 * metrics.fid(x, y)
+
+
+def test_fid_grows_by_the_squared_scale():
+    x, y = mixed(60, 8), mixed(90, 8, 1.5, 0.2)
+    assert metrics.fid(1e3 * x, 1e3 * y) == pytest.approx(1e6 * metrics.fid(x, y), rel=1e-10)
+
+
+@pytest.mark.parametrize("d, n, runs", [(16, 2000, 8), (64, 2000, 2)])
+def test_fid_of_finite_samples_of_one_law(d, n, runs):
+    """N(0, I) on both sides: the estimate is (d + d (d + 1) / 4) (1/N + 1/N), to first order; the distance is 0."""
+    mean = np.mean([metrics.fid(randn(n, d), randn(n, d)) for _ in range(runs)])
+    assert mean == pytest.approx((d + d * (d + 1) / 4) * 2 / n, rel=0.05)
+
+
+# FID: other people's programs
+
+
+@pytest.mark.parametrize("n, m, d", [(300, 300, 20), (500, 100, 64), (41, 60, 40)])
+def test_fid_agrees_with_sqrtm(n, m, d):
+    x, y = mixed(n, d), mixed(m, d, 1.5, 0.2)
+    (m1, c1), (m2, c2) = numpy_statistics(x), numpy_statistics(y)
+    wanted = ((m1 - m2) ** 2).sum() + np.trace(c1 + c2 - 2 * linalg.sqrtm(c1 @ c2).real)
+    assert metrics.fid(x, y) == pytest.approx(wanted, rel=1e-6)
+    ours = metrics.frechet_distance(*map(torch.from_numpy, (m1, c1, m2, c2)))
+    assert ours == pytest.approx(wanted, rel=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_fid_agrees_with_pytorch_fid_and_torch_fidelity():
+    x, y = mixed(400, 32).float() + 5, mixed(500, 32, 0.7, 0.2).float() + 5
+    pytorch_fid = fid_score.calculate_frechet_distance(*numpy_statistics(x), *numpy_statistics(y))
+    statistics = [metric_fid.fid_features_to_statistics(t.double()) for t in (x, y)]
+    torch_fidelity = metric_fid.fid_statistics_to_metric(*statistics, False)["frechet_inception_distance"]
+    assert metrics.fid(x, y) == pytest.approx(pytorch_fid, rel=1e-6)
+    assert metrics.fid(x, y) == pytest.approx(torch_fidelity, rel=1e-6)
+
+
+def exact_rank_deficient(x, y):
+    """Tr (C1 C2)^(1/2) from the few non-zero eigenvalues of C1 C2: those of B C1 B', C2 = B'B."""
+    (m1, c1), (m2, c2) = numpy_statistics(x), numpy_statistics(y)
+    b = (y.numpy() - m2) / math.sqrt(len(y) - 1)
+    values = np.sort(np.linalg.eigvalsh(b @ c1 @ b.T))[::-1][:min(len(x), len(y)) - 1]
+    return ((m1 - m2) ** 2).sum() + np.trace(c1 + c2) - 2 * np.sqrt(values.clip(0)).sum()
+
+
+@pytest.mark.parametrize("n, m", [(10, 10), (10, 20), (31, 31), (32, 32), (33, 33), (31, 32), (31, 33), (200, 10),
+                                  (2, 200)])
+def test_fid_with_fewer_pictures_than_dimensions(n, m):
+    """d = 32: well below it, around it, and on one side only."""
+    x, y = mixed(n, 32), mixed(m, 32, 1.3, 0.3)
+    statistics = [metric_fid.fid_features_to_statistics(t) for t in (x, y)]
+    theirs = metric_fid.fid_statistics_to_metric(*statistics, False)["frechet_inception_distance"]
+    wanted = exact_rank_deficient(x, y) if m < 32 or n < 32 else theirs
+    trace = sum(np.trace(s["sigma"]) for s in statistics)
+    assert wanted > 0.01 * trace
+    assert theirs == pytest.approx(wanted, abs=1e-6 * trace)
+    tolerance = 1e-11 if max(n, m) < 32 else 1e-6  # no roots of rounding errors in the low-rank form
+    assert metrics.fid(x, y) == pytest.approx(wanted, abs=tolerance * trace)
+    assert metrics.fid(y, x) == pytest.approx(wanted, abs=tolerance * trace)
+
+
+def test_fid_of_pictures_all_alike():
+    x, y = mixed(100, 8), torch.full((100, 8), 2.0)
+    wanted = (x.mean(0) - 2).square().sum() + x.var(0).sum()
+    assert metrics.fid(x, y) == pytest.approx(wanted.item(), rel=1e-10)
+    assert metrics.fid(y[:5], y[:5]) == metrics.fid(y, y) == 0
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("n", [20, 4])
+@pytest.mark.parametrize("side", [0, 1])
+def test_fid_refuses_features_that_are_not_finite(bad, n, side):
+    sets = [randn(n, 8), randn(n, 8)]
+    sets[side][1, 2] = bad
+    with pytest.raises(ValueError, match="not finite"):
+        metrics.fid(*sets)
+    with pytest.raises(ValueError, match="not finite"):
+        metrics.frechet_distance(*metrics.mean_and_covariance(sets[0]), *metrics.mean_and_covariance(sets[1]))
+
+
+@pytest.mark.parametrize("n, m", [(1, 1), (1, 50), (50, 1)])
+def test_fid_refuses_a_single_picture(n, m):
+    with pytest.raises(ValueError, match="two"):
+        metrics.fid(randn(n, 8), randn(m, 8))
+
+
+# coverage
+
+
+def brute_radius(x, k):
+    x = x.double().numpy()
+    distances = np.sqrt(((x[:, None] - x[None]) ** 2).sum(2))
+    return np.array([sorted(np.delete(row, i))[k - 1] for i, row in enumerate(distances)])
+
+
+def brute_coverage(real, fake, k):
+    covered = 0
+    for x, radius in zip(real.double().numpy(), brute_radius(real, k)):
+        covered += any(math.dist(x, y) < radius for y in fake.double().numpy())
+    return covered / len(real)
+
+
+@pytest.mark.parametrize("n, d, k", [(12, 3, 1), (60, 16, 5), (200, 1, 3), (1100, 2, 5)])
+def test_ball_radius(n, d, k):
+    x = randn(n, d)
+    np.testing.assert_allclose(metrics.ball_radius(x, k), brute_radius(x, k), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("k", [1, 3, 5])
+@pytest.mark.parametrize("n, m, d", [(8, 5, 2), (60, 40, 3), (40, 90, 20)])
+def test_coverage_by_hand(n, m, d, k):
+    real, fake = randn(n, d), randn(m, d) + 1.2
+    wanted = brute_coverage(real, fake, k)
+    assert 0 < wanted < 1
+    assert metrics.coverage(real, fake, k) == pytest.approx(wanted, abs=1e-12)
+
+
+@pytest.mark.parametrize("n", [10, 100])
+def test_coverage_of_points_on_a_lattice(n):
+    """Whole numbers: plenty of duplicates and of ties, which strict inequality leaves out."""
+    real, fake = torch.randint(0, 4, (2, n, 2)).float()
+    for k in (1, 2, 5):
+        assert metrics.coverage(real, fake, k) == pytest.approx(brute_coverage(real, fake, k), abs=1e-12)
+
+
+@pytest.mark.parametrize("n", [30, 1500])
+def test_coverage_at_the_ends(n):
+    x = randn(n, 4)
+    assert metrics.coverage(x, x) == 1
+    assert metrics.coverage(x, x[:1] + 1000) == 0
+
+
+def test_coverage_of_duplicates_is_strict():
+    x = torch.arange(10.0)[:, None].repeat(2, 1)
+    assert metrics.ball_radius(x, 1).abs().max() == 0
+    assert metrics.coverage(x, x, k=1) == 0  # a ball of radius 0 holds nothing, not even its centre
+    assert metrics.coverage(x, x, k=2) == 1
+    assert metrics.coverage(torch.tensor([[0.0], [1.0]]), torch.tensor([[2.0]]), k=1) == 0  # at 1's very edge
+
+
+def test_coverage_takes_the_radius_as_given():
+    real, fake = randn(50, 3), randn(40, 3)
+    assert metrics.coverage(real, fake, radius=metrics.ball_radius(real, 5)) == metrics.coverage(real, fake, k=5)
+    nearest = np.sqrt(((real[:, None] - fake[None]) ** 2).sum(2).numpy().min(1))
+    assert metrics.coverage(real, fake, radius=torch.full((50,), 0.8)) == (nearest < 0.8).mean()
+
+
+def test_coverage_of_one_law():
+    n = m = 600
+    wanted = 1 - math.prod((n - i) / (m + n - i) for i in range(1, 6))
+    assert wanted == pytest.approx(0.96914, abs=1e-5)
+    mean = np.mean([metrics.coverage(randn(n, 3), randn(m, 3)) for _ in range(12)])
+    assert mean == pytest.approx(wanted, abs=0.006)
+
+
+def test_coverage_and_outliers():
+    """A real outlier's huge ball counts once, however many fakes it swallows; a fake outlier changes nothing."""
+    real, outlier, fake = randn(99, 3), torch.full((1, 3), 1000.0, dtype=F64), randn(50, 3) + 300
+    assert metrics.coverage(real, fake) == 0
+    assert metrics.coverage(torch.cat([real, outlier]), fake) == pytest.approx(1 / 100, abs=1e-12)
+    fake = randn(50, 3)
+    assert metrics.coverage(real, torch.cat([fake, outlier])) == metrics.coverage(real, fake) > 0.5
+
+
+def test_distances_survive_a_large_offset():
+    real, fake = (randn(80, 32) + 3000).float(), (0.9 * randn(60, 32) + 3000).float()
+    np.testing.assert_allclose(metrics.ball_radius(real, 5), brute_radius(real, 5), rtol=1e-7)
+    assert metrics.coverage(real, fake) == pytest.approx(brute_coverage(real, fake, 5), abs=1e-12)
+
+
+# the classifier's features
+
+
+@pytest.fixture
+def net():
+    net = metrics.Classifier(3, 7)
+    for m in net.modules():
+        if isinstance(m, torch.nn.BatchNorm2d):
+            m.running_mean.normal_(), m.running_var.uniform_(0.5, 2), m.weight.data.uniform_(0.5, 2)
+    return net
+
+
+def pictures(n, size=32, channels=3):
+    return torch.randint(0, 256, (n, channels, size, size), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_embedding_one_by_one_or_together(net, training):
+    x = pictures(1003)
+    features, logits = net.train(training).embed(x)
+    assert features.shape == (1003, 128) and logits.shape == (1003, 7) and not features.requires_grad
+    for i in (0, 500, 999, 1000, 1002):
+        one = net.train(training).embed(x[i:i + 1])
+        torch.testing.assert_close(one, (features[i:i + 1], logits[i:i + 1]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits, features @ net.head.weight.T + net.head.bias, rtol=1e-4, atol=1e-5)
+
+
+def test_embedding_leaves_the_running_statistics(net):
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    net.train().embed(pictures(20))
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+@pytest.mark.parametrize("size", [28, 64])
+def test_embedding_looks_at_32_pixels(net, size):
+    x = pictures(5, size)
+    x = x.repeat_interleave(2, 2).repeat_interleave(2, 3)[:, :, :64, :64] if size == 64 else x
+    same = torch.nn.functional.pad(x, (2, 2, 2, 2)) if size == 28 else x[:, :, ::2, ::2]
+    torch.testing.assert_close(net.embed(x), net.embed(same), rtol=1e-4, atol=1e-5)
+
+
+def test_prepare_28_adds_a_black_border():
+    x = pictures(4, 28) // 2 + 100
+    y = metrics.Classifier.prepare(x)
+    assert y.shape == (4, 3, 32, 32) and y.dtype == torch.float32
+    np.testing.assert_allclose(y[:, :, 2:30, 2:30], x.numpy() / 255, rtol=1e-6)
+    y[:, :, 2:30, 2:30] = 0
+    assert y.abs().max() == 0
+
+
+def test_prepare_32_only_scales():
+    x = pictures(4)
+    np.testing.assert_allclose(metrics.Classifier.prepare(x), x.numpy() / 255, rtol=1e-6)
+
+
+@pytest.mark.parametrize("factor", [2, 4])
+def test_prepare_larger_takes_the_mean_of_each_square(factor):
+    x = pictures(2, 32 * factor, 1)
+    wanted = x.numpy().reshape(2, 1, 32, factor, 32, factor).mean((3, 5)) / 255
+    np.testing.assert_allclose(metrics.Classifier.prepare(x), wanted, rtol=1e-5)
