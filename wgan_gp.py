@@ -33,7 +33,7 @@ from torch.nn import functional as F
 
 
 def parse_args(argv=None):
-    p = Parser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.epilog = ("w_dist in the log is E[C(x)] - E[C(G(z))]: positive where the critic tells real from fake, towards 0 "
                 "as G catches up. It leaves the penalty out, and it is the Wasserstein-1 distance only in so far as C "
                 "is optimal and 1-Lipschitz: compare it along one run, not between networks.")
@@ -157,7 +157,7 @@ def train(args):
     def step():
         for x_uint8 in x:
             x_real = from_uint8(x_uint8)
-            with torch.no_grad():  # no gradient through G here: a third of a textbook loop's critic step
+            with torch.no_grad():  # the critic's backward ends at the picture
                 x_fake = G(sample_z(args, args.batch_size, device))
             score_real, score_fake = C(torch.cat([x_real, x_fake])).chunk(2)  # no batch norm: one forward for both
             penalty, grad_norm = gradient_penalty(C, interpolate(x_real, x_fake))
@@ -278,11 +278,6 @@ def fit(x, size):
 
 
 # --- shared: flags ---
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        fail(message)
-
-
 def number(kind, low, high=2**40):
     """An argparse type: an int or a float in [low, high]; NaN and infinity are out."""
     def parse(text):
@@ -296,6 +291,7 @@ def number(kind, low, high=2**40):
 
 def add_run_flags(p):
     """The flags every image script has. A script sets its own defaults with p.set_defaults."""
+    p.error, p.formatter_class = fail, argparse.ArgumentDefaultsHelpFormatter
     count, share = number(int, 0), number(float, 0, 0.999999)
     a = p.add_argument
     a("--dataset", choices=DATASETS, default="digits", help="digits: rendered here, no download")
@@ -341,12 +337,11 @@ MAY_CHANGE = OF_ONE_CALL | {"steps", "epochs", "lr_g", "lr_d", "lr_decay", "pati
 def resolve(p, argv):
     """Flags, with those not given taken from --resume's checkpoint, and the defaults that depend on others."""
     args = p.parse_args(argv)
-    args.checkpoint = args.limit = None
     if args.resume:
         absent = argparse.Namespace(**dict.fromkeys(vars(args), ...))
         given = {k: v for k, v in vars(p.parse_args(argv, absent)).items() if v is not ...}
-        args.checkpoint = read_checkpoint(args.resume)
-        old, script = args.checkpoint["args"], args.checkpoint["script"]
+        checkpoint = read_checkpoint(args.resume)
+        old, script = checkpoint["args"], checkpoint["script"]
         if script != Path(__file__).stem:
             fail(f"{args.resume} is a checkpoint of {script}.py")
         for k, v in given.items():
@@ -359,7 +354,7 @@ def resolve(p, argv):
         fail("--generate needs --resume FILE, the checkpoint to draw from")
     args.image_size = args.image_size or {"dcgan": 32, "mlp": 28}[args.arch]
     if args.dry_run:
-        args.steps, args.batch_size, args.limit = 2 * args.d_steps, min(args.batch_size, 16), 256
+        args.steps, args.batch_size = 2 * args.d_steps, min(args.batch_size, 16)
         args.log_every = args.sample_every = args.eval_every = args.checkpoint_every = args.d_steps
     return args
 
@@ -424,7 +419,7 @@ class Batches:
     (seed, e): there is nothing to checkpoint but the step."""
 
     def __init__(self, args, device):
-        x, y = load_data(args.dataset, args.data_dir, args.image_size, "train", args.limit)
+        x, y = load_data(args.dataset, args.data_dir, args.image_size, "train", 256 if args.dry_run else None)
         self.x, self.y, self.size, self.seed = x.to(device), y.to(device), args.batch_size, args.seed
         self.per_epoch, self.step, self.epoch = len(x) // args.batch_size, 0, None
         if not self.per_epoch:
@@ -486,7 +481,7 @@ class Run:
         name = f"{SCRIPT.stem}-{args.dataset}-s{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
         self.dir = Path(args.run_dir) if args.run_dir else old or Path("runs") / name
         if old:
-            self.restore(args.checkpoint)
+            self.restore(read_checkpoint(args.resume))
         if args.generate:
             return
         self.total, self.names = args.steps or args.epochs * batch.per_epoch, []
@@ -515,7 +510,7 @@ class Run:
             self.board = SummaryWriter(self.dir)
         if fresh:
             shutil.copy(SCRIPT, self.dir / SCRIPT.name)
-        (self.dir / "args.json").write_text(json.dumps(self.plain_args(), indent=1))
+        (self.dir / "args.json").write_text(json.dumps(vars(args), indent=1))
         if old:
             self.take_over(old)
         self.z_sheet = self.noise(64, 1)
@@ -530,9 +525,6 @@ class Run:
         """Stop at the end of this iteration, with a checkpoint; a second signal stops at once."""
         self.signal = number
         signal.signal(number, signal.SIG_DFL)
-
-    def plain_args(self):
-        return {k: v for k, v in vars(self.args).items() if k not in ("checkpoint", "limit")}
 
     def training(self):
         return self.step < self.total and self.signal is None
@@ -605,10 +597,13 @@ class Run:
             self.names = [k for k in header.split(",")[4:] if k not in ("images_per_s", "lr_g", "lr_d", *SCORES)]
             rows = [r for r in rows if r.count(",") == header.count(",") and int(r.split(",")[0]) <= self.step]
             write_whole(self.dir / "log.csv", lambda f: f.write("\n".join([header, *rows, ""]).encode()))
-        for sheet in sorted((old / "samples").glob("step_*.png")):
-            if int(sheet.stem[5:]) <= self.step and old.resolve() != self.dir.resolve():
+        elsewhere = old.resolve() != self.dir.resolve()
+        if elsewhere and (old / "best.pt").exists():
+            shutil.copy(old / "best.pt", self.dir)
+        for sheet in (old / "samples").glob("step_*.png"):
+            if elsewhere and int(sheet.stem[5:]) <= self.step:
                 shutil.copy(sheet, self.dir / "samples")
-            elif int(sheet.stem[5:]) > self.step and old.resolve() == self.dir.resolve():
+            elif not elsewhere and int(sheet.stem[5:]) > self.step:
                 sheet.unlink()
 
     # samples and scores -----------------------------------------------------------------------------------------------
@@ -634,7 +629,7 @@ class Run:
         start, self.scored = time.time(), self.step
         if not self.judge:
             self.judge = self.metrics.Judge(self.args.dataset, self.args.data_dir, self.args.image_size, self.device,
-                                            limit=self.args.limit, say=self.say)
+                                            limit=256 if self.args.dry_run else None, say=self.say)
         scores = self.judge(self.pictures(self.noise(self.judge.n, 2, self.step)))
         self.state["stale"] += 1
         if scores["fid_train"] < self.state["best_fid"]:
@@ -651,8 +646,8 @@ class Run:
         rng = {"cpu": torch.get_rng_state()}
         if self.device.type != "cpu":
             rng[self.device.type] = getattr(torch, self.device.type).get_rng_state()
-        checkpoint = {"script": SCRIPT.stem, "args": self.plain_args(), "step": self.step, "state": dict(self.state),
-                      "rng": rng, "nets": {k: net.state_dict() for k, net in self.nets.items()},
+        checkpoint = {"script": SCRIPT.stem, "args": dict(vars(self.args)), "step": self.step, "rng": rng,
+                      "state": dict(self.state), "nets": {k: net.state_dict() for k, net in self.nets.items()},
                       "ema": self.ema.state_dict(), "opts": {k: opt.state_dict() for k, opt in self.opts.items()}}
         write_whole(self.dir / name, lambda f: torch.save(checkpoint, f))
 

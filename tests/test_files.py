@@ -1,0 +1,94 @@
+"""The files themselves: shared blocks identical, every flag read, the four packages only, README's commands real."""
+import ast
+import difflib
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+IMAGE = [ROOT / f"{n}.py" for n in ("dcgan", "cdcgan", "wgan_clip", "wgan_gp", "bigan", "unrolled", "mdgan")
+         if (ROOT / f"{n}.py").exists()]
+SCRIPTS = sorted(ROOT.glob("*.py"))
+
+
+def blocks(path):
+    return dict(re.findall(r"^# --- shared: (.+?) ---\n(.*?)^# --- end shared ---$", path.read_text(), re.S | re.M))
+
+
+def test_shared_blocks_are_byte_identical_and_everywhere():
+    wanted = blocks(ROOT / "wgan_gp.py")
+    assert list(wanted) == ["data", "flags", "step", "checkpoint", "run", "figures", "main"]
+    for path in IMAGE:
+        assert blocks(path) == wanted, path.name
+    assert blocks(ROOT / "metrics.py")["data"] == wanted["data"]
+    assert {n for p in SCRIPTS for n in blocks(p)} <= set(wanted)
+
+
+def test_every_flag_is_read():
+    for path in SCRIPTS:
+        text = path.read_text()
+        for flag in re.findall(r"""\ba?(?:\.add_argument)?\("--([a-z0-9-]+)",""", text):
+            assert re.search(rf"args\.{flag.replace('-', '_')}\b", text), f"{path.name}: --{flag} is never read"
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)
+def test_imports_are_the_four_packages_and_no_script(path):
+    allowed = set(sys.stdlib_module_names) | {"torch", "torchvision", "numpy", "PIL"}
+    optional = {"metrics"} if path.name != "metrics.py" else set()
+    tree = ast.parse(path.read_text())
+    top = {id(n) for n in tree.body}
+    for node in ast.walk(tree):
+        names = ([a.name for a in node.names] if isinstance(node, ast.Import) else
+                 [node.module] if isinstance(node, ast.ImportFrom) else [])
+        for name in names:
+            lazy = optional | {"torch"}  # torch.utils.tensorboard among them
+            assert name.split(".")[0] in (allowed if id(node) in top else allowed | lazy), f"{path.name} imports {name}"
+            assert "tensorboard" not in name or id(node) not in top
+
+
+def test_method_and_plumbing_are_about_as_long_as_designed(capsys):
+    """The method in about 200 lines; and, printed, what differs between each pair of scripts above the ruled line."""
+    methods = {p.name: p.read_text().split("\n# ====")[0].splitlines() for p in IMAGE}
+    for name, lines in methods.items():
+        assert len(lines) <= 240, f"{name}: the method takes {len(lines)} lines"
+    for a in methods:
+        for b in methods:
+            if a < b:
+                diff = [x for x in difflib.unified_diff(methods[a], methods[b], a, b, n=0, lineterm="")]
+                print(f"{a} -> {b}: {sum(x[0] in '+-' for x in diff)} lines")
+
+
+def readme_commands():
+    text = (ROOT / "README.md").read_text()
+    code = "\n".join(re.findall(r"```(?:sh|bash)\n(.*?)```", text, re.S))
+    found = re.findall(r"python (?:\S*/)?((?:\w+)\.py[^\n&;|#]*)", code)
+    return sorted({c.strip() for c in found})
+
+
+@pytest.mark.parametrize("command", readme_commands())
+def test_readme_commands_parse(command):
+    """Each command in README names a file that is here and flags that it knows; the training ones also run, dry."""
+    script, *flags = shlex.split(command)
+    path = ROOT / script
+    assert path.exists(), script
+    text = path.read_text()
+    for flag in (f for f in flags if f.startswith("-")):
+        assert f'"{flag.split("=")[0]}"' in text, f"{script} has no {flag}"
+
+
+@pytest.mark.parametrize("command", [c for c in readme_commands() if c.split()[0] in {p.name for p in IMAGE}
+                                     and "--resume" not in c])
+def test_readme_training_commands_run_dry(command, tmp_path, monkeypatch):
+    import wgan_gp
+    script, *flags = shlex.split(command)
+    if "mnist" in flags or "fashion" in flags:  # no test needs a download: the same flags on rendered digits
+        flags[flags.index("--dataset") + 1] = "digits"
+    module = {"wgan_gp.py": wgan_gp}[script]
+    monkeypatch.chdir(tmp_path)
+    render = wgan_gp.render_digits
+    monkeypatch.setattr(wgan_gp, "render_digits", lambda n, seed: render(300, seed))
+    module.main([*flags, "--dry-run", "--device", "cpu", "--run-dir", "run"])
+    assert (tmp_path / "run/samples.png").exists() and (tmp_path / "run/scores.json").exists()
