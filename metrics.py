@@ -31,16 +31,21 @@ def inception_score(logits, splits=10):
     """exp(E KL(p(y|x) || p(y))), Salimans et al. 2016 (1606.03498), section 4: 1 (worst) to K.
 
     logits (N, K) -> mean and population standard deviation over `splits` equal shares, taken in a fixed shuffle; a
-    share of n pictures cannot score above n, so keep N / splits well above K. One split: the score of all, spread 0."""
-    log_p = logits.double().log_softmax(1)
-    order = np.random.RandomState(2020).permutation(len(log_p))  # the seed torch-fidelity publishes its scores with
-    scores = []
-    for part in np.array_split(order, splits):
-        lp = log_p[torch.from_numpy(part).to(log_p.device)]
-        kl = lp.exp() * (lp - lp.exp().mean(0).log())
-        scores.append(kl.nan_to_num(0.0).sum(1).mean().exp())  # 0 log 0 = 0
-    scores = torch.stack(scores)
+    share of n pictures cannot score above n, so keep N / splits well above K. One split: the score of all, spread 0.
+    ValueError where there are fewer pictures than splits."""
+    n = len(logits)
+    if n < splits:
+        raise ValueError(f"{n} pictures in {splits} splits")
+    order = np.random.RandomState(2020).permutation(n)  # the seed and the cuts of torch-fidelity
+    p = logits.double().softmax(1)[torch.from_numpy(order).to(logits.device)]
+    parts = [p[i * n // splits:(i + 1) * n // splits] for i in range(splits)]
+    scores = torch.stack([kl(part, part.mean(0)).mean().exp() for part in parts])
     return scores.mean().item(), scores.std(correction=0).item()
+
+
+def kl(p, q):
+    """KL(p || q) in nats over the last dimension, 0 log 0 = 0."""
+    return (torch.xlogy(p, p) - torch.xlogy(p, q)).sum(-1)
 
 
 def mode_score(logits_fake, logits_real):
@@ -50,10 +55,6 @@ def mode_score(logits_fake, logits_real):
     is the Inception Score of the whole set, exactly. As meant (Xu et al. 2018, 1806.07755): IS * exp(-KL(p(y) || p*)),
     which does fall when classes are missing: m of K classes, each certain, score m * m / K."""
     p, p_real = logits_fake.double().softmax(1), logits_real.double().softmax(1).mean(0)
-
-    def kl(a, b):
-        return (torch.xlogy(a, a) - torch.xlogy(a, b)).sum(-1)
-
     p_fake = p.mean(0)
     printed = (kl(p, p_real).mean() - kl(p_fake, p_real)).exp()
     meant = (kl(p, p_fake).mean() - kl(p_fake, p_real)).exp()
@@ -77,7 +78,8 @@ def frechet_distance(mean1, cov1, mean2, cov2):
     values, vectors = torch.linalg.eigh(cov1.double())
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     trace = torch.linalg.eigvalsh(root @ cov2.double() @ root).clamp(min=0).sqrt().sum()
-    return clamp_rounding((mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * trace, cov1.trace())
+    return clamp_rounding((mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * trace,
+                          cov1.trace() + cov2.trace())
 
 
 def fid(x, y):
@@ -98,7 +100,8 @@ def fid(x, y):
 
 def clamp_rounding(distance, scale):
     """Rounding can leave a distance just below 0; more than that is an error and must be seen."""
-    assert distance > -1e-5 * scale - 1e-12, f"FID {distance}: far below 0"
+    if distance < -1e-5 * scale - 1e-12:
+        raise ArithmeticError(f"a squared distance of {distance.item()}")
     return max(distance.item(), 0.0)
 
 
@@ -114,7 +117,7 @@ def coverage(real, fake, k=5, radius=None):
 
 def ball_radius(x, k):
     """The distance (N,) from each of x (N, d) to its k-th neighbour, itself not counted."""
-    # in float32 the matrix-product form of cdist is wrong by 1e-3 near 0; in float64 it is good to 1e-7
+    # cdist by matrix products, near 0: in float32 off by 1e-3 of the features' size, in float64 by 1e-7
     return torch.cat([torch.cdist(part.double(), x.double()).kthvalue(k + 1).values for part in x.split(1000)])
 
 
@@ -175,6 +178,7 @@ def train_classifier(x, y, classes, device, epochs=3, say=print):
     return net.eval()
 
 
+@torch.random.fork_rng([])  # building a network draws its first weights: not from the caller's stream
 def classifier(dataset, data_dir, device, limit=None, say=print):
     """The trained classifier of a data set, with .name ("classifier-mnist/128 HASH") and .accuracy on the test set.
     Cached as DATA_DIR/classifier-DATASET-vN.pt, apart from a `limit`ed one, which is for trying things out."""
@@ -234,8 +238,8 @@ class Judge:
         if not features.isfinite().all():
             raise ValueError("features that are not finite")
         statistics, classes = mean_and_covariance(features), logits.shape[1]
-        shares = torch.bincount(logits.argmax(1), minlength=classes) / self.n
-        score, spread = inception_score(logits)
+        shares = torch.bincount(logits.argmax(1), minlength=classes).double() / self.n
+        score, spread = inception_score(logits, min(10, self.n))
         return {"fid": frechet_distance(*statistics, *self.real_statistics),
                 "fid_train": frechet_distance(*statistics, *self.train_statistics),
                 "inception_score": score, "inception_score_std": spread,
@@ -268,7 +272,7 @@ def read_log(run):
         fail(f"{path} is not the log of a run ({type(e).__name__}: {e})")
 
 
-def ticks(low, high, wanted=4):
+def ticks(low, high, wanted=6):
     """Round numbers from low to high: 1, 2 or 5 times a power of ten apart."""
     raw = (high - low) / wanted
     unit = 10 ** math.floor(math.log10(raw))
@@ -304,7 +308,11 @@ def plot(runs, out, names=None):
         draw.text((x0, y0 - 6), column + (" (log scale)" if log_scale else ""), "black", font, anchor="ls")
         for t in ticks(0, last):
             draw.text((x0 + t / last * (x1 - x0), y1 + 4), f"{t:g}", "#555555", font, anchor="mt")
-        for t in ticks(low, high):
+        marks = ticks(low, high)
+        if log_scale:  # 1, 2, 5 times powers of ten; on less than a decade, evenly spaced values
+            marks = [math.log10(v) for v in (ticks(10 ** low, 10 ** high) if high - low < 1 else
+                                             [m * 10 ** k for k in range(-3, 9) for m in (1, 2, 5)])]
+        for t in (t for t in marks if low <= t <= high):
             y = y1 - (t - low) / (high - low) * (y1 - y0)
             draw.line([(x0, y), (x1, y)], "#e4e4e4")
             draw.text((x0 - 4, y), f"{10 ** t:.3g}" if log_scale else f"{t:g}", "#555555", font, anchor="rm")
@@ -347,7 +355,8 @@ def read_pictures(path, channels):
             fail(f"{f} cannot be read: {e}")
         if pictures[-1].shape != pictures[0].shape:
             fail(f"{f} is {pictures[-1].shape[:2]}, the first is {pictures[0].shape[:2]}: all must have one size")
-    return torch.from_numpy(np.stack(pictures)).view(len(files), *pictures[0].shape[:2], channels).permute(0, 3, 1, 2)
+    x = torch.from_numpy(np.stack(pictures))
+    return x[:, None] if channels == 1 else x.permute(0, 3, 1, 2).contiguous()
 
 
 def main(argv=None):

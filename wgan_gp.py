@@ -312,7 +312,7 @@ def add_run_flags(p):
     a("--beta1", type=share, help="Adam's first moment")
     a("--beta2", type=share, help="Adam's second moment")
     a("--ema", type=share, default=0.999, help="decay of G's averaged copy, which makes every picture; 0: no averaging")
-    a("--seed", type=number(int, 0), default=0, help="of the networks, the order of the data, and all noise")
+    a("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of the networks, the order of the data, and all noise")
     a("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="mps is written for but untested")
     a("--log-every", type=count, default=100, help="D updates between rows of log.csv; 0: never")
     a("--sample-every", type=count, default=1000, help="D updates between sheets of samples")
@@ -429,7 +429,7 @@ class Batches:
         epoch, i = divmod(self.step, self.per_epoch)
         if epoch != self.epoch:
             self.epoch = epoch
-            self.order = torch.randperm(len(self.x), generator=seeded(self.seed, epoch)).to(self.x.device)
+            self.order = torch.randperm(len(self.x), generator=seeded(self.seed, 0, epoch)).to(self.x.device)
         self.step += 1
         index = self.order[i * self.size:(i + 1) * self.size]
         return self.x[index], self.y[index]
@@ -609,7 +609,7 @@ class Run:
     # samples and scores -----------------------------------------------------------------------------------------------
 
     def noise(self, n, *key):
-        """z (n, latent_dim) for figures and scores: a pure function of the seed, apart from the training's stream."""
+        """z (n, latent_dim) for figures and scores: a pure function of the seed and a key; 0 is the data's."""
         return sample_z(self.args, n, "cpu", seeded(self.args.seed, *key)).to(self.device)
 
     def pictures(self, z):

@@ -1,5 +1,6 @@
 """metrics.py as a command and in the training loop; the classifier; the data."""
 import csv
+import functools
 import json
 import os
 import shutil
@@ -38,7 +39,7 @@ def test_digits_are_labelled_deterministic_and_split():
     assert test.shape == (10_000, 1, 28, 28) and torch.bincount(y).tolist() == [2000] * 10
     assert torch.bincount(y_test).tolist() == [1000] * 10
     assert not torch.equal(x[:10_000], test)
-    assert x.flatten(1).amax(1).min() > 100 and (x.float().mean() / 255 - 0.13).abs() < 0.05  # strokes on black, as MNIST
+    assert x.flatten(1).amax(1).min() > 100 and 0.08 < x.float().mean() / 255 < 0.18  # strokes on black; MNIST: .13
     assert len({bytes(p.flatten().tolist()) for p in x[:3000]}) == 3000
 
 
@@ -55,13 +56,14 @@ def test_mnist_from_files(tmp_path):
     """Four small IDX files under the folder are read without a network."""
     raw = tmp_path / "MNIST/raw"
     raw.mkdir(parents=True)
-    rng = np.random.RandomState(0)
+    rng, made = np.random.RandomState(0), {}
     for name, n in (("train", 30), ("t10k", 20)):
-        x, y = rng.randint(0, 256, (n, 28, 28), np.uint8), rng.randint(0, 10, n).astype(np.uint8)
+        x, y = made[name] = rng.randint(0, 256, (n, 28, 28), np.uint8), rng.randint(0, 10, n).astype(np.uint8)
         (raw / f"{name}-images-idx3-ubyte").write_bytes(np.array([2051, n, 28, 28], ">i4").tobytes() + x.tobytes())
         (raw / f"{name}-labels-idx1-ubyte").write_bytes(np.array([2049, n], ">i4").tobytes() + y.tobytes())
-        got_x, got_y = metrics.load_data("mnist", tmp_path, 28, "train" if name == "train" else "test")
-        assert np.array_equal(got_x.numpy()[:, 0], x) and np.array_equal(got_y.numpy(), y)
+    for name, split in (("train", "train"), ("t10k", "test")):
+        x, y = metrics.load_data("mnist", tmp_path, 28, split)
+        assert np.array_equal(x.numpy()[:, 0], made[name][0]) and np.array_equal(y.numpy(), made[name][1])
 
 
 # the classifier -------------------------------------------------------------------------------------------------------
@@ -153,7 +155,8 @@ def test_unusable_pictures_are_one_line(data_dir, tmp_path, capsys, name, conten
 
 
 def test_the_command_itself(tmp_path):
-    done = subprocess.run([sys.executable, str(ROOT / "metrics.py"), "--plot", "nowhere"], capture_output=True, text=True)
+    command = [sys.executable, str(ROOT / "metrics.py"), "--plot", "nowhere"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "nowhere" in done.stderr
 
 
@@ -170,9 +173,9 @@ def test_plot_draws_every_curve_where_it_belongs(tmp_path, capsys):
     assert image.shape == (260 + 44, 880, 3)
     for colour, slope in zip(metrics.COLOURS, (1, -1)):
         rgb = [int(colour[i:i + 2], 16) for i in (1, 3, 5)]
-        rows, columns = np.nonzero((np.abs(image[60:, 62:400] - rgb).sum(2) < 30))  # the first panel, below the legend
+        rows, columns = np.nonzero(np.abs(image[60:, 62:400] - rgb).sum(2) < 30)  # the first panel, below the legend
         assert len(rows) > 150 and np.corrcoef(rows, columns)[0, 1] * slope < -0.99
-    assert metrics.ticks(0, 100) == [0, 50, 100] and metrics.ticks(-1, 1) == [-1, -0.5, 0, 0.5, 1]
+    assert metrics.ticks(0, 100) == [0, 20, 40, 60, 80, 100] and metrics.ticks(-1, 1) == [-1, -0.5, 0, 0.5, 1]
 
 
 def test_a_log_without_rows_is_one_line(tmp_path, capsys):
@@ -187,22 +190,23 @@ def test_a_log_without_rows_is_one_line(tmp_path, capsys):
 
 def test_scores_in_the_log_are_those_of_the_saved_samples(data_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    flags = ["--image-size", "28", "--ngf", "4", "--ndf", "4", "--batch-size", "16", "--steps", "20", "--eval-every", "10",
-             "--data-dir", str(data_dir), "--device", "cpu"]
-    wgan_gp.main([*flags, "--run-dir", "a"])
+    monkeypatch.setattr(metrics, "Judge", functools.partial(metrics.Judge, n=1000))  # ten times faster
+    flags = ["--image-size", "28", "--ngf", "4", "--ndf", "4", "--batch-size", "16", "--steps", "20", "--device", "cpu",
+             "--data-dir", str(data_dir)]
+    wgan_gp.main([*flags, "--eval-every", "10", "--run-dir", "a"])
     rows = [r for r in csv.DictReader(open("a/log.csv")) if r["fid"]]
     assert [r["step"] for r in rows] == ["10", "20"]
     final = json.loads(Path("a/scores.json").read_text())
-    assert set(final) == {"last", "best"} and final["last"]["n_fake"] == 10_000
+    assert set(final) == {"last", "best"} and final["last"]["n_fake"] == 1000
     best = min(rows, key=lambda r: float(r["fid_train"]))
     saved = torch.load("a/best.pt", weights_only=True)
     assert saved["step"] == int(best["step"]) and f"{saved['state']['best_fid']:.6g}" == best["fid_train"]
     assert os.path.exists("a/curves.png")
     # evaluation took nothing from the training's stream: the same run without it ends with the same weights
-    wgan_gp.main([*flags[:8], "--steps", "20", "--eval-every", "0", "--data-dir", str(data_dir), "--device", "cpu",
-                  "--run-dir", "b"])
+    wgan_gp.main([*flags, "--eval-every", "0", "--run-dir", "b"])
     a, b = (torch.load(f"{d}/last.pt", weights_only=True) for d in "ab")
-    assert all(torch.equal(a["ema"][k], b["ema"][k]) for k in a["ema"]) and torch.equal(a["rng"]["cpu"], b["rng"]["cpu"])
+    assert all(torch.equal(a["ema"][k], b["ema"][k]) for k in a["ema"])
+    assert torch.equal(a["rng"]["cpu"], b["rng"]["cpu"])
 
 
 def test_without_metrics_there_are_no_scores(tmp_path, monkeypatch, capsys):

@@ -342,7 +342,8 @@ def test_coverage_and_outliers():
 
 
 def test_distances_survive_a_large_offset():
-    real, fake = (randn(80, 32) + 3000).float(), (0.9 * randn(60, 32) + 3000).float()
+    real, fake = (randn(80, 32) + 3000).float(), (randn(60, 32) + 3000.7).float()
+    assert 0.2 < brute_coverage(real, fake, 5) < 0.8
     np.testing.assert_allclose(metrics.ball_radius(real, 5), brute_radius(real, 5), rtol=1e-7)
     assert metrics.coverage(real, fake) == pytest.approx(brute_coverage(real, fake, 5), abs=1e-12)
 
