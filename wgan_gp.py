@@ -450,8 +450,9 @@ def write_whole(path, write):
 def read_checkpoint(path):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        assert {"script", "args", "step", "nets", "ema", "opts", "rng", "state"} <= set(checkpoint)
-        return checkpoint
+        if {"script", "args", "step", "nets", "ema", "opts", "rng", "state"} <= set(checkpoint):
+            return checkpoint
+        raise ValueError("parts are missing")
     except FileNotFoundError:
         fail(f"no checkpoint at {path}")
     except Exception as e:  # cut short, not ours, or a folder: torch raises a different kind for each
@@ -503,7 +504,7 @@ class Run:
             except ImportError:
                 fail("--tensorboard needs a package of its own: pip install tensorboard")
         try:
-            (self.dir / "samples").mkdir(parents=True, exist_ok=True)
+            (self.dir / "samples").mkdir(parents=True, exist_ok=not fresh)
         except OSError as e:
             fail(f"--run-dir {self.dir}: {e}")
         if args.tensorboard:
@@ -713,8 +714,8 @@ class Run:
             try:
                 z = np.load(args.z_file) if args.z_file.endswith(".npy") else torch.load(args.z_file, weights_only=True)
                 z = torch.as_tensor(z).float().to(self.device)
-                assert z.dim() == 2 and z.shape[1] == args.latent_dim and len(z) >= args.generate, tuple(z.shape)
-                assert z.isfinite().all(), "not all numbers are finite"
+                if z.dim() != 2 or z.shape[1] != args.latent_dim or len(z) < args.generate or not z.isfinite().all():
+                    raise ValueError(f"is {tuple(z.shape)}, or not finite")
             except Exception as e:
                 fail(f"--z-file {args.z_file}, to be ({args.generate} or more, {args.latent_dim}): {e}")
         if out.exists() and (not out.is_dir() or any(out.iterdir())):

@@ -4,10 +4,10 @@
     python tests/bench.py --profile mlp       where the time of our iteration goes
     python tests/bench.py --yardstick 18760   train the textbook loop that long on MNIST, then score its samples
 
-The textbook loop is what the common single-file collections do with the same networks. The habits it copies: PIL pictures
-through torchvision transforms in a DataLoader without workers, made anew each epoch; z from numpy; fakes for the critic
-with the graph of G attached, so that the critic's backward also runs through G; real and fake in two forward passes; Adam
-as it comes; .item() on both losses each step for the progress line.
+The textbook loop is what the common single-file collections do with the same networks. The habits it copies: PIL
+pictures through torchvision transforms in a DataLoader without workers, made anew each epoch; z from numpy; fakes for
+the critic with the graph of G attached, so that the critic's backward also runs through G; real and fake in two forward
+passes; Adam as it comes; .item() on both losses each step for the progress line.
 """
 import argparse
 import contextlib
@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import wgan_gp
 
 ROOT = Path(__file__).parents[1]
+QUIET = ["--log-every", "0", "--sample-every", "0", "--eval-every", "0", "--checkpoint-every", "0"]
 CASES = {"mlp": ["--arch", "mlp"], "dcgan 28": ["--image-size", "28"], "dcgan": []}
 
 
@@ -49,7 +50,7 @@ class Textbook:
     """step() is one critic update, and G's after every d_steps of them."""
 
     def __init__(self, args, G, C, x, y):
-        self.args, self.G, self.C, self.i = args, G, C, 0
+        self.args, self.G, self.C, self.i, self.rng = args, G, C, 0, np.random.default_rng(0)
         betas = (args.beta1, args.beta2)
         self.opt_g, self.opt_d = (torch.optim.Adam(n.parameters(), lr, betas)
                                   for n, lr in ((G, args.lr_g), (C, args.lr_d)))
@@ -66,14 +67,14 @@ class Textbook:
 
     def step(self):
         a, x_real = self.args, self.next()
-        z = torch.tensor(np.random.normal(0, 1, (len(x_real), a.latent_dim)), dtype=torch.float32)
+        z = torch.tensor(self.rng.normal(0, 1, (len(x_real), a.latent_dim)), dtype=torch.float32)
         self.opt_d.zero_grad()
         x_fake = self.G(z)
         score_real, score_fake = self.C(x_real), self.C(x_fake)
-        alpha = torch.tensor(np.random.random((len(x_real), 1, 1, 1)), dtype=torch.float32)
+        alpha = torch.tensor(self.rng.random((len(x_real), 1, 1, 1)), dtype=torch.float32)
         x_hat = (alpha * x_real + (1 - alpha) * x_fake).requires_grad_(True)
         score_hat = self.C(x_hat)
-        grad = torch.autograd.grad(score_hat, x_hat, torch.ones_like(score_hat), create_graph=True, retain_graph=True)[0]
+        grad = torch.autograd.grad(score_hat, x_hat, torch.ones_like(score_hat), create_graph=True)[0]
         penalty = ((grad.view(len(grad), -1).norm(2, dim=1) - 1) ** 2).mean()
         d_loss = -score_real.mean() + score_fake.mean() + a.gp_weight * penalty
         d_loss.backward()
@@ -121,8 +122,7 @@ def interleaved(flags, blocks, iterations):
 
     wgan_gp.Run.record = hand_over
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(Done):
-        wgan_gp.main([*flags, "--steps", "1000000", "--run-dir", f"{folder}/run", "--log-every", "0", "--sample-every", "0",
-                      "--eval-every", "0", "--checkpoint-every", "0"])
+        wgan_gp.main([*flags, "--steps", "1000000", "--run-dir", f"{folder}/run", *QUIET])
     wgan_gp.Run.record = record
     return pairs, args
 
@@ -132,8 +132,8 @@ def row(values):
 
 
 def speed(blocks, iterations, data):
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, CPU, batch 64, {blocks} blocks of {iterations} "
-          f"iterations (5 critic updates and 1 of G each), median (min to max)\n")
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, CPU, batch 64, {blocks} blocks of "
+          f"{iterations} iterations (5 critic updates and 1 of G each), median (min to max)\n")
     print("| networks | wgan_gp.py, images/s | textbook loop, images/s | ratio |\n|---|---|---|---|")
     for name, flags in CASES.items():
         pairs, args = interleaved([*flags, *data, "--device", "cpu"], blocks, iterations)
@@ -158,18 +158,16 @@ def profile(name, data):
 
     wgan_gp.Run.record = watched
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Done):
-        wgan_gp.main([*CASES[name], *data, "--steps", "1000", "--device", "cpu", "--run-dir", f"{folder}/run",
-                      "--log-every", "0", "--sample-every", "0", "--eval-every", "0", "--checkpoint-every", "0"])
+        wgan_gp.main([*CASES[name], *data, "--steps", "1000", "--device", "cpu", "--run-dir", f"{folder}/run", *QUIET])
     wgan_gp.Run.record = record
     print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=14, max_name_column_width=40))
 
 
 def yardstick(steps, data_dir):
     """The most used public script's defaults: its MLP pair (100-128-256-512-1024-784 with batch norm whose 0.8 is eps,
-    784-512-256-1), Adam 2e-4 (.5, .999), batch 64, 5 critic updates, lambda 10, no averaging; scored by metrics.Judge."""
+    784-512-256-1), Adam 2e-4 (.5, .999), batch 64, 5 critic updates, lambda 10, no averaging; by metrics.Judge."""
     import metrics
     torch.manual_seed(0)
-    np.random.seed(0)
     args = wgan_gp.parse_args(["--dataset", "mnist", "--arch", "mlp", "--data-dir", data_dir, "--lr-g", "2e-4",
                                "--lr-d", "2e-4", "--beta2", ".999"])
     layers, width = [nn.Linear(100, 128), nn.LeakyReLU(0.2)], 128

@@ -64,7 +64,7 @@ def test_method_and_plumbing_are_about_as_long_as_designed(capsys):
 def readme_commands():
     text = (ROOT / "README.md").read_text()
     code = "\n".join(re.findall(r"```(?:sh|bash)\n(.*?)```", text, re.S))
-    found = re.findall(r"python (?:\S*/)?((?:\w+)\.py[^\n&;|#]*)", code)
+    found = re.findall(r"python ((?:tests/)?\w+\.py[^\n&;|#]*)", code)
     return sorted({c.strip() for c in found})
 
 

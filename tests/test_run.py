@@ -1,4 +1,4 @@
-"""The run: exact resume, signals, checkpoints, errors, figures, generation, schedules. Tiny networks on rendered digits."""
+"""The run: exact resume, signals, checkpoints, errors, figures, generation. Tiny networks on rendered digits."""
 import csv
 import json
 import os
@@ -68,12 +68,12 @@ def whole():
 
 
 def test_sigkill_after_a_checkpoint_resumes_bit_for_bit(whole, tmp_path):
-    code = ("import os, signal, sys; sys.path.insert(0, sys.argv.pop(1)); import wgan_gp as w; render = w.render_digits\n"
-            "w.render_digits = lambda n, seed: render(300, seed); save = w.Run.save\n"
+    code = ("import os, signal, sys; sys.path.insert(0, sys.argv.pop(1)); import wgan_gp as w\n"
+            "render = w.render_digits; w.render_digits = lambda n, seed: render(300, seed); save = w.Run.save\n"
             "def save_and_die(run, name): save(run, name); os.kill(os.getpid(), signal.SIGKILL)\n"
             "w.Run.save = save_and_die; w.main(sys.argv[1:])")
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "alone"), *TINY, "--steps", "40", "--run-dir", "cut",
-                           "--lr-decay", "linear", "--checkpoint-every", "20"], capture_output=True, text=True)
+    flags = [*TINY, "--steps", "40", "--run-dir", "cut", "--lr-decay", "linear", "--checkpoint-every", "20"]
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "alone"), *flags], capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert torch.load("cut/last.pt", weights_only=True)["step"] == 20
     wgan_gp.main(["--resume", "cut/last.pt"])
@@ -126,7 +126,7 @@ def test_epochs_steps_and_rates_may_change():
     wgan_gp.main([*TINY, "--steps", "5", "--run-dir", "a"])
     wgan_gp.main(["--resume", "a/last.pt", "--epochs", "1", "--lr-g", "5e-5", "--lr-d", "5e-5", "--log-every", "1"])
     rows = list(csv.DictReader(open("a/log.csv")))
-    assert torch.load("a/last.pt", weights_only=True)["step"] == 40  # 300 // 8 = 37: the iteration that reaches it ends at 40
+    assert torch.load("a/last.pt", weights_only=True)["step"] == 40  # 300 // 8 = 37, reached by the iteration to 40
     assert rows[0]["lr_g"] == "0.0001" and rows[-1]["lr_g"] == rows[-1]["lr_d"] == "5e-05"
 
 
@@ -214,7 +214,8 @@ def test_the_step_never_waits_for_the_device(monkeypatch):
 
 def test_step_counts_and_cadence():
     """--steps and every --*-every take effect at the first iteration boundary at or past the number."""
-    wgan_gp.main([*TINY, "--steps", "17", "--log-every", "7", "--sample-every", "9", "--g-steps", "3", "--run-dir", "a"])
+    wgan_gp.main([*TINY, "--steps", "17", "--log-every", "7", "--sample-every", "9", "--g-steps", "3",
+                  "--run-dir", "a"])
     assert [r[:2] for r in losses("a")] == [["10", "6"], ["15", "9"]]
     assert sorted(p.name for p in Path("a/samples").iterdir()) == [f"step_{i:07}.png" for i in (0, 10, 20)]
     assert torch.load("a/last.pt", weights_only=True)["step"] == 20
@@ -259,7 +260,7 @@ def scripted_judge(monkeypatch, fids):
 
 def test_best_fid_goes_back_and_halves_the_rates(monkeypatch):
     scripted_judge(monkeypatch, [50, 40, 45, 46, 30, 31, 32])
-    flags = [*TINY, "--steps", "40", "--eval-every", "5", "--log-every", "5", "--lr-decay", "best-fid", "--patience", "2"]
+    flags = [*TINY, "--steps", "40", "--eval-every", "5", "--lr-decay", "best-fid", "--patience", "2"]
     seen, back = [], wgan_gp.Run.back_to_best
 
     def watched(run):
@@ -319,7 +320,8 @@ ERRORS = [
     (["--run-dir", "file"], "file"), (["--run-dir", "file/in"], "file"), (["--resume", "nothing.pt"], "nothing.pt"),
     (["--resume", "used"], "used"), (["--resume", "file"], "file"), (["--resume", "other.pt"], "dcgan.py"),
     (["--resume", "list.pt"], "list.pt"), (["--generate", "4"], "--resume"), (["--lr-decay", "best-fid"], "metrics.py"),
-    (["--resume", "good/last.pt", "--ngf", "8"], "ngf"), (["--resume", "good/last.pt", "--dataset", "mnist"], "dataset"),
+    (["--resume", "good/last.pt", "--ngf", "8"], "ngf"),
+    (["--resume", "good/last.pt", "--dataset", "mnist"], "dataset"),
     (["--resume", "good/last.pt", "--seed", "3"], "seed"), (["--resume", "misfit.pt"], "misfit.pt"),
     (["--resume", "good/last.pt", "--generate", "2", "--z-file", "z.npy"], "z.npy"),
     (["--resume", "good/last.pt", "--generate", "2", "--z-file", "none.pt"], "none.pt"),
@@ -356,8 +358,8 @@ def test_a_users_mistake_is_one_line_and_leaves_nothing(flags, named, capsys, no
 def test_damaged_data_is_one_line(capsys, no_network):
     raw = Path("data/MNIST/raw")
     raw.mkdir(parents=True)
-    for name in ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"):
-        (raw / name).write_bytes(b"\0\0\x08\x03\0\0")
+    for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
+        (raw / f"{name}-ubyte").write_bytes(b"\0\0\x08\x03\0\0")
     with pytest.raises(SystemExit) as stop:
         wgan_gp.main([*TINY, "--dataset", "mnist"])
     assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1 and not Path("runs").exists()
@@ -371,7 +373,8 @@ def tiles(path, columns, side=28):
     sheet = np.asarray(Image.open(path))
     rows = (sheet.shape[0] - 2) // (side + 2)
     assert sheet.shape == (rows * (side + 2) + 2, columns * (side + 2) + 2)
-    return np.stack([sheet[2 + r * (side + 2):, 2 + c * (side + 2):][:side, :side] for r in range(rows) for c in range(columns)])
+    return np.stack([sheet[2 + r * (side + 2):, 2 + c * (side + 2):][:side, :side]
+                     for r in range(rows) for c in range(columns)])
 
 
 def loaded_generator(path):
@@ -389,15 +392,17 @@ def paint(G, z):
 def test_figures_show_what_they_say():
     wgan_gp.main([*TINY, "--steps", "20", "--run-dir", "a", "--lr-g", "1e-2", "--traverse", "3", "--sample-every", "5"])
     G = loaded_generator("a/last.pt")
-    noise = [wgan_gp.sample_z(wgan_gp.parse_args(TINY), n, "cpu", wgan_gp.seeded(0, key)) for n, key in ((64, 1), (16, 4), (1, 5))]
+    noise = [wgan_gp.sample_z(wgan_gp.parse_args(TINY), n, "cpu", wgan_gp.seeded(0, key))
+             for n, key in ((64, 1), (16, 4), (1, 5))]
     assert np.abs(tiles("a/samples.png", 8) - paint(G, noise[0])).max() <= 1
     a, b = noise[1][:8], noise[1][8:]
-    latent, pixel = (tiles(f"a/interpolation_{k}.png", 10).reshape(8, 10, 28, 28).astype(float) for k in ("latent", "pixel"))
+    latent, pixel = (tiles(f"a/interpolation_{k}.png", 10).reshape(8, 10, 28, 28).astype(float)
+                     for k in ("latent", "pixel"))
     for j in range(10):
         assert np.abs(latent[:, j] - paint(G, a + (b - a) * j / 9)).max() <= 1
         assert np.abs(pixel[:, j] - (paint(G, a) + (paint(G, b) - paint(G, a)) * j / 9)).max() <= 1
-    change = [np.abs(np.subtract(*[paint(G, torch.where(torch.arange(6) == i, v, noise[2])) for v in (-4.0, 4.0)])).mean()
-              for i in range(6)]
+    ends = [[paint(G, torch.where(torch.arange(6) == i, v, noise[2])) for v in (-4.0, 4.0)] for i in range(6)]
+    change = [np.abs(low - high).mean() for low, high in ends]
     rows = tiles("a/traversal.png", 9).reshape(3, 9, 28, 28).astype(float)
     for row, i in zip(rows, np.argsort(change)[::-1]):
         for picture, v in zip(row, np.linspace(-4, 4, 9)):
@@ -425,7 +430,8 @@ def test_generation_from_z_and_from_a_seed():
         out = f"out{len(list(Path('.').glob('out*')))}"
         wgan_gp.main(["--resume", "a/last.pt", "--generate", "3", "--generate-to", out, *flags])
         assert sorted(os.listdir(out)) == ["00000.png", "00001.png", "00002.png"]
-    shown = [np.stack([np.asarray(Image.open(f)) for f in sorted(Path(f"out{i}").iterdir())]).astype(float) for i in range(5)]
+    shown = [np.stack([np.asarray(Image.open(f)) for f in sorted(Path(f"out{i}").iterdir())]).astype(float)
+             for i in range(5)]
     assert np.abs(shown[0] - paint(loaded_generator("a/last.pt"), z)).max() <= 1
     assert (shown[0] == shown[1]).all() and (shown[2] == shown[4]).all() and (shown[2] != shown[3]).any()
     assert Path("a/last.pt").read_bytes() == before
