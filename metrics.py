@@ -157,8 +157,8 @@ class Classifier(nn.Module):
 
 def train_classifier(x, y, classes, device, epochs=3, say=print):
     """AdamW under a one-cycle rate, pictures shifted by up to 2 pixels. Draws from no stream of the caller's."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(0)
+    with torch.random.fork_rng([]):  # the first weights are drawn on the CPU, nothing else is
+        torch.default_generator.manual_seed(0)
         net = Classifier(x.shape[1], classes).to(device, memory_format=torch.channels_last)
         rng, start, size = torch.Generator().manual_seed(0), time.time(), min(100, len(x))
         opt = torch.optim.AdamW(net.parameters(), 1e-3, weight_decay=0.01)
@@ -182,29 +182,32 @@ def train_classifier(x, y, classes, device, epochs=3, say=print):
 def classifier(dataset, data_dir, device, limit=None, say=print):
     """The trained classifier of a data set, with .name ("classifier-mnist/128 HASH") and .accuracy on the test set.
     Cached as DATA_DIR/classifier-DATASET-vN.pt, apart from a `limit`ed one, which is for trying things out."""
-    path, channels = Path(data_dir) / f"classifier-{dataset}-v1.pt", None
+    path, net = Path(data_dir) / f"classifier-{dataset}-v1.pt", None
     if not limit and path.exists():
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True)
             net = Classifier(saved["channels"], saved["classes"])
             net.load_state_dict(saved["net"])
-            net.accuracy, channels = saved["accuracy"], saved["channels"]
-        except Exception as e:
-            fail(f"{path} is damaged ({type(e).__name__}): delete it and it will be trained again")
-    if channels is None:
+            net.accuracy = saved["accuracy"]
+        except Exception as e:  # cut short or not ours: torch raises a different kind for each
+            say(f"{path} is damaged ({type(e).__name__})")
+            net = None
+    if net is None:
         x, y = load_data(dataset, data_dir, 28, "train", limit)
         x_test, y_test = load_data(dataset, data_dir, 28, "test", limit)
         classes = int(max(y.max(), y_test.max())) + 1
         say(f"classifier: training once on {len(x)} pictures of {dataset}")
         net = train_classifier(x, y, classes, device, epochs=1 if limit else 3, say=say)
         net.accuracy = (net.embed(x_test)[1].argmax(1).cpu() == y_test).double().mean().item()
-        net.cpu()
-        if not limit:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(f".{os.getpid()}")
-            torch.save({"net": net.state_dict(), "accuracy": net.accuracy, "channels": x.shape[1], "classes": classes},
-                       temporary)
-            os.replace(temporary, path)
+        saved = {"net": net.cpu().state_dict(), "accuracy": net.accuracy, "channels": x.shape[1], "classes": classes}
+        try:
+            if not limit:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                temporary = path.with_suffix(f".{os.getpid()}")
+                torch.save(saved, temporary)
+                os.replace(temporary, path)
+        except (OSError, RuntimeError) as e:
+            say(f"the classifier could not be kept in {path} ({e})")
     digest = hashlib.sha256(b"".join(t.cpu().numpy().tobytes() for t in net.state_dict().values())).hexdigest()[:8]
     net.name = f"classifier-{dataset}/128 {digest}"
     say(f"{net.name}: {net.accuracy:.2%} of the test set right")
@@ -217,19 +220,23 @@ class Judge:
     fid, coverage, inception_score, mode_score   against the first n test pictures; coverage's k is 5
     fid_train                                    against the first n training pictures: for choosing a checkpoint
     classes, class_min, class_max                classes with 1/(4K) of the samples or more; least and largest share
-    n_real, n_fake, floor                        sizes (equal), and the FID of the training against the test pictures"""
+    n_real, n_fake, floor                        sizes (equal), and the FID of training against test pictures
+
+    `real` (N, C, H, W) stands in for the test pictures, apart from the floor. ValueError: fewer pictures than n, or
+    features that are not finite."""
 
     def __init__(self, dataset, data_dir, image_size, device="cpu", limit=None, n=10_000, say=print, real=None):
-        device = torch.device(device if str(device) != "mps" else "cpu")  # MPS has no float64
+        device = torch.device(device)
+        device = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
         self.net = classifier(dataset, data_dir, device, limit, say)
         train, test = (load_data(dataset, data_dir, image_size, s, limit)[0] for s in ("train", "test"))
-        test = test if real is None else real
-        self.n = min(n, len(train), len(test))
-        self.train = self.net.embed(train[:self.n])[0]
-        self.real, self.logits_real = self.net.embed(test[:self.n])
-        self.train_statistics, self.real_statistics = mean_and_covariance(self.train), mean_and_covariance(self.real)
+        real = test if real is None else real
+        self.n = min(n, len(train), len(test), len(real))
+        self.real, self.logits_real = self.net.embed(real[:self.n])
+        self.train_statistics, self.real_statistics, test_statistics = (
+            mean_and_covariance(self.net.embed(x[:self.n])[0]) for x in (train, real, test))
         self.radius = ball_radius(self.real, min(5, self.n - 1))
-        self.floor = frechet_distance(*self.train_statistics, *self.real_statistics)
+        self.floor = frechet_distance(*self.train_statistics, *test_statistics)
 
     def __call__(self, x):
         if len(x) < self.n:
@@ -322,7 +329,10 @@ def plot(runs, out, names=None):
             draw.line(points, COLOURS[j % len(COLOURS)], 2)
             for a, b in points if len(points) < 60 else ():
                 draw.ellipse([a - 2, b - 2, a + 2, b + 2], fill=COLOURS[j % len(COLOURS)])
-    image.save(out)
+    try:
+        image.save(out)
+    except (OSError, ValueError) as e:
+        fail(f"-o {out}: {e}")
 
 
 # COMMAND LINE ---------------------------------------------------------------------------------------------------------
@@ -334,16 +344,17 @@ def read_pictures(path, channels):
     try:
         if path.suffix in (".npy", ".pt"):
             x = torch.as_tensor(np.load(path) if path.suffix == ".npy" else torch.load(path, weights_only=True))
-            if x.dim() != 4 or x.dtype != torch.uint8 or x.shape[1] != channels:
-                fail(f"{path}: {x.dtype} {tuple(x.shape)} is not uint8 (N, {channels}, H, W)")
+            wanted = (channels, x.shape[-1], x.shape[-1])
+            if x.dim() != 4 or x.dtype != torch.uint8 or x.shape[1:] != wanted or len(x) < 2:
+                fail(f"{path}: {x.dtype} {tuple(x.shape)} is not uint8 (2 or more, {channels}, S, S)")
             return x
         files = sorted(f for f in path.iterdir() if f.suffix.lower() in (".png", ".jpg", ".jpeg"))
     except SystemExit:
         raise
     except Exception as e:
         fail(f"{path}: {e}")
-    if not files:
-        fail(f"{path} holds no .png or .jpg")
+    if len(files) < 2:
+        fail(f"{path} holds {len(files)} .png or .jpg: a covariance needs two or more")
     pictures = []
     for f in files:
         try:
@@ -353,8 +364,8 @@ def read_pictures(path, channels):
                 pictures.append(np.asarray(im.convert("L" if channels == 1 else "RGB")))
         except (OSError, ValueError, SyntaxError) as e:
             fail(f"{f} cannot be read: {e}")
-        if pictures[-1].shape != pictures[0].shape:
-            fail(f"{f} is {pictures[-1].shape[:2]}, the first is {pictures[0].shape[:2]}: all must have one size")
+        if pictures[-1].shape[:2] != pictures[0].shape[:1] * 2:
+            fail(f"{f} is {pictures[-1].shape[:2]}, the first {pictures[0].shape[:2]}: all must be square, of one size")
     x = torch.from_numpy(np.stack(pictures))
     return x[:, None] if channels == 1 else x.permute(0, 3, 1, 2).contiguous()
 
@@ -382,11 +393,10 @@ def main(argv=None):
     if args.n < 2:
         fail(f"--n {args.n}: a covariance needs two pictures or more")
     fake = read_pictures(args.fake, 1)
-    if fake.shape[2] != fake.shape[3]:
-        fail(f"{args.fake}: pictures of {tuple(fake.shape[2:])}, not square")
-    if len(fake) < 2:
-        fail(f"{args.fake}: a covariance needs two pictures or more")
-    real = None if args.real in DATASETS else read_pictures(args.real, 1)
+    if args.real in DATASETS:
+        real = load_data(args.real, args.data_dir, fake.shape[-1], "test")[0]
+    else:
+        real = read_pictures(args.real, 1)
     judge = Judge(name, args.data_dir, fake.shape[-1], n=min(args.n, len(fake)), real=real,
                   device="cuda" if torch.cuda.is_available() else "cpu", say=lambda text: print(text, file=sys.stderr))
     try:
@@ -419,13 +429,14 @@ def torchvision_data(name, root, split):
     """MNIST or Fashion-MNIST as (N, 1, 28, 28): files under `root` are used as they are, missing ones downloaded."""
     from torchvision import datasets
     kind = {"mnist": datasets.MNIST, "fashion": datasets.FashionMNIST}[name]
-    ours = [d for d in (root / kind.__name__ / "raw", root / kind.__name__, root) if not d.exists()]
+    raw = root / kind.__name__ / "raw"
+    ours = [d for d in (raw, *raw.parents) if not d.exists()]
     try:
         data = kind(str(root), train=split == "train", download=True)
     except Exception as e:  # no network, a damaged or cut file: torchvision raises a different kind for each
         for d in ours:
             if d.is_dir() and not any(d.iterdir()): d.rmdir()
-        fail(f"--dataset {name}: no usable files in {root / kind.__name__ / 'raw'} and no download ({e}). Offline: put "
+        fail(f"--dataset {name}: no usable files in {raw} and no download ({e}). Offline: put "
              f"the four *-ubyte files there, or name a folder that has them by --data-dir, or use --dataset digits")
     return data.data[:, None], data.targets.long()
 
@@ -441,9 +452,9 @@ def render_digits(n, seed):
     rng, y = torch.Generator().manual_seed(seed), torch.arange(n) % 10
     which = y * 4 + torch.randint(4, (n,), generator=rng)
     angle, shear, sx, sy, tx, ty = (torch.rand(6, n, generator=rng) * 2 - 1) * torch.tensor(
-        [[0.18], [0.2], [0.12], [0.1], [0.08], [0.08]])  # +-10 degrees, scales .9..1.1, shifts of a pixel
-    c, s, one = angle.cos(), angle.sin(), 1.05
-    theta = torch.stack([torch.stack([c * (one + sx), shear - s, tx], 1), torch.stack([s, c * (one + sy), ty], 1)], 1)
+        [[0.18], [0.2], [0.12], [0.1], [0.08], [0.08]])  # +-10 degrees, shear .2, scales, shifts of a pixel
+    c, s = angle.cos(), angle.sin()
+    theta = torch.stack([torch.stack([c * (1.05 + sx), shear - s, tx], 1), torch.stack([s, c * (1.05 + sy), ty], 1)], 1)
     bank, out = torch.stack(glyphs)[:, None], []
     for i in torch.arange(n).split(2000):
         grid = F.affine_grid(theta[i], [len(i), 1, 28, 28], align_corners=False)

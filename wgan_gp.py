@@ -36,16 +36,19 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.epilog = ("w_dist in the log is E[C(x)] - E[C(G(z))]: positive where the critic tells real from fake, towards 0 "
                 "as G catches up. It leaves the penalty out, and it is the Wasserstein-1 distance only in so far as C "
-                "is optimal and 1-Lipschitz: compare it along one run, not between networks.")
+                "is optimal and 1-Lipschitz: compare it along one run, not between networks. The paper's Adam is 1e-4 "
+                "(0, .9) for both; .5, the default here, is what its public code uses on MNIST.")
     p.add_argument("--gp-weight", type=number(float, 0), default=10.0, help="lambda; the paper: 10 (.1 on 2-D toys)")
     p.add_argument("--lr-decay", choices=("none", "linear", "best-fid"), default="none",
                    help="linear: to 0 at the last step. best-fid: when the FID has not improved for --patience "
                         "evaluations, go back to the best checkpoint and halve both rates")
     p.add_argument("--patience", type=number(int, 1), default=5, help="evaluations without a better FID, for best-fid")
     add_run_flags(p)
-    # the paper's Adam is 1e-4 (0, .9); .5 is what its public code uses on digits
     p.set_defaults(batch_size=64, d_steps=5, lr_g=1e-4, lr_d=1e-4, beta1=0.5, beta2=0.9)
-    return resolve(p, argv)
+    args = resolve(p, argv)
+    if args.lr_decay == "best-fid" and not args.eval_every:
+        fail("--lr-decay best-fid needs evaluations: give --eval-every")
+    return args
 
 
 # MODEL ----------------------------------------------------------------------------------------------------------------
@@ -86,7 +89,7 @@ def make_critic(args, channels):
 
 class MaskedLeakyReLU(nn.LeakyReLU):
     """max(x, slope x) as x times a constant: the same values and gradients, but autograd sees that the slope itself has
-    no slope, and the penalty's double backward skips a pass of zeros. Critic step on two cores: MLP 40 -> 33 ms."""
+    no slope, and the penalty's double backward skips a pass of zeros. @ACT@"""
 
     def forward(self, x):
         return x * torch.full_like(x, self.negative_slope).masked_fill_(x.detach() > 0, 1.0)
@@ -139,6 +142,8 @@ def gradient_penalty(C, x_hat):
 
 # SCHEDULE -------------------------------------------------------------------------------------------------------------
 
+LOGGED = ("d_loss", "g_loss", "w_dist", "grad_norm", "d_acc")  # what step() returns, in this order
+
 
 def train(args):
     device, channels = pick_device(args.device), DATASETS[args.dataset]
@@ -175,7 +180,7 @@ def train(args):
             update_ema(ema, G, args.ema, ema_updates)
         C.requires_grad_(True)
         w_dist, d_acc = -critic_loss(score_real, score_fake).detach(), pair_accuracy(score_real, score_fake)
-        return dict(d_loss=d_loss.detach(), g_loss=g_loss.detach(), w_dist=w_dist, grad_norm=grad_norm, d_acc=d_acc)
+        return torch.stack([d_loss.detach(), g_loss.detach(), w_dist, grad_norm, d_acc])
 
     @torch.no_grad()
     def draw(n, z=None, y=None):
@@ -191,7 +196,7 @@ def train(args):
         return run.generate()
     ema_updates.fill_(run.g_updates())
     while run.training():
-        run.set_lr(1 - run.step / run.total if args.lr_decay == "linear" else run.state["lr_scale"])
+        run.set_lr(1 - run.step / run.total if args.lr_decay == "linear" else 1)
         for i in range(args.d_steps):
             x[i], _ = batch()
         run.record(step())
@@ -201,7 +206,7 @@ def train(args):
             run.evaluate()
             if args.lr_decay == "best-fid" and run.state["stale"] >= args.patience:
                 run.back_to_best()
-                run.state.update(stale=0, lr_scale=run.state["lr_scale"] / 2)
+                args.lr_g, args.lr_d = args.lr_g / 2, args.lr_d / 2
         if run.due(args.checkpoint_every): run.save("last.pt")
     run.finish()
 
@@ -234,13 +239,14 @@ def torchvision_data(name, root, split):
     """MNIST or Fashion-MNIST as (N, 1, 28, 28): files under `root` are used as they are, missing ones downloaded."""
     from torchvision import datasets
     kind = {"mnist": datasets.MNIST, "fashion": datasets.FashionMNIST}[name]
-    ours = [d for d in (root / kind.__name__ / "raw", root / kind.__name__, root) if not d.exists()]
+    raw = root / kind.__name__ / "raw"
+    ours = [d for d in (raw, *raw.parents) if not d.exists()]
     try:
         data = kind(str(root), train=split == "train", download=True)
     except Exception as e:  # no network, a damaged or cut file: torchvision raises a different kind for each
         for d in ours:
             if d.is_dir() and not any(d.iterdir()): d.rmdir()
-        fail(f"--dataset {name}: no usable files in {root / kind.__name__ / 'raw'} and no download ({e}). Offline: put "
+        fail(f"--dataset {name}: no usable files in {raw} and no download ({e}). Offline: put "
              f"the four *-ubyte files there, or name a folder that has them by --data-dir, or use --dataset digits")
     return data.data[:, None], data.targets.long()
 
@@ -256,9 +262,9 @@ def render_digits(n, seed):
     rng, y = torch.Generator().manual_seed(seed), torch.arange(n) % 10
     which = y * 4 + torch.randint(4, (n,), generator=rng)
     angle, shear, sx, sy, tx, ty = (torch.rand(6, n, generator=rng) * 2 - 1) * torch.tensor(
-        [[0.18], [0.2], [0.12], [0.1], [0.08], [0.08]])  # +-10 degrees, scales .9..1.1, shifts of a pixel
-    c, s, one = angle.cos(), angle.sin(), 1.05
-    theta = torch.stack([torch.stack([c * (one + sx), shear - s, tx], 1), torch.stack([s, c * (one + sy), ty], 1)], 1)
+        [[0.18], [0.2], [0.12], [0.1], [0.08], [0.08]])  # +-10 degrees, shear .2, scales, shifts of a pixel
+    c, s = angle.cos(), angle.sin()
+    theta = torch.stack([torch.stack([c * (1.05 + sx), shear - s, tx], 1), torch.stack([s, c * (1.05 + sy), ty], 1)], 1)
     bank, out = torch.stack(glyphs)[:, None], []
     for i in torch.arange(n).split(2000):
         grid = F.affine_grid(theta[i], [len(i), 1, 28, 28], align_corners=False)
@@ -298,8 +304,8 @@ def add_run_flags(p):
     a("--data-dir", default="data", help="folder of the data sets, and of the trained classifier that scores")
     a("--image-size", type=number(int, 8, 1024), help="dcgan: 28, 32 (its default) or 64; mlp: 28 (its default)")
     a("--arch", choices=("dcgan", "mlp"), default="dcgan", help="networks")
-    a("--ngf", type=number(int, 1, 4096), default=32, help="dcgan: G's width at its widest map; report C: 32")
-    a("--ndf", type=number(int, 1, 4096), default=32, help="dcgan: D's width at its widest map; report C: 32")
+    a("--ngf", type=number(int, 1, 4096), default=32, help="dcgan: width of G's largest map, doubled by each smaller")
+    a("--ndf", type=number(int, 1, 4096), default=32, help="dcgan: width of D's largest map, doubled by each smaller")
     a("--latent-dim", type=number(int, 1, 65536), default=100, help="size of z")
     a("--prior", choices=("normal", "uniform"), default="normal", help="law of z: N(0, I) or U[-1, 1]")
     a("--epochs", type=number(int, 1), default=20, help="of N // batch D updates")
@@ -316,7 +322,7 @@ def add_run_flags(p):
     a("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="mps is written for but untested")
     a("--log-every", type=count, default=100, help="D updates between rows of log.csv; 0: never")
     a("--sample-every", type=count, default=1000, help="D updates between sheets of samples")
-    a("--eval-every", type=count, default=5000, help="D updates between scores of 10,000 samples")
+    a("--eval-every", type=count, default=5000, help="D updates between scores of 10,000 samples; 0: only the last")
     a("--checkpoint-every", type=count, default=2000, help="D updates between writes of last.pt")
     a("--run-dir", help="default: runs/SCRIPT-DATASET-sSEED-TIME")
     a("--resume", metavar="FILE", help="a checkpoint: go on from it, with its flags unless given here")
@@ -328,10 +334,10 @@ def add_run_flags(p):
     a("--dry-run", action="store_true", help="two iterations and one of everything else, on tiny data")
 
 
-OF_ONE_CALL = {"resume", "run_dir", "generate", "generate_to", "z_file"}  # never taken from a checkpoint
+OF_ONE_CALL = {"resume", "run_dir", "generate", "generate_to", "z_file", "device"}  # never taken from a checkpoint
 # what a resumed run may change; the rest would make another network, other data or another order of it
 MAY_CHANGE = OF_ONE_CALL | {"steps", "epochs", "lr_g", "lr_d", "lr_decay", "patience", "log_every", "sample_every",
-                            "eval_every", "checkpoint_every", "data_dir", "device", "traverse", "tensorboard"}
+                            "eval_every", "checkpoint_every", "data_dir", "traverse", "tensorboard"}
 
 
 def resolve(p, argv):
@@ -350,8 +356,8 @@ def resolve(p, argv):
         vars(args).update({k: v for k, v in old.items() if k not in given and k not in OF_ONE_CALL})
         if "epochs" in given and "steps" not in given:
             args.steps = None
-    elif args.generate:
-        fail("--generate needs --resume FILE, the checkpoint to draw from")
+    if (args.generate and not args.resume) or (args.z_file and not args.generate):
+        fail("--generate N needs --resume FILE, the checkpoint to draw from, and --z-file needs --generate N")
     args.image_size = args.image_size or {"dcgan": 32, "mlp": 28}[args.arch]
     if args.dry_run:
         args.steps, args.batch_size = 2 * args.d_steps, min(args.batch_size, 16)
@@ -475,9 +481,11 @@ class Run:
     """The run directory, progress, checkpoints, scores and figures; sees the method only through these arguments."""
 
     def __init__(self, args, nets, opts, ema, draw, rate, batch):
-        self.args, self.nets, self.opts, self.ema, self.draw, self.batch = args, nets, opts, ema, draw, batch
+        self.args, self.nets, self.opts, self.ema, self.draw, self.rate, self.batch = (
+            args, nets, opts, ema, draw, rate, batch)
         self.device, self.step = next(ema.parameters()).device, 0
-        self.state = {"best_fid": math.inf, "stale": 0, "lr_scale": 1.0, "seconds": 0.0}
+        self.state = {"best_fid": math.inf, "stale": 0, "scored": -1, "seconds": 0.0}
+        self.sums, self.count = torch.zeros(len(LOGGED), device=self.device), 0
         old = Path(args.resume).parent if args.resume else None
         name = f"{SCRIPT.stem}-{args.dataset}-s{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
         self.dir = Path(args.run_dir) if args.run_dir else old or Path("runs") / name
@@ -485,9 +493,9 @@ class Run:
             self.restore(read_checkpoint(args.resume))
         if args.generate:
             return
-        self.total, self.names = args.steps or args.epochs * batch.per_epoch, []
-        self.sums, self.count, self.first_bad = 0, 0, torch.full((), -1, device=self.device)
-        self.signal = self.judge = self.metrics = self.board = self.scored = None
+        self.total = args.steps or args.epochs * batch.per_epoch
+        self.first_bad = torch.full((), -1, device=self.device)
+        self.signal = self.judge = self.metrics = self.board = None
         fresh = not old or self.dir.resolve() != old.resolve()
         if fresh and self.dir.exists() and (not self.dir.is_dir() or any(self.dir.iterdir())):
             fail(f"--run-dir {self.dir} is in use: name another, or go on with --resume {self.dir / 'last.pt'}")
@@ -508,24 +516,25 @@ class Run:
         except OSError as e:
             fail(f"--run-dir {self.dir}: {e}")
         if args.tensorboard:
-            self.board = SummaryWriter(self.dir)
+            self.board = SummaryWriter(self.dir, purge_step=self.step)
         if fresh:
             shutil.copy(SCRIPT, self.dir / SCRIPT.name)
-            self.state.update(best_fid=math.inf, stale=0)  # no best.pt here yet
+        if not (self.dir / "best.pt").exists():
+            self.state.update(best_fid=math.inf, stale=0)
         (self.dir / "args.json").write_text(json.dumps(vars(args), indent=1))
         self.drop_later()
         self.z_sheet = self.noise(64, 1)
+        self.clock, self.clock_step, self.paused = time.time(), self.step, 0.0
         if self.step == 0 and args.sample_every:
             self.sample()
-        self.clock, self.clock_step, self.paused = time.time(), self.step, 0.0
         for s in (signal.SIGINT, signal.SIGTERM):
             signal.signal(s, self.on_signal)
         self.say(f"{self.dir}: {self.total} D updates of {args.batch_size} pictures on {self.device}")
 
-    def on_signal(self, number, frame):
+    def on_signal(self, signum, frame):
         """Stop at the end of this iteration, with a checkpoint; a second signal stops at once."""
-        self.signal = number
-        signal.signal(number, signal.SIG_DFL)
+        self.signal = signum
+        default_signals()
 
     def training(self):
         return self.step < self.total and self.signal is None
@@ -542,11 +551,10 @@ class Run:
             for group in self.opts[key].param_groups:
                 group["lr"] = lr * scale
 
-    def record(self, stats):
+    def record(self, values):
         """Once an iteration: sums stay on the device, and so does the first step with a loss that is not finite."""
-        values = torch.stack(list(stats.values()))
         self.step += self.args.d_steps
-        self.sums, self.count, self.names = self.sums + values, self.count + 1, list(stats)
+        self.sums, self.count = self.sums + values, self.count + 1
         self.first_bad = torch.where((self.first_bad < 0) & ~values.isfinite().all(), self.step, self.first_bad)
 
     def check_finite(self):
@@ -560,33 +568,34 @@ class Run:
     # the log ----------------------------------------------------------------------------------------------------------
 
     def log(self):
-        means = dict(zip(self.names, (self.sums / self.count).tolist()))  # the one place that waits for the device
-        self.check_finite()
-        now = time.time()
-        rate = (self.step - self.clock_step) / max(now - self.clock - self.paused, 1e-9)
-        self.state["seconds"] += now - self.clock
-        self.sums, self.count, self.clock, self.clock_step, self.paused = 0, 0, now, self.step, 0.0
+        self.check_finite()  # waits for the device
+        means = dict(zip(LOGGED, (self.sums / self.count).tolist()))
+        rate = (self.step - self.clock_step) / max(time.time() - self.clock - self.paused, 1e-9)
+        self.state["seconds"], self.sums, self.count = self.seconds(), torch.zeros_like(self.sums), 0
+        self.clock, self.clock_step, self.paused = time.time(), self.step, 0.0
         self.write_row({**means, "images_per_s": rate * self.args.batch_size,
                         "lr_g": self.opts["g"].param_groups[0]["lr"], "lr_d": self.opts["d"].param_groups[0]["lr"]})
-        losses, eta = "  ".join(f"{k} {v:.3f}" for k, v in means.items()), int((self.total - self.step) / rate)
+        losses, eta = "  ".join(f"{k} {v:.3f}" for k, v in means.items()), max(0, int((self.total - self.step) / rate))
         self.say(f"epoch {self.step / self.batch.per_epoch:.1f}/{self.total / self.batch.per_epoch:.4g}  D {self.step} "
                  f"G {self.g_updates()}  {losses}  {rate * self.args.batch_size:.0f} images/s  "
                  f"ETA {eta // 3600}:{eta // 60 % 60:02}:{eta % 60:02}", redraw=True)
 
     def say(self, text, redraw=False):
         """A line of its own; on a terminal the next one is written over a `redraw` line."""
-        terminal = sys.stdout.isatty()
-        print(f"\r\033[K{text}" if terminal else text, end="" if terminal and redraw else "\n", flush=True)
+        if sys.stdout.isatty():
+            text = "\r\033[K" + (text[:shutil.get_terminal_size().columns - 1] if redraw else text + "\n")
+        print(text, end="" if sys.stdout.isatty() else "\n", flush=True)
+
+    def seconds(self):
+        return self.state["seconds"] + time.time() - self.clock
 
     def write_row(self, row):
         row = {"step": self.step, "epoch": self.step / self.batch.per_epoch, "g_updates": self.g_updates(),
-               "seconds": self.state["seconds"] + time.time() - self.clock, **row}
-        columns = ["step", "epoch", "g_updates", "seconds", *self.names, "images_per_s", "lr_g", "lr_d", *SCORES]
-        path = self.dir / "log.csv"
-        new = not path.exists()
-        with open(path, "a", newline="") as f:
+               "seconds": self.seconds(), **row}
+        columns = ["step", "epoch", "g_updates", "seconds", *LOGGED, "images_per_s", "lr_g", "lr_d", *SCORES]
+        with open(self.dir / "log.csv", "a", newline="") as f:
             writer = csv.DictWriter(f, columns, extrasaction="ignore", lineterminator="\n")
-            if new: writer.writeheader()
+            if not f.tell(): writer.writeheader()
             writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
         for k in columns if self.board else ():
             if k in row: self.board.add_scalar(k, row[k], self.step)
@@ -594,11 +603,10 @@ class Run:
     def drop_later(self):
         """Rows and sheets past this step go: a resumed run leaves what an unbroken one would."""
         path = self.dir / "log.csv"
-        if path.exists():
+        if path.exists() and path.stat().st_size:
             header, *rows = path.read_text().splitlines()
             rows = [r for r in rows if r.count(",") == header.count(",") and int(r.split(",")[0]) <= self.step]
             write_whole(path, lambda f: f.write("\n".join([header, *rows, ""]).encode()))
-            self.names = [k for k in header.split(",")[4:] if k not in ("images_per_s", "lr_g", "lr_d", *SCORES)]
         for sheet in (self.dir / "samples").glob("step_*.png"):
             if int(sheet.stem[5:]) > self.step: sheet.unlink()
 
@@ -613,21 +621,26 @@ class Run:
         return torch.cat([to_uint8(self.draw(len(b), z=b)[0]).cpu() for b in z.split(500)])
 
     def sample(self):
+        self.check_finite()
         start = time.time()
         save_sheet(self.pictures(self.z_sheet), self.dir / "samples" / f"step_{self.step:07}.png", 8)
-        if self.step: self.paused += time.time() - start
+        self.paused += time.time() - start
 
     def evaluate(self):
         """Scores of fresh samples. best.pt is chosen by the FID against training pictures, so that the FID against the
         test set stays a measurement."""
-        if not self.metrics or self.scored == self.step:
+        if not self.metrics:
             return
-        start, self.scored = time.time(), self.step
+        self.check_finite()
+        start = time.time()
         if not self.judge:
+            self.save("last.pt")  # a data set or a classifier that cannot be had must not cost the run
             self.judge = self.metrics.Judge(self.args.dataset, self.args.data_dir, self.args.image_size, self.device,
                                             limit=256 if self.args.dry_run else None, say=self.say)
+        if self.state["scored"] == self.step:  # a resumed run knows of it
+            return
         scores = self.judge(self.pictures(self.noise(self.judge.n, 2, self.step)))
-        self.state["stale"] += 1
+        self.state.update(stale=self.state["stale"] + 1, scored=self.step)
         if scores["fid_train"] < self.state["best_fid"]:
             self.state.update(best_fid=scores["fid_train"], stale=0)
             self.save("best.pt")
@@ -643,8 +656,10 @@ class Run:
         if self.device.type != "cpu":
             rng[self.device.type] = getattr(torch, self.device.type).get_rng_state()
         checkpoint = {"script": SCRIPT.stem, "args": dict(vars(self.args)), "step": self.step, "rng": rng,
-                      "state": dict(self.state), "nets": {k: net.state_dict() for k, net in self.nets.items()},
-                      "ema": self.ema.state_dict(), "opts": {k: opt.state_dict() for k, opt in self.opts.items()}}
+                      "state": {**self.state, "seconds": self.seconds()},
+                      "window": {"sums": self.sums, "count": self.count},
+                      "nets": {k: net.state_dict() for k, net in self.nets.items()}, "ema": self.ema.state_dict(),
+                      "opts": {k: opt.state_dict() for k, opt in self.opts.items()}}
         write_whole(self.dir / name, lambda f: torch.save(checkpoint, f))
 
     def restore(self, checkpoint, weights_only=False):
@@ -658,7 +673,8 @@ class Run:
         except (KeyError, RuntimeError, ValueError) as e:
             fail(f"{self.args.resume} does not fit these networks ({e})")
         if not weights_only:
-            self.step, rng = checkpoint["step"], checkpoint["rng"]
+            self.step, rng, window = checkpoint["step"], checkpoint["rng"], checkpoint["window"]
+            self.sums, self.count = window["sums"].to(self.device), window["count"]
             self.state.update(checkpoint["state"])
             torch.set_rng_state(rng["cpu"])
             if self.device.type != "cpu" and self.device.type in rng:
@@ -667,25 +683,27 @@ class Run:
 
     def back_to_best(self):
         self.restore(read_checkpoint(self.dir / "best.pt"), weights_only=True)
+        self.state["stale"] = 0
 
     # the end ----------------------------------------------------------------------------------------------------------
 
     def finish(self):
         self.save("last.pt")
         if self.signal is not None:
+            if self.board: self.board.close()
             self.say(f"stopped at step {self.step}: go on with --resume {self.dir / 'last.pt'}")
             raise SystemExit(128 + self.signal)
+        default_signals()
         self.figures()
         if self.metrics:
             self.evaluate()
             self.save("last.pt")  # it now knows of the last score
-            scores = {"last": self.judge(self.pictures(self.noise(self.judge.n, 3)))}
-            if (self.dir / "best.pt").exists():
-                self.ema.load_state_dict(read_checkpoint(self.dir / "best.pt")["ema"])
-                scores["best"] = self.judge(self.pictures(self.noise(self.judge.n, 3)))
+            scores = {}
+            for name in (n for n in ("last.pt", "best.pt") if (self.dir / n).exists()):
+                self.ema.load_state_dict(read_checkpoint(self.dir / name)["ema"])
+                scores[name] = self.judge(self.pictures(self.noise(self.judge.n, 3)))
+                self.say(f"{name}, fresh z: {self.judge.line(scores[name])}")
             (self.dir / "scores.json").write_text(json.dumps(scores, indent=1))
-            for name in scores:
-                self.say(f"{name}.pt, fresh z: {self.judge.line(scores[name])}")
             self.metrics.plot([self.dir], self.dir / "curves.png")
         if self.board: self.board.close()
         self.say(f"done: {self.dir}")
@@ -720,7 +738,10 @@ class Run:
                 fail(f"--z-file {args.z_file}, to be ({args.generate} or more, {args.latent_dim}): {e}")
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             fail(f"--generate-to {out} is in use")
-        out.mkdir(parents=True, exist_ok=True)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            fail(f"--generate-to {out}: {e}")
         for i, x in enumerate(self.pictures(z[:args.generate])):
             to_image(x).save(out / f"{i:05}.png")
         self.say(f"{args.generate} pictures in {out}")
@@ -755,6 +776,11 @@ def save_gif(paths, out, limit=300 * 1024):
 
 
 # --- shared: main ---
+def default_signals():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def main(argv=None):
     before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -2,6 +2,7 @@
 
     python tests/bench.py                     images/s of wgan_gp.py beside a textbook loop, interleaved; Markdown out
     python tests/bench.py --profile mlp       where the time of our iteration goes
+    python tests/bench.py --activation        the critic's activation beside nn.LeakyReLU
     python tests/bench.py --yardstick 18760   train the textbook loop that long on MNIST, then score its samples
 
 The textbook loop is what the common single-file collections do with the same networks. The habits it copies: PIL
@@ -163,6 +164,26 @@ def profile(name, data):
     print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=14, max_name_column_width=40))
 
 
+def activation(data):
+    """One critic update with MaskedLeakyReLU beside the same with nn.LeakyReLU, turn by turn; milliseconds."""
+    print("| networks | masked, ms | nn.LeakyReLU, ms | ratio |\n|---|---|---|---|")
+    for name, flags in CASES.items():
+        args = wgan_gp.parse_args([*flags, *data])
+        x_real, x_fake = (torch.rand(args.batch_size, 1, args.image_size, args.image_size) * 2 - 1 for _ in range(2))
+        masked = wgan_gp.make_critic(args, 1).to(memory_format=torch.channels_last)
+        times = ([], [])
+        for i in range(2 * 40):
+            C = (masked, plain(masked))[i % 2]
+            start = time.perf_counter()
+            score_real, score_fake = C(torch.cat([x_real, x_fake])).chunk(2)
+            penalty, _ = wgan_gp.gradient_penalty(C, wgan_gp.interpolate(x_real, x_fake))
+            (wgan_gp.critic_loss(score_real, score_fake) + 10 * penalty).backward()
+            times[i % 2].append(1e3 * (time.perf_counter() - start))
+            C.zero_grad(set_to_none=True)
+        ours, theirs = (t[5:] for t in times)
+        print(f"| {name} | {row(ours)} | {row(theirs)} | {row([b / a for a, b in zip(ours, theirs)])} |", flush=True)
+
+
 def yardstick(steps, data_dir):
     """The most used public script's defaults: its MLP pair (100-128-256-512-1024-784 with batch norm whose 0.8 is eps,
     784-512-256-1), Adam 2e-4 (.5, .999), batch 64, 5 critic updates, lambda 10, no averaging; by metrics.Judge."""
@@ -197,12 +218,15 @@ if __name__ == "__main__":
     p.add_argument("--iterations", type=int, default=4)
     p.add_argument("--data-dir", default=str(ROOT / "data"))
     p.add_argument("--profile", choices=CASES)
+    p.add_argument("--activation", action="store_true")
     p.add_argument("--yardstick", type=int, metavar="STEPS")
     a = p.parse_args()
     has_mnist = os.path.exists(f"{a.data_dir}/MNIST/raw/train-images-idx3-ubyte")
     data = ["--dataset", "mnist", "--data-dir", a.data_dir] if has_mnist else []
     if a.profile:
         profile(a.profile, data)
+    elif a.activation:
+        activation(data)
     elif a.yardstick:
         yardstick(a.yardstick, a.data_dir)
     else:

@@ -82,11 +82,29 @@ def test_classifier_is_cached_and_leaves_the_callers_stream_alone(data_dir):
     assert (net.embed(x)[1].argmax(1) == y).double().mean().item() == net.accuracy
 
 
-def test_a_damaged_classifier_is_one_line(tmp_path, capsys):
-    (tmp_path / "classifier-digits-v1.pt").write_bytes(b"no")
-    with pytest.raises(SystemExit) as stop:
-        metrics.classifier("digits", tmp_path, torch.device("cpu"))
-    assert stop.value.code == 2 and "classifier-digits-v1.pt" in capsys.readouterr().err
+def test_a_damaged_classifier_is_trained_again_and_one_that_cannot_be_kept_is_used(data_dir, tmp_path, monkeypatch):
+    good = torch.load(data_dir / "classifier-digits-v1.pt", weights_only=True)
+    trained = metrics.Classifier(1, 10)
+    trained.load_state_dict(good["net"])
+    monkeypatch.setattr(metrics, "train_classifier", lambda *a, **k: trained)
+    path, said = tmp_path / "classifier-digits-v1.pt", []
+    path.write_bytes((data_dir / path.name).read_bytes()[:5000])
+    net = metrics.classifier("digits", tmp_path, torch.device("cpu"), say=said.append)
+    assert "damaged" in said[0] and net.accuracy == good["accuracy"]
+    assert torch.load(path, weights_only=True)["accuracy"] == good["accuracy"]
+    (tmp_path / "file").write_text("mine")
+    said.clear()
+    net = metrics.classifier("digits", tmp_path / "file", torch.device("cpu"), say=said.append)
+    assert net.accuracy == good["accuracy"] and any("could not be kept" in line for line in said)
+
+
+def test_judge_leaves_mps_for_the_cpu(monkeypatch, data_dir):
+    asked = []
+    real = metrics.classifier
+    monkeypatch.setattr(metrics, "classifier", lambda name, folder, device, *a: asked.append(device) or real(
+        name, folder, torch.device("cpu"), *a))
+    metrics.Judge("digits", data_dir, 28, torch.device("mps:0"), n=100, say=lambda text: None)
+    assert asked == [torch.device("cpu")]
 
 
 @pytest.mark.skipif(not MNIST.exists(), reason="real MNIST is not under data/: the classifier's 99 % is not checked")
@@ -134,7 +152,7 @@ def test_a_folder_against_a_folder_and_noise_scores_far_off(data_dir, tmp_path, 
 
 
 @pytest.mark.parametrize("name, content, named", [
-    ("none", None, "none"), ("empty", {}, "empty"), ("cut", {"a.png": b"\x89PNG\r\n"}, "a.png"),
+    ("none", None, "none"), ("empty", {}, "empty"), ("cut", {"a.png": b"\x89PNG\r\n", "b.png": (8, 8)}, "a.png"),
     ("mixed", {"a.png": (8, 8), "b.png": (9, 9)}, "b.png"), ("one", {"a.png": (28, 28)}, "one"),
     ("wide", {"a.png": (8, 28), "b.png": (8, 28)}, "wide"), ("deep", {"a.png": "I;16", "b.png": "I;16"}, "a.png"),
     ("float.npy", np.zeros((4, 1, 28, 28)), "float.npy"), ("flat.npy", np.zeros((4, 784), np.uint8), "flat.npy")])
@@ -152,6 +170,24 @@ def test_unusable_pictures_are_one_line(data_dir, tmp_path, capsys, name, conten
         metrics.main(["--real", "digits", "--fake", str(tmp_path / name), "--data-dir", str(data_dir)])
     err = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2 and named in err[-1] and "error" in err[-1] and "Traceback" not in "".join(err)
+
+
+def test_another_classifier_scores_the_named_data(data_dir, tmp_path, capsys, monkeypatch):
+    load = metrics.load_data  # a stand-in for mnist: the digits turned by 180 degrees
+    monkeypatch.setattr(metrics, "load_data", lambda name, *a: load("digits", *a) if name == "digits" else (
+        load("digits", *a)[0].flip(2, 3), load("digits", *a)[1]))
+    torch.save(load("digits", data_dir, 28, "train")[0][:300], tmp_path / "x.pt")
+    flags = ["--classifier", "digits", "--data-dir", data_dir, "--json", "--fake", tmp_path / "x.pt", "--real"]
+    own, other = (json.loads(run(capsys, *flags, name)) for name in ("digits", "mnist"))
+    assert other["fid"] > 20 * own["fid"] and other["floor"] == own["floor"]
+
+
+def test_out_paths_that_cannot_be_written_are_one_line(tmp_path, capsys):
+    (tmp_path / "log.csv").write_text("step,d_loss\n1,2\n")
+    for out in ("nodir/c.png", "noextension"):
+        with pytest.raises(SystemExit) as stop:
+            metrics.main(["--plot", str(tmp_path), "-o", str(tmp_path / out)])
+        assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 
 def test_the_command_itself(tmp_path):
@@ -197,7 +233,7 @@ def test_scores_in_the_log_are_those_of_the_saved_samples(data_dir, tmp_path, mo
     rows = [r for r in csv.DictReader(open("a/log.csv")) if r["fid"]]
     assert [r["step"] for r in rows] == ["10", "20"]
     final = json.loads(Path("a/scores.json").read_text())
-    assert set(final) == {"last", "best"} and final["last"]["n_fake"] == 1000
+    assert set(final) == {"last.pt", "best.pt"} and final["last.pt"]["n_fake"] == 1000
     best = min(rows, key=lambda r: float(r["fid_train"]))
     saved = torch.load("a/best.pt", weights_only=True)
     assert saved["step"] == int(best["step"]) and f"{saved['state']['best_fid']:.6g}" == best["fid_train"]

@@ -49,7 +49,7 @@ def test_imports_are_the_four_packages_and_no_script(path):
             assert "tensorboard" not in name or id(node) not in top
 
 
-def test_method_and_plumbing_are_about_as_long_as_designed(capsys):
+def test_the_method_is_about_as_long_as_designed(capsys):
     """The method in about 200 lines; and, printed, what differs between each pair of scripts above the ruled line."""
     methods = {p.name: p.read_text().split("\n# ====")[0].splitlines() for p in IMAGE}
     for name, lines in methods.items():

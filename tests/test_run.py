@@ -55,7 +55,7 @@ def tensors(path):
 
 def losses(run):
     rows = list(csv.DictReader((Path(run) / "log.csv").open()))
-    return [[r[k] for k in ("step", "g_updates", "d_loss", "g_loss", "w_dist", "grad_norm", "d_acc")] for r in rows]
+    return [[r[k] for k in ("step", "g_updates", *wgan_gp.LOGGED, "fid_train")] for r in rows]
 
 
 @pytest.fixture
@@ -212,6 +212,41 @@ def test_the_step_never_waits_for_the_device(monkeypatch):
     assert calls[0] == 10
 
 
+def test_a_resumed_run_logs_and_scores_as_an_unbroken_one(monkeypatch):
+    """Stopped between two rows of the log, at an evaluation, and resumed into another run directory."""
+    scripted_judge(monkeypatch, [])
+    flags = [*TINY, "--log-every", "10", "--eval-every", "15"]
+    wgan_gp.main([*flags, "--steps", "30", "--run-dir", "whole"])
+    wgan_gp.main([*flags, "--steps", "15", "--run-dir", "part"])
+    wgan_gp.main(["--resume", "part/last.pt", "--steps", "15"])  # nothing to do: no second row of scores
+    wgan_gp.main(["--resume", "part/last.pt", "--steps", "30"])
+    assert losses("part") == losses("whole")
+    seconds = [float(r["seconds"]) for r in csv.DictReader(open("part/log.csv"))]
+    assert seconds == sorted(seconds)
+    wgan_gp.main(["--resume", "part/last.pt", "--run-dir", "other"])
+    wgan_gp.main(["--resume", "other/last.pt", "--steps", "40"])
+    assert len({line.count(",") for line in open("other/log.csv")}) == 1
+
+
+def test_a_second_signal_stops_at_once_and_after_training_the_first(monkeypatch):
+    record = wgan_gp.Run.record
+
+    def twice(run, values):
+        record(run, values)
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(wgan_gp.Run, "record", twice)
+    with pytest.raises(SystemExit) as stop:
+        wgan_gp.main([*TINY, "--steps", "40", "--run-dir", "a"])
+    assert stop.value.code == 130 and not Path("a/last.pt").exists()
+    monkeypatch.setattr(wgan_gp.Run, "record", record)
+    monkeypatch.setattr(wgan_gp.Run, "figures", lambda run: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(SystemExit) as stop:
+        wgan_gp.main([*TINY, "--steps", "10", "--run-dir", "b"])
+    assert stop.value.code == 130 and Path("b/last.pt").exists() and not Path("b/samples.png").exists()
+
+
 def test_step_counts_and_cadence():
     """--steps and every --*-every take effect at the first iteration boundary at or past the number."""
     wgan_gp.main([*TINY, "--steps", "17", "--log-every", "7", "--sample-every", "9", "--g-steps", "3",
@@ -269,6 +304,7 @@ def test_best_fid_goes_back_and_halves_the_rates(monkeypatch):
         seen.append((run.step, best["step"]))
         same(run.nets["G"].state_dict(), best["nets"]["G"])
         same(run.opts["d"].state_dict()["state"], best["opts"]["d"]["state"])
+        assert run.state["stale"] == 0
 
     monkeypatch.setattr(wgan_gp.Run, "back_to_best", watched)
     wgan_gp.main([*flags, "--run-dir", "a"])
@@ -276,6 +312,16 @@ def test_best_fid_goes_back_and_halves_the_rates(monkeypatch):
     rows = [r for r in csv.DictReader(open("a/log.csv")) if r["lr_g"]]
     assert [float(r["lr_d"]) for r in rows] == [1e-4] * 4 + [5e-5] * 3 + [2.5e-5]
     assert torch.load("a/best.pt", weights_only=True)["state"]["best_fid"] == 30
+    # the halved rates go on after a resume; given ones replace them; last.pt on its own starts the search afresh
+    wgan_gp.main(["--resume", "a/last.pt", "--steps", "45"])
+    wgan_gp.main(["--resume", "a/last.pt", "--steps", "50", "--lr-d", "3e-5"])
+    rows = [r for r in csv.DictReader(open("a/log.csv")) if r["lr_g"]]
+    # two evaluations at 99 since step 35: halved a third time at 45, after that row was written
+    assert [(float(r["lr_g"]), float(r["lr_d"])) for r in rows[-2:]] == [(2.5e-5, 2.5e-5), (1.25e-5, 3e-5)]
+    Path("moved").mkdir()
+    shutil.copy("a/last.pt", "moved")
+    wgan_gp.main(["--resume", "moved/last.pt", "--steps", "70"])
+    assert Path("moved/best.pt").exists()
 
 
 def test_linear_decay_reaches_zero_at_the_last_step():
@@ -299,6 +345,13 @@ def test_a_nan_stops_the_run_and_keeps_the_last_good_checkpoint(monkeypatch, cap
     assert saved["step"] == 25 and all(p.isfinite().all() for net in saved["nets"].values() for p in net.values())
 
 
+def test_no_sheet_of_nan_is_written(monkeypatch):
+    monkeypatch.setattr(wgan_gp, "generator_loss", lambda score: score.mean() * float("nan"))
+    with pytest.raises(SystemExit):
+        wgan_gp.main([*TINY, "--steps", "20", "--run-dir", "a", "--log-every", "0", "--sample-every", "5"])
+    assert os.listdir("a/samples") == ["step_0000000.png"]
+
+
 # errors ---------------------------------------------------------------------------------------------------------------
 
 
@@ -319,7 +372,9 @@ ERRORS = [
     (["--dataset", "fashion", "--data-dir", "nowhere"], "nowhere/FashionMNIST/raw"), (["--run-dir", "used"], "used"),
     (["--run-dir", "file"], "file"), (["--run-dir", "file/in"], "file"), (["--resume", "nothing.pt"], "nothing.pt"),
     (["--resume", "used"], "used"), (["--resume", "file"], "file"), (["--resume", "other.pt"], "dcgan.py"),
-    (["--resume", "list.pt"], "list.pt"), (["--generate", "4"], "--resume"), (["--lr-decay", "best-fid"], "metrics.py"),
+    (["--resume", "list.pt"], "list.pt"), (["--generate", "4"], "--resume"), (["--z-file", "z.npy"], "--generate"),
+    (["--lr-decay", "best-fid", "--eval-every", "0"], "eval-every"),
+    (["--lr-decay", "best-fid", "--eval-every", "5"], "metrics.py"),
     (["--resume", "good/last.pt", "--ngf", "8"], "ngf"),
     (["--resume", "good/last.pt", "--dataset", "mnist"], "dataset"),
     (["--resume", "good/last.pt", "--seed", "3"], "seed"), (["--resume", "misfit.pt"], "misfit.pt"),
@@ -327,6 +382,8 @@ ERRORS = [
     (["--resume", "good/last.pt", "--generate", "2", "--z-file", "none.pt"], "none.pt"),
     (["--resume", "good/last.pt", "--generate", "2", "--z-file", "wide.npy"], "wide.npy"),
     (["--resume", "good/last.pt", "--generate", "2", "--generate-to", "used"], "used"),
+    (["--resume", "good/last.pt", "--generate", "2", "--generate-to", "file/in"], "file/in"),
+    (["--dataset", "mnist", "--data-dir", "nowhere/deep/er"], "deep/er"),
 ]
 
 
