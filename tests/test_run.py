@@ -92,11 +92,16 @@ def test_a_signal_leaves_a_checkpoint_that_resumes_bit_for_bit(whole, monkeypatc
             os.kill(os.getpid(), number)
 
     monkeypatch.setattr(wgan_gp.Run, "record", signalled)
-    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    theirs = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    handlers = lambda *a: None, lambda *a: None  # a caller's own
+    for s, handler in zip((signal.SIGINT, signal.SIGTERM), handlers):
+        signal.signal(s, handler)
     with pytest.raises(SystemExit) as stop:
         wgan_gp.main([*TINY, "--steps", "40", "--run-dir", "cut", "--lr-decay", "linear"])
     assert stop.value.code == 128 + number
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+    for s, handler in zip((signal.SIGINT, signal.SIGTERM), theirs):
+        signal.signal(s, handler)
     assert torch.load("cut/last.pt", weights_only=True)["step"] == 15
     monkeypatch.setattr(wgan_gp.Run, "record", record)
     wgan_gp.main(["--resume", "cut/last.pt"])
@@ -115,7 +120,7 @@ def test_mlp_resumes_bit_for_bit_and_from_another_run_directory():
 def test_rows_and_sheets_past_the_step_are_dropped(whole):
     wgan_gp.main([*TINY, "--steps", "20", "--run-dir", "half", "--lr-decay", "linear", "--sample-every", "10"])
     with open("half/log.csv", "a") as f:
-        f.write("25" + "," * (open("half/log.csv").readline().count(",")) + "\n25,1,")  # and a row cut by a kill
+        f.write("25" + "," * (open("half/log.csv").readline().count(",")) + "\n20,1,")  # and a row cut by a kill
     shutil.copy("half/samples/step_0000020.png", "half/samples/step_0000030.png")
     wgan_gp.main(["--resume", "half/last.pt", "--sample-every", "0"])
     assert [r[0] for r in losses("half")] == ["5", "10", "15", "20"]
@@ -338,7 +343,7 @@ def test_a_nan_stops_the_run_and_keeps_the_last_good_checkpoint(monkeypatch, cap
 
     monkeypatch.setattr(wgan_gp, "generator_loss", poisoned)
     with pytest.raises(SystemExit) as stop:
-        wgan_gp.main([*TINY, "--steps", "100", "--run-dir", "a", "--checkpoint-every", "5", "--log-every", "0"])
+        wgan_gp.main([*TINY, "--steps", "100", "--run-dir", "a", "--checkpoint-every", "25", "--log-every", "0"])
     err = capsys.readouterr().err
     assert stop.value.code == 2 and "step 30" in err and err.count("\n") == 1
     saved = torch.load("a/last.pt", weights_only=True)
@@ -478,7 +483,7 @@ def test_gif_keeps_to_its_size():
 
 
 def test_generation_from_z_and_from_a_seed():
-    wgan_gp.main([*TINY, "--steps", "10", "--run-dir", "a"])
+    wgan_gp.main([*TINY, "--steps", "20", "--run-dir", "a", "--lr-g", "1e-2"])
     z = torch.randn(3, 6, generator=torch.Generator().manual_seed(7))
     np.save("z.npy", z.numpy())
     torch.save(z, "z.pt")
@@ -490,7 +495,8 @@ def test_generation_from_z_and_from_a_seed():
     shown = [np.stack([np.asarray(Image.open(f)) for f in sorted(Path(f"out{i}").iterdir())]).astype(float)
              for i in range(5)]
     assert np.abs(shown[0] - paint(loaded_generator("a/last.pt"), z)).max() <= 1
-    assert (shown[0] == shown[1]).all() and (shown[2] == shown[4]).all() and (shown[2] != shown[3]).any()
+    assert (shown[0] == shown[1]).all() and (shown[2] == shown[4]).all()
+    assert np.abs(shown[0] - shown[2]).max() > 5 and np.abs(shown[2] - shown[3]).max() > 5
     assert Path("a/last.pt").read_bytes() == before
 
 
