@@ -459,7 +459,7 @@ def write_whole(path, write):
 def read_checkpoint(path):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if {"script", "args", "step", "nets", "ema", "opts", "rng", "state"} <= set(checkpoint):
+        if {"script", "args", "step", "nets", "ema", "opts", "rng", "state", "window"} <= set(checkpoint):
             return checkpoint
         raise ValueError("parts are missing")
     except FileNotFoundError:
