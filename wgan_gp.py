@@ -65,12 +65,12 @@ def make_generator(args, channels):
         for w in (256, 512, 1024):
             layers += [nn.Linear(width, w, bias=False), nn.BatchNorm1d(w), nn.LeakyReLU(negative_slope=0.2)]
             width = w
-        return nn.Sequential(*layers, nn.Linear(width, channels * S * S), nn.Tanh(), nn.Unflatten(1, (channels, S, S)))
+        return Net(*layers, nn.Linear(width, channels * S * S), nn.Tanh(), nn.Unflatten(1, (channels, S, S)))
     start, widths = dcgan_plan(args, ngf)
     layers = [nn.Unflatten(1, (nz, 1, 1)), nn.ConvTranspose2d(nz, widths[0], start, 1, 0, bias=False)]
     for w_in, w_out in zip(widths, [*widths[1:], channels]):  # each block doubles the side
         layers += [nn.BatchNorm2d(w_in), nn.ReLU(), nn.ConvTranspose2d(w_in, w_out, 4, 2, 1, bias=False)]
-    return nn.Sequential(*layers, nn.Tanh()).apply(dcgan_init)
+    return Net(*layers, nn.Tanh()).apply(dcgan_init)
 
 
 def make_critic(args, channels):
@@ -81,13 +81,13 @@ def make_critic(args, channels):
         for w in (1024, 512, 256):
             layers += [nn.Linear(width, w), MaskedLeakyReLU(negative_slope=0.2)]
             width = w
-        return nn.Sequential(*layers, nn.Linear(width, 1), nn.Flatten(0))
+        return Net(*layers, nn.Linear(width, 1), nn.Flatten(0))
     start, widths = dcgan_plan(args, ndf)
     layers, width = [], channels
     for w in reversed(widths):  # each block halves the side
         layers += [nn.Conv2d(width, w, 4, 2, 1), MaskedLeakyReLU(negative_slope=0.2)]
         width = w
-    return nn.Sequential(*layers, nn.Conv2d(width, 1, start, 1, 0), nn.Flatten(0)).apply(dcgan_init)
+    return Net(*layers, nn.Conv2d(width, 1, start, 1, 0), nn.Flatten(0)).apply(dcgan_init)
 
 
 class MaskedLeakyReLU(nn.LeakyReLU):
@@ -130,7 +130,7 @@ def generator_loss(score_fake):
 
 def interpolate(x_real, x_fake):
     """x_hat (B, ...): a point on each segment from fake to real, one eps per picture, not per pixel."""
-    eps = torch.rand(len(x_real), *[1] * (x_real.dim() - 1), device=x_real.device, dtype=x_real.dtype)
+    eps = own(torch.rand(WORLD * len(x_real), *[1] * (x_real.dim() - 1), device=x_real.device, dtype=x_real.dtype))
     return torch.lerp(x_fake, x_real, eps)
 
 
@@ -149,48 +149,50 @@ LOGGED = ("d_loss", "g_loss", "w_dist", "grad_norm", "d_acc")  # what step() ret
 
 
 def train(args):
-    device, channels = pick_device(args.device), DATASETS[args.dataset]
+    device, channels = pick_device(args), DATASETS[args.dataset]
     torch.manual_seed(args.seed)
     G, C = make_generator(args, channels), make_critic(args, channels)  # drawn on the CPU: the same on every device
     G, C = (net.to(device, memory_format=torch.channels_last) for net in (G, C))
+    G.amp = C.amp = args.amp
     ema = copy.deepcopy(G).eval().requires_grad_(False)
     opt_g, opt_d = adam(G, args.lr_g, args), adam(C, args.lr_d, args)
     batch = None if args.generate else Batches(args, device)
 
-    # step() reads nothing but x and the random stream, takes nothing and waits for nothing: what a CUDA graph needs
-    S = args.image_size
-    x = torch.empty((args.d_steps, args.batch_size, channels, S, S), dtype=torch.uint8, device=device)
+    # step() reads nothing but x and the random stream, takes nothing and waits for nothing: what a CUDA graph needs.
+    # Under torchrun every rank draws the whole batch's noise and uses its own rows of it.
+    S, B = args.image_size, args.batch_size
+    x = torch.empty((args.d_steps, B // WORLD, channels, S, S), dtype=torch.uint8, device=device)
     ema_updates = torch.zeros((), device=device)
 
     def step():
         for x_uint8 in x:
             x_real = from_uint8(x_uint8)
             with torch.no_grad():  # the critic's backward ends at the picture
-                x_fake = G(sample_z(args, args.batch_size, device))
+                x_fake = G(own(sample_z(args, B, device)))
             score_real, score_fake = C(torch.cat([x_real, x_fake])).chunk(2)  # no batch norm: one forward for both
             penalty, grad_norm = gradient_penalty(C, interpolate(x_real, x_fake))
             d_loss = critic_loss(score_real, score_fake) + args.gp_weight * penalty
             opt_d.zero_grad(set_to_none=True)
             d_loss.backward()
+            average_gradients(C)
             opt_d.step()
 
         C.requires_grad_(False)  # G's step wants the slope of C in x, not in its weights
         for _ in range(args.g_steps):
-            g_loss = generator_loss(C(G(sample_z(args, args.batch_size, device))))  # a fresh z
+            g_loss = generator_loss(C(G(own(sample_z(args, B, device)))))  # a fresh z
             opt_g.zero_grad(set_to_none=True)
             g_loss.backward()
+            average_gradients(G)
             opt_g.step()
             update_ema(ema, G, args.ema, ema_updates)
         C.requires_grad_(True)
         w_dist, d_acc = -critic_loss(score_real, score_fake).detach(), pair_accuracy(score_real, score_fake)
         return torch.stack([d_loss.detach(), g_loss.detach(), w_dist, grad_norm, d_acc])
 
-    @torch.no_grad()
     def draw(n, z=None, y=None):
         x_fake = ema(sample_z(args, n, device) if z is None else z)
         return x_fake, C(x_fake)
 
-    @torch.no_grad()
     def rate(x, y=None):
         return C(x)
 
@@ -198,6 +200,7 @@ def train(args):
     if args.generate:
         return run.generate()
     ema_updates.fill_(run.g_updates())
+    step = captured(step, args, run.nets)
     while run.training():
         run.set_lr(1 - run.step / run.total if args.lr_decay == "linear" else 1)
         for i in range(args.d_steps):
@@ -323,6 +326,8 @@ def add_run_flags(p):
     a("--ema", type=share, default=0.999, help="decay of G's averaged copy, which makes every picture; 0: no averaging")
     a("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of the networks, the order of the data, and all noise")
     a("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="mps is written for but untested")
+    a("--amp", action="store_true", help="matrix products and convolutions of training in bfloat16")
+    a("--graph", action=argparse.BooleanOptionalAction, help="replay the iteration as one CUDA graph; default: on CUDA")
     a("--log-every", type=count, default=100, help="D updates between rows of log.csv; 0: never")
     a("--sample-every", type=count, default=1000, help="D updates between sheets of samples")
     a("--eval-every", type=count, default=5000, help="D updates between scores of 10,000 samples; 0: only the last")
@@ -337,10 +342,10 @@ def add_run_flags(p):
     a("--dry-run", action="store_true", help="two iterations and one of everything else, on tiny data")
 
 
-OF_ONE_CALL = {"resume", "run_dir", "generate", "generate_to", "z_file", "device"}  # never taken from a checkpoint
+OF_ONE_CALL = {"resume", "run_dir", "generate", "generate_to", "z_file", "device", "graph"}  # never from a checkpoint
 # what a resumed run may change; the rest would make another network, other data or another order of it
 MAY_CHANGE = OF_ONE_CALL | {"steps", "epochs", "lr_g", "lr_d", "lr_decay", "patience", "log_every", "sample_every",
-                            "eval_every", "checkpoint_every", "data_dir", "traverse", "tensorboard"}
+                            "eval_every", "checkpoint_every", "data_dir", "traverse", "tensorboard", "amp"}
 
 
 def resolve(p, argv):
@@ -368,14 +373,24 @@ def resolve(p, argv):
     return args
 
 
-def pick_device(name):
+def pick_device(args):
+    """The device, this rank's own under torchrun; also settles --graph."""
+    name = args.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if (name == "cuda" and not torch.cuda.is_available()) or (name == "mps" and not torch.backends.mps.is_available()):
         fail(f"--device {name}: this PyTorch finds no such device")
+    if args.graph and (name != "cuda" or WORLD > 1):
+        fail("--graph needs CUDA and a process of its own: an all_reduce between ranks is not captured")
+    args.graph = name == "cuda" and WORLD == 1 if args.graph is None else args.graph
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA
     torch.backends.cudnn.benchmark = True
-    return torch.device(name)
+    if WORLD > 1:
+        if args.batch_size % WORLD:
+            fail(f"--batch-size {args.batch_size} does not divide among {WORLD} ranks")
+        if name == "cuda": torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.distributed.init_process_group("nccl" if name == "cuda" else "gloo")
+    return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
 # --- end shared ---
 
 
@@ -387,7 +402,19 @@ def to_uint8(x):
 
 def from_uint8(x):
     """uint8 0..255 -> float [-1, 1]."""
-    return x.float() / 127.5 - 1
+    return x.to(torch.get_default_dtype()) / 127.5 - 1
+
+
+class Net(nn.Sequential):
+    """nn.Sequential that under --amp trains with its products in bfloat16; what comes out, losses and penalties stay
+    float32, and in eval mode all of it. No cache of cast weights: made under no_grad, it would cut their gradients."""
+    amp = False
+
+    def forward(self, x):
+        if not (self.amp and self.training):
+            return super().forward(x)
+        with torch.autocast(x.device.type, torch.bfloat16, cache_enabled=False):
+            return super().forward(x).to(x.dtype)
 
 
 def sample_z(args, n, device, generator=None):
@@ -403,8 +430,10 @@ def seeded(*key):
 
 
 def adam(net, lr, args):
-    fused = next(net.parameters()).device.type in ("cpu", "cuda")
-    return torch.optim.Adam(net.parameters(), lr, (args.beta1, args.beta2), fused=fused)
+    device = next(net.parameters()).device
+    cuda = device.type == "cuda"  # there the rate lies on the device, so that a captured step sees it change
+    return torch.optim.Adam(net.parameters(), torch.tensor(lr, device=device) if cuda else lr, (args.beta1, args.beta2),
+                            fused=cuda or device.type == "cpu", capturable=cuda)
 
 
 @torch.no_grad()
@@ -428,7 +457,9 @@ class Batches:
     (seed, e): there is nothing to checkpoint but the step."""
 
     def __init__(self, args, device):
+        if RANK: over_ranks(torch.zeros(1, device=device))  # rank 0 may have to download
         x, y = load_data(args.dataset, args.data_dir, args.image_size, "train", 256 if args.dry_run else None)
+        if not RANK: over_ranks(torch.zeros(1, device=device))
         self.x, self.y, self.size, self.seed = x.to(device), y.to(device), args.batch_size, args.seed
         self.per_epoch, self.step, self.epoch = len(x) // args.batch_size, 0, None
         if not self.per_epoch:
@@ -440,8 +471,84 @@ class Batches:
             self.epoch = epoch
             self.order = torch.randperm(len(self.x), generator=seeded(self.seed, 0, epoch)).to(self.x.device)
         self.step += 1
-        index = self.order[i * self.size:(i + 1) * self.size]
+        index = own(self.order[i * self.size:(i + 1) * self.size])
         return self.x[index], self.y[index]
+# --- end shared ---
+
+
+# --- shared: ranks ---
+RANK, WORLD = 0, 1
+if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun: one process a GPU, which train as one process would
+    RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+def own(whole):
+    """This rank's rows of a batch that every rank has drawn whole, from the same stream."""
+    n = len(whole) // WORLD
+    return whole[RANK * n:(RANK + 1) * n]
+
+
+def over_ranks(x, operation="SUM"):
+    """x reduced over all ranks, in place."""
+    if WORLD > 1:
+        try:
+            torch.distributed.all_reduce(x, getattr(torch.distributed.ReduceOp, operation))
+        except RuntimeError as e:
+            fail(f"rank {RANK} has lost another rank: {e}")
+    return x
+
+
+def average_gradients(net):
+    """Their mean over ranks, by one flat all_reduce."""
+    if WORLD > 1:
+        params = list(net.parameters())
+        flat = over_ranks(torch.cat([p.grad.flatten() for p in params])) / WORLD
+        for p, mean in zip(params, flat.split([p.numel() for p in params])):
+            p.grad.copy_(mean.view_as(p))
+
+
+def as_rank_0(value):
+    """What rank 0 passes."""
+    box = [value]
+    if WORLD > 1: torch.distributed.broadcast_object_list(box)
+    return box[0]
+# --- end shared ---
+
+
+# --- shared: graph ---
+def captured(step, args, nets, warm_up=3):
+    """step() replayed as one CUDA graph: to launch its hundreds of small kernels one by one takes longer than to run
+    them. The first calls run eagerly and count as training; they let cuDNN choose kernels and Adam make its moments,
+    on the stream that then captures. After that a tensor of step() may be written to, never replaced.
+    A capture executes nothing: where it fails, the run goes on eagerly from the state it had."""
+    if not args.graph:
+        return step
+    side, graph, calls, values = torch.cuda.Stream(), torch.cuda.CUDAGraph(), 0, None
+
+    def call():
+        nonlocal graph, calls, values
+        calls += 1
+        if calls == warm_up + 1:
+            noise = torch.cuda.default_generators[torch.cuda.current_device()]
+            before = noise.clone_state()
+            try:
+                with torch.cuda.graph(graph, stream=side):
+                    values = step()
+            except Exception as e:
+                graph, values = None, None
+                noise.graphsafe_set_state(before)  # a broken capture leaves the generator unusable
+                for net in nets.values(): net.requires_grad_(True)
+                sys.stderr.write(f"no CUDA graph, so slower: {type(e).__name__}: {' '.join(str(e).split())[:200]}\n")
+        if values is not None:
+            graph.replay()
+            return values
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            eager = step()
+        torch.cuda.current_stream().wait_stream(side)
+        return eager
+
+    return call
 # --- end shared ---
 
 
@@ -469,6 +576,12 @@ def read_checkpoint(path):
 
 
 def load_optimizer(opt, saved):
+    params = [p for group in opt.param_groups for p in group["params"]]
+    if opt.state:  # in place: a captured step reads these tensors
+        for i, moments in saved["state"].items():
+            for k, v in moments.items():
+                opt.state[params[i]][k].copy_(v)
+        return
     for now, old in zip(opt.param_groups, saved["param_groups"]):  # another device may want other kernels
         old.update({k: now[k] for k in ("fused", "capturable", "foreach", "lr")})
     opt.load_state_dict(saved)
@@ -481,25 +594,50 @@ SCORES = ["fid", "fid_train", "inception_score", "mode_score", "coverage", "clas
 
 
 class Run:
-    """The run directory, progress, checkpoints, scores and figures; sees the method only through these arguments."""
+    """The run directory, progress, checkpoints, scores and figures; sees the method only through these arguments.
+    Under torchrun every rank has one and calls the same methods, and that of rank 0 writes."""
 
     def __init__(self, args, nets, opts, ema, draw, rate, batch):
-        self.args, self.nets, self.opts, self.ema, self.draw, self.rate, self.batch = (
-            args, nets, opts, ema, draw, rate, batch)
+        self.args, self.nets, self.opts, self.ema, self.batch = args, nets, opts, ema, batch
+        self.draw, self.rate = self.apart(draw), self.apart(rate)
         self.device, self.step = next(ema.parameters()).device, 0
         self.state = {"best_fid": math.inf, "stale": 0, "scored": -1, "seconds": 0.0}
         self.sums, self.count = torch.zeros(len(LOGGED), device=self.device), 0
         old = Path(args.resume).parent if args.resume else None
         name = f"{SCRIPT.stem}-{args.dataset}-s{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-        self.dir = Path(args.run_dir) if args.run_dir else old or Path("runs") / name
+        self.dir = Path(as_rank_0(args.run_dir) or old or Path("runs") / as_rank_0(name))
         if old:
             self.restore(read_checkpoint(args.resume))
         if args.generate:
             return
         self.total = args.steps or args.epochs * batch.per_epoch
         self.first_bad = torch.full((), -1, device=self.device)
-        self.signal = self.judge = self.metrics = self.board = None
-        fresh = not old or self.dir.resolve() != old.resolve()
+        self.asked = self.signal = self.judge = self.metrics = self.board = None
+        if RANK == 0:
+            self.open(old)
+        self.z_sheet = self.noise(64, 1)
+        self.clock, self.clock_step, self.paused = time.time(), self.step, 0.0
+        if self.step == 0 and args.sample_every:
+            self.sample()
+        for s in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(s, self.on_signal)
+        self.say(f"{self.dir}: {self.total} D updates of {args.batch_size} pictures on {self.device}"
+                 + (f" and {WORLD - 1} more" if WORLD > 1 else ""))
+
+    def apart(self, f):
+        """draw or rate outside of training: no gradients, networks in eval mode, and back."""
+        @torch.no_grad()
+        def call(*args, **kwargs):
+            for net in self.nets.values(): net.eval()
+            try:
+                return f(*args, **kwargs)
+            finally:
+                for net in self.nets.values(): net.train()
+        return call
+
+    def open(self, old):
+        """The run directory; `old` is that of the checkpoint to resume."""
+        args, fresh = self.args, not old or self.dir.resolve() != old.resolve()
         if fresh and self.dir.exists() and (not self.dir.is_dir() or any(self.dir.iterdir())):
             fail(f"--run-dir {self.dir} is in use: name another, or go on with --resume {self.dir / 'last.pt'}")
         if SCRIPT.with_name("metrics.py").exists():
@@ -526,20 +664,17 @@ class Run:
             self.state.update(best_fid=math.inf, stale=0)
         (self.dir / "args.json").write_text(json.dumps(vars(args), indent=1))
         self.drop_later()
-        self.z_sheet = self.noise(64, 1)
-        self.clock, self.clock_step, self.paused = time.time(), self.step, 0.0
-        if self.step == 0 and args.sample_every:
-            self.sample()
-        for s in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(s, self.on_signal)
-        self.say(f"{self.dir}: {self.total} D updates of {args.batch_size} pictures on {self.device}")
 
     def on_signal(self, signum, frame):
         """Stop at the end of this iteration, with a checkpoint; a second signal stops at once."""
-        self.signal = signum
+        self.asked = signum
         default_signals()
 
     def training(self):
+        if WORLD == 1:
+            self.signal = self.asked
+        elif self.step // self.args.d_steps % 10 == 0:  # all ranks leave after the same iteration
+            self.signal = int(over_ranks(torch.tensor(self.asked or 0, device=self.device), "MAX")) or None
         return self.step < self.total and self.signal is None
 
     def due(self, every):
@@ -552,7 +687,10 @@ class Run:
     def set_lr(self, scale):
         for key, lr in (("g", self.args.lr_g), ("d", self.args.lr_d)):
             for group in self.opts[key].param_groups:
-                group["lr"] = lr * scale
+                if torch.is_tensor(group["lr"]):
+                    group["lr"].fill_(lr * scale)
+                else:
+                    group["lr"] = lr * scale
 
     def record(self, values):
         """Once an iteration: sums stay on the device, and so does the first step with a loss that is not finite."""
@@ -572,12 +710,12 @@ class Run:
 
     def log(self):
         self.check_finite()  # waits for the device
-        means = dict(zip(LOGGED, (self.sums / self.count).tolist()))
+        means = dict(zip(LOGGED, (over_ranks(self.sums.clone()) / WORLD / self.count).tolist()))
         rate = (self.step - self.clock_step) / max(time.time() - self.clock - self.paused, 1e-9)
         self.state["seconds"], self.sums, self.count = self.seconds(), torch.zeros_like(self.sums), 0
         self.clock, self.clock_step, self.paused = time.time(), self.step, 0.0
         self.write_row({**means, "images_per_s": rate * self.args.batch_size,
-                        "lr_g": self.opts["g"].param_groups[0]["lr"], "lr_d": self.opts["d"].param_groups[0]["lr"]})
+                        **{f"lr_{k}": float(opt.param_groups[0]["lr"]) for k, opt in self.opts.items()}})
         losses, eta = "  ".join(f"{k} {v:.3f}" for k, v in means.items()), max(0, int((self.total - self.step) / rate))
         self.say(f"epoch {self.step / self.batch.per_epoch:.1f}/{self.total / self.batch.per_epoch:.4g}  D {self.step} "
                  f"G {self.g_updates()}  {losses}  {rate * self.args.batch_size:.0f} images/s  "
@@ -585,6 +723,8 @@ class Run:
 
     def say(self, text, redraw=False):
         """A line of its own; on a terminal the next one is written over a `redraw` line."""
+        if RANK:
+            return
         if sys.stdout.isatty():
             text = "\r\033[K" + (text[:shutil.get_terminal_size().columns - 1] if redraw else text + "\n")
         print(text, end="" if sys.stdout.isatty() else "\n", flush=True)
@@ -593,6 +733,8 @@ class Run:
         return self.state["seconds"] + time.time() - self.clock
 
     def write_row(self, row):
+        if RANK:
+            return
         row = {"step": self.step, "epoch": self.step / self.batch.per_epoch, "g_updates": self.g_updates(),
                "seconds": self.seconds(), **row}
         columns = ["step", "epoch", "g_updates", "seconds", *LOGGED, "images_per_s", "lr_g", "lr_d", *SCORES]
@@ -625,6 +767,8 @@ class Run:
 
     def sample(self):
         self.check_finite()
+        if RANK:
+            return
         start = time.time()
         save_sheet(self.pictures(self.z_sheet), self.dir / "samples" / f"step_{self.step:07}.png", 8)
         self.paused += time.time() - start
@@ -632,9 +776,12 @@ class Run:
     def evaluate(self):
         """Scores of fresh samples. best.pt is chosen by the FID against training pictures, so that the FID against the
         test set stays a measurement."""
-        if not self.metrics:
-            return
         self.check_finite()
+        if self.metrics:
+            self.score()
+        self.state["stale"] = as_rank_0(self.state["stale"])
+
+    def score(self):
         start = time.time()
         if not self.judge:
             self.save("last.pt")  # a data set or a classifier that cannot be had must not cost the run
@@ -655,6 +802,8 @@ class Run:
 
     def save(self, name):
         self.check_finite()
+        if RANK:
+            return
         rng = {"cpu": torch.get_rng_state()}
         if self.device.type != "cpu":
             rng[self.device.type] = getattr(torch, self.device.type).get_rng_state()
@@ -697,9 +846,11 @@ class Run:
             self.say(f"stopped at step {self.step}: go on with --resume {self.dir / 'last.pt'}")
             raise SystemExit(128 + self.signal)
         default_signals()
+        if RANK:
+            return
         self.figures()
         if self.metrics:
-            self.evaluate()
+            self.score()
             self.save("last.pt")  # it now knows of the last score
             scores = {}
             for name in (n for n in ("last.pt", "best.pt") if (self.dir / n).exists()):
@@ -793,6 +944,8 @@ def main(argv=None):
     finally:
         for s, handler in before.items():
             signal.signal(s, handler)
+        if WORLD > 1 and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 # --- end shared ---
 
 

@@ -20,7 +20,7 @@ def blocks(path):
 
 def test_shared_blocks_are_byte_identical_and_everywhere():
     wanted = blocks(ROOT / "wgan_gp.py")
-    assert list(wanted) == ["data", "flags", "step", "checkpoint", "run", "figures", "main"]
+    assert list(wanted) == ["data", "flags", "step", "ranks", "graph", "checkpoint", "run", "figures", "main"]
     for path in IMAGE:
         assert blocks(path) == wanted, path.name
     assert blocks(ROOT / "metrics.py")["data"] == wanted["data"]
