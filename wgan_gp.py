@@ -156,7 +156,7 @@ def train(args):
     G.amp = C.amp = args.amp
     ema = copy.deepcopy(G).eval().requires_grad_(False)
     opt_g, opt_d = adam(G, args.lr_g, args), adam(C, args.lr_d, args)
-    batch = None if args.generate else Batches(args, device)
+    batch = Batches(args, device) if not args.generate or args.reject == "drs" else None
 
     # step() reads nothing but x and the random stream, takes nothing and waits for nothing: what a CUDA graph needs.
     # Under torchrun every rank draws the whole batch's noise and uses its own rows of it.
@@ -337,6 +337,10 @@ def add_run_flags(p):
     a("--generate", type=number(int, 1), metavar="N", help="with --resume: train nothing, write N pictures as PNG")
     a("--generate-to", metavar="DIR", help="where to; default: RUN/generated")
     a("--z-file", metavar="FILE", help="with --generate: z from a .npy or .pt (N, latent-dim)")
+    a("--reject", choices=("none", "naive", "drs"), default="none",
+      help="keep pictures by D's score, in --generate and the last scores. naive: with chance sigmoid(score), so not "
+           "for a critic; drs: Azadi et al. 2019, calibrated on --holdout")
+    a("--holdout", type=count, default=0, help="training pictures that D never sees, for --reject drs: 1000, say")
     a("--traverse", type=number(int, 1), default=10, help="rows of traversal.png: the strongest coordinates of z")
     a("--tensorboard", action="store_true", help="also write the log for TensorBoard, if it is installed")
     a("--dry-run", action="store_true", help="two iterations and one of everything else, on tiny data")
@@ -345,7 +349,7 @@ def add_run_flags(p):
 OF_ONE_CALL = {"resume", "run_dir", "generate", "generate_to", "z_file", "device", "graph"}  # never from a checkpoint
 # what a resumed run may change; the rest would make another network, other data or another order of it
 MAY_CHANGE = OF_ONE_CALL | {"steps", "epochs", "lr_g", "lr_d", "lr_decay", "patience", "log_every", "sample_every",
-                            "eval_every", "checkpoint_every", "data_dir", "traverse", "tensorboard", "amp"}
+                            "eval_every", "checkpoint_every", "data_dir", "traverse", "tensorboard", "amp", "reject"}
 
 
 def resolve(p, argv):
@@ -366,9 +370,13 @@ def resolve(p, argv):
             args.steps = None
     if (args.generate and not args.resume) or (args.z_file and not args.generate):
         fail("--generate N needs --resume FILE, the checkpoint to draw from, and --z-file needs --generate N")
+    if args.reject == "drs" and args.holdout < 2:
+        fail("--reject drs is calibrated on pictures that D has never seen: train with --holdout 1000, say")
+    if args.z_file and args.reject != "none":
+        fail("--z-file names the pictures, --reject would choose among them: give one of the two")
     args.image_size = args.image_size or {"dcgan": 32, "mlp": 28}[args.arch]
     if args.dry_run:
-        args.steps, args.batch_size = 2 * args.d_steps, min(args.batch_size, 16)
+        args.steps, args.batch_size, args.holdout = 2 * args.d_steps, min(args.batch_size, 16), min(args.holdout, 64)
         args.log_every = args.sample_every = args.eval_every = args.checkpoint_every = args.d_steps
     return args
 
@@ -460,10 +468,15 @@ class Batches:
         if RANK: over_ranks(torch.zeros(1, device=device))  # rank 0 may have to download
         x, y = load_data(args.dataset, args.data_dir, args.image_size, "train", 256 if args.dry_run else None)
         if not RANK: over_ranks(torch.zeros(1, device=device))
-        self.x, self.y, self.size, self.seed = x.to(device), y.to(device), args.batch_size, args.seed
-        self.per_epoch, self.step, self.epoch = len(x) // args.batch_size, 0, None
+        self.size, self.seed, self.step, self.epoch, self.held = args.batch_size, args.seed, 0, None, None
+        if args.holdout:
+            shuffled = torch.randperm(len(x), generator=seeded(args.seed, 7))
+            held, kept = shuffled[:args.holdout], shuffled[args.holdout:]
+            self.held, x, y = (x[held], y[held]), x[kept], y[kept]
+        self.per_epoch = len(x) // args.batch_size
         if not self.per_epoch:
             fail(f"--batch-size {args.batch_size} is larger than the data: {len(x)} pictures")
+        self.x, self.y = x.to(device), y.to(device)
 
     def __call__(self):
         epoch, i = divmod(self.step, self.per_epoch)
@@ -593,6 +606,12 @@ SCRIPT = Path(__file__)
 SCORES = ["fid", "fid_train", "inception_score", "mode_score", "coverage", "classes", "class_min", "class_max"]
 
 
+def rejection_line(took):
+    return (f"{took['attempts']} attempts, {took['acceptance']:.1%} kept"
+            + (f", calibrated at AUC {took['auc']:.3f}" if took["auc"] else "")
+            + (f". {took['warning']}" if took["warning"] else ""))
+
+
 class Run:
     """The run directory, progress, checkpoints, scores and figures; sees the method only through these arguments.
     Under torchrun every rank has one and calls the same methods, and that of rank 0 writes."""
@@ -608,11 +627,16 @@ class Run:
         self.dir = Path(as_rank_0(args.run_dir) or old or Path("runs") / as_rank_0(name))
         if old:
             self.restore(read_checkpoint(args.resume))
+        self.metrics = self.board = self.judge = self.asked = self.signal = None
+        if SCRIPT.with_name("metrics.py").exists() and RANK == 0:
+            import metrics
+            self.metrics = metrics
+        elif args.reject != "none" and RANK == 0:
+            fail(f"--reject {args.reject} needs metrics.py beside the script")
         if args.generate:
             return
         self.total = args.steps or args.epochs * batch.per_epoch
         self.first_bad = torch.full((), -1, device=self.device)
-        self.asked = self.signal = self.judge = self.metrics = self.board = None
         if RANK == 0:
             self.open(old)
         self.z_sheet = self.noise(64, 1)
@@ -640,12 +664,9 @@ class Run:
         args, fresh = self.args, not old or self.dir.resolve() != old.resolve()
         if fresh and self.dir.exists() and (not self.dir.is_dir() or any(self.dir.iterdir())):
             fail(f"--run-dir {self.dir} is in use: name another, or go on with --resume {self.dir / 'last.pt'}")
-        if SCRIPT.with_name("metrics.py").exists():
-            import metrics
-            self.metrics = metrics
-        elif getattr(args, "lr_decay", "") == "best-fid":
+        if not self.metrics and getattr(args, "lr_decay", "") == "best-fid":
             fail("--lr-decay best-fid needs metrics.py beside the script")
-        else:
+        if not self.metrics:
             self.say("metrics.py is not beside this script: no scores, no curves.png")
         if args.tensorboard:
             try:
@@ -798,6 +819,21 @@ class Run:
         self.say(f"step {self.step}: {self.judge.line(scores)}")
         self.paused += time.time() - start
 
+    def kept(self, n, *key):
+        """n pictures uint8 (n, C, H, W) that --reject keeps, and what it took; ValueError where D is of no use."""
+        args, rng = self.args, seeded(self.args.seed, *key)
+
+        def more(k):
+            x, score = self.draw(k, z=sample_z(args, k, "cpu", rng).to(self.device))
+            return to_uint8(x).cpu(), score
+
+        head = None
+        if args.reject == "drs":
+            x, y = (t.to(self.device).split(500) for t in self.batch.held)
+            real = torch.cat([self.rate(from_uint8(x), y) for x, y in zip(x, y)])
+            head = self.metrics.platt(real, torch.cat([more(len(b))[1] for b in x]))
+        return self.metrics.rejected(args.reject, more, n, seeded(args.seed, *key, 1), head)
+
     # checkpoints ------------------------------------------------------------------------------------------------------
 
     def save(self, name):
@@ -854,9 +890,17 @@ class Run:
             self.save("last.pt")  # it now knows of the last score
             scores = {}
             for name in (n for n in ("last.pt", "best.pt") if (self.dir / n).exists()):
-                self.ema.load_state_dict(read_checkpoint(self.dir / name)["ema"])
+                self.restore(read_checkpoint(self.dir / name), weights_only=True)
                 scores[name] = self.judge(self.pictures(self.noise(self.judge.n, 3)))
                 self.say(f"{name}, fresh z: {self.judge.line(scores[name])}")
+                if self.args.reject != "none":
+                    try:
+                        x, took = self.kept(self.judge.n, 8)
+                    except ValueError as e:
+                        self.say(f"--reject {self.args.reject}: {e}")
+                        continue
+                    scores[f"{name} --reject {self.args.reject}"] = s = {**self.judge(x), **took}
+                    self.say(f"{name}, --reject {self.args.reject}: {self.judge.line(s)}; {rejection_line(took)}")
             (self.dir / "scores.json").write_text(json.dumps(scores, indent=1))
             self.metrics.plot([self.dir], self.dir / "curves.png")
         if self.board: self.board.close()
@@ -894,11 +938,17 @@ class Run:
             fail(f"--generate-to {out} is in use")
         try:
             out.mkdir(parents=True, exist_ok=True)
+            out.rmdir()  # until there is something to put in it
         except OSError as e:
             fail(f"--generate-to {out}: {e}")
-        for i, x in enumerate(self.pictures(z[:args.generate])):
-            to_image(x).save(out / f"{i:05}.png")
-        self.say(f"{args.generate} pictures in {out}")
+        try:
+            x, took = (self.pictures(z[:args.generate]), None) if args.reject == "none" else self.kept(args.generate, 6)
+        except ValueError as e:
+            fail(f"--reject {args.reject}: {e}")
+        out.mkdir(parents=True, exist_ok=True)
+        for i, picture in enumerate(x):
+            to_image(picture).save(out / f"{i:05}.png")
+        self.say(f"{args.generate} pictures in {out}" + (f": {rejection_line(took)}" if took else ""))
 # --- end shared ---
 
 

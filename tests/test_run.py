@@ -542,3 +542,89 @@ def test_copied_alone_it_trains_resumes_and_generates(tmp_path):
     assert (code, err) == (0, "") and len(os.listdir(folder / "run/generated")) == 2
     code, out, err = call("--steps", "no")
     assert code == 2 and err.count("\n") == 1 and err.startswith("wgan_gp.py: error: ")
+
+
+# rejection ------------------------------------------------------------------------------------------------------------
+
+
+def with_metrics(monkeypatch):
+    monkeypatch.setattr(wgan_gp, "SCRIPT", ROOT / "wgan_gp.py")
+
+
+def test_held_out_pictures_are_never_trained_on(monkeypatch):
+    """Held out and trained on make up the data, once each; the order of the rest is still a function of the seed."""
+    monkeypatch.setattr(wgan_gp, "render_digits",  # picture i holds the number i
+                        lambda n, seed: (torch.arange(300).view(300, 1, 1, 1).expand(-1, 1, 28, 28)
+                                         .remainder(251).byte().contiguous(), torch.arange(300)))
+    args = wgan_gp.parse_args([*TINY, "--holdout", "44"])
+    batch = wgan_gp.Batches(args, torch.device("cpu"))
+    assert batch.per_epoch == (300 - 44) // 8
+    trained = torch.cat([batch()[1] for _ in range(batch.per_epoch)])
+    x, y = batch.held
+    assert len(y) == 44 and sorted([*trained.tolist(), *y.tolist()]) == list(range(300))
+    assert (x[:, 0, 0, 0] == (y % 251).byte()).all()
+    again = wgan_gp.Batches(args, torch.device("cpu"))
+    assert torch.equal(torch.cat([again()[1] for _ in range(again.per_epoch)]), trained)
+
+
+def test_generation_by_naive_rejection_keeps_the_pictures_the_rule_keeps(monkeypatch):
+    """What is written, against a replay of the rule: z in order, chance sigmoid(C(G(z))), one uniform each."""
+    wgan_gp.main([*TINY, "--steps", "20", "--run-dir", "a", "--lr-g", "1e-2"])
+    with_metrics(monkeypatch)
+    said = []
+    monkeypatch.setattr(wgan_gp.Run, "say", lambda run, text, redraw=False: said.append(text))
+    wgan_gp.main(["--resume", "a/last.pt", "--generate", "6", "--generate-to", "out", "--reject", "naive"])
+    args = wgan_gp.parse_args(TINY)
+    G, C = loaded_generator("a/last.pt"), wgan_gp.make_critic(args, 1)
+    C.load_state_dict(torch.load("a/last.pt", weights_only=True)["nets"]["D"])
+    z = wgan_gp.sample_z(args, 1000, "cpu", wgan_gp.seeded(0, 6))
+    uniform = torch.rand(1000, generator=wgan_gp.seeded(0, 6, 1), dtype=torch.float64)
+    with torch.no_grad():
+        chance = 1 / (1 + torch.exp(-C(G(z)).double()))
+    wanted = (uniform < chance).nonzero().flatten()[:6]
+    shown = np.stack([np.asarray(Image.open(f)) for f in sorted(Path("out").iterdir())]).astype(float)
+    assert np.abs(shown - paint(G, z[wanted])).max() <= 1
+    assert f"{int(wanted[-1]) + 1} attempts" in said[-1], said
+
+
+def test_drs_is_calibrated_on_held_out_pictures_and_scored_at_the_end(monkeypatch):
+    """The head is fitted on scores of the held-out pictures alone; scores.json holds what it took."""
+    import metrics
+    scripted_judge(monkeypatch, [])
+    calls = []
+    sys.modules["metrics"].rejected = metrics.rejected
+    sys.modules["metrics"].platt = lambda real, fake: calls.append((real, fake)) or (1.0, 0.0, 0.7)
+    wgan_gp.main([*TINY, "--steps", "20", "--run-dir", "a", "--holdout", "40", "--reject", "drs"])
+    scores = json.loads(Path("a/scores.json").read_text())
+    took = scores["last.pt --reject drs"]
+    assert took["attempts"] >= 10 and took["auc"] == 0.7 and took["burn_in"] == 10_000 and took["fid"] == 1
+    args = wgan_gp.parse_args([*TINY, "--holdout", "40"])
+    C = wgan_gp.make_critic(args, 1)
+    C.load_state_dict(torch.load("a/last.pt", weights_only=True)["nets"]["D"])
+    held = wgan_gp.Batches(args, torch.device("cpu")).held[0]
+    with torch.no_grad():
+        torch.testing.assert_close(calls[0][0], C(held.float() / 127.5 - 1))
+    assert len(calls[0][1]) == 40
+
+
+@pytest.mark.parametrize("flags, named", [
+    (["--reject", "drs"], "holdout"), (["--reject", "naive"], "metrics.py"), (["--holdout", "295"], "batch-size")])
+def test_rejection_mistakes_are_one_line(flags, named, capsys):
+    with pytest.raises(SystemExit) as stop:
+        wgan_gp.main([*TINY, "--steps", "5", *flags])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1 and named in err and not Path("runs").exists()
+
+
+def test_a_discriminator_of_no_use_is_one_line(monkeypatch, capsys):
+    wgan_gp.main([*TINY, "--steps", "5", "--run-dir", "a", "--holdout", "40"])
+    with_metrics(monkeypatch)
+    import metrics
+
+    def useless(real, fake):
+        raise ValueError("AUC .4")
+
+    monkeypatch.setattr(metrics, "platt", useless)
+    with pytest.raises(SystemExit) as stop:
+        wgan_gp.main(["--resume", "a/last.pt", "--generate", "6", "--reject", "drs", "--generate-to", "out"])
+    assert stop.value.code == 2 and "AUC .4" in capsys.readouterr().err and not Path("out").exists()
