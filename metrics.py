@@ -263,6 +263,122 @@ class Judge:
                 f"coverage {s['coverage']:.3f}  {s['classes']} classes of {s['class_min']:.1%} to {s['class_max']:.1%}")
 
 
+# REJECTION: which of a generator's pictures to keep, by their scores --------------------------------------------------
+
+
+def naive(score):
+    """The chance (N,) to keep a picture of this score (N,): sigmoid, as the reports do. Even for the best D this draws
+    from p_g p_d / (p_g + p_d), normalised, and not from p_d; for a critic's raw score it means nothing."""
+    return score.double().sigmoid()
+
+
+def drs(score, top, gamma=0.0, eps=1e-8):
+    """Discriminator rejection sampling: the chance (N,) to keep a picture whose score (N,) is log p_d / p_g.
+
+    Azadi et al. 2019 (1810.06758), section 3: sigmoid(F - gamma), F = d - log(1 - exp(d - eps)), d = score - top, where
+    top (a number or (N,)) is the largest score there is. Without eps and gamma it is exp(d), and what is kept follows
+    p_d; a larger gamma keeps less, at a law between the two."""
+    return (drs_logit(score, top, eps) - gamma).sigmoid()
+
+
+def drs_logit(score, top, eps=1e-8):
+    """F for scores and top (numbers or (N,)), in float64: in float32, and without expm1, it is inf at the maximum."""
+    d = torch.as_tensor(score).double() - top
+    return d - (-torch.expm1(d - eps)).log()
+
+
+def platt(score_real, score_fake):
+    """(a, b, auc): sigmoid(a score + b) is the chance that a picture is real, if as many are real as fake.
+
+    So a score + b is log p_d / p_g, calibrated (Platt 1999). Scores (N,) of real pictures that D never saw and (M,) of
+    fresh fakes; each side weighs one half. auc is the share of pairs that the scores order rightly. ValueError: a is
+    not above 0, or the scores tell the two apart without a mistake: then every a does, and larger is likelier."""
+    real, fake = (s.double().flatten().cpu() for s in (score_real, score_fake))
+    if min(len(real), len(fake)) < 2 or not (real.isfinite().all() and fake.isfinite().all()):
+        raise ValueError("a calibration needs two finite scores or more of each kind")
+    order = fake.sort().values
+    below = torch.searchsorted(order, real) + torch.searchsorted(order, real, right=True)  # a tie counts one half
+    auc = below.double().mean().item() / (2 * len(fake))
+    if real.min() >= fake.max() and real.max() > fake.min():
+        raise ValueError("every held-out real picture scores above every fake: there is no ratio to calibrate")
+    s = torch.cat([real, fake])
+    centre, scale = s.mean(), s.std()
+    s = torch.stack([(s - centre) / scale.clamp(min=1e-300), torch.ones(len(s))], 1)
+    sign = torch.cat([torch.ones(len(real)), -torch.ones(len(fake))]).double()
+    weight = torch.cat([torch.full_like(real, 0.5 / len(real)), torch.full_like(fake, 0.5 / len(fake))])
+    w = torch.zeros(2, dtype=torch.float64)
+
+    def loss(w):
+        return -(weight * F.logsigmoid(sign * (s @ w))).sum()
+
+    for _ in range(100):  # Newton; convex, so halving the step always ends
+        p = (sign * (s @ w)).sigmoid()
+        gradient = -((weight * sign * (1 - p)) @ s)
+        if gradient.abs().max() < 1e-12:
+            break
+        step = torch.linalg.lstsq((s * (weight * p * (1 - p))[:, None]).T @ s, gradient, driver="gelsd").solution
+        while loss(w - step) > loss(w) and step.abs().max() > 1e-15:
+            step = step / 2
+        w = w - step
+    a = (w[0] / scale).item()
+    if not a > 0:
+        raise ValueError(f"D does not rate held-out real pictures above fakes (AUC {auc:.3f}): nothing to select by")
+    return a, (w[1] - w[0] * centre / scale).item(), auc
+
+
+def rejected(kind, more, n, generator, head=None, percentile=60, burn_in=10_000, batch=1000, patience=1000):
+    """n of a generator's pictures, kept by their scores, and a dict of what that took.
+
+    kind        "naive" or "drs"
+    more(k)     -> the next k pictures (k, ...) on the CPU and their scores (k,); z and its seeds are the caller's
+    generator   draws one uniform for each picture on the CPU: same seed, same choice, whatever the batch
+    head        platt's (a, b, auc): a score + b is used in place of score. A critic's score needs one
+    percentile  drs: gamma is F at this percentile of the burn-in's scores; None: gamma 0
+    burn_in     drs: so many pictures are drawn and dropped first to find the largest score; it rises later if need be
+
+    The dict: attempts (up to and including the n-th kept picture, without burn_in), attempts_per_10000, acceptance, auc
+    (None without a head), burn_in, warning (None, or a line for the user). ValueError: no picture was kept in
+    `patience` batches in a row, or a score is NaN or +inf."""
+    a, b, auc = head or (1.0, 0.0, None)
+
+    def draw(k):
+        x, score = more(k)
+        score = a * score.detach().double().flatten().cpu() + b
+        if score.isnan().any() or score.max() == math.inf:
+            raise ValueError("scores that are not finite")
+        return x, score
+
+    drs_kind = {"naive": False, "drs": True}[kind]
+    burn_in = burn_in if drs_kind else 0
+    seen = [draw(min(batch, burn_in - i))[1] for i in range(0, burn_in, batch)]
+    top, middle = -math.inf, None
+    if seen:
+        seen = torch.cat(seen)
+        top = seen.max().item()
+        middle = None if percentile is None else seen.quantile(percentile / 100, interpolation="lower").item()
+    kept, have, attempts, barren = [], 0, 0, 0
+    while have < n:
+        x, score = draw(batch)
+        if drs_kind:
+            tops = score.cummax(0).values.clamp(min=top)  # as if one by one: what comes later has no say
+            top = tops[-1].item()
+            # F rises with the score, so its percentile is F at the scores' percentile, under each picture's own top
+            chance = drs(score, tops, 0.0 if middle is None else drs_logit(middle, tops))
+        else:
+            chance = naive(score)
+        index = (torch.rand(batch, generator=generator, dtype=torch.float64) < chance).nonzero().flatten()[:n - have]
+        have, barren = have + len(index), 0 if len(index) else barren + 1
+        attempts += batch if have < n else int(index[-1]) + 1
+        kept.append(x[index])
+        if barren >= patience:
+            raise ValueError(f"not one of {barren * batch} pictures was kept (--reject {kind}): {have} of {n} so far")
+    warning = None
+    if auc is not None and auc < 0.55:
+        warning = f"AUC {auc:.3f}: D hardly tells held-out real pictures from fakes, so rejection changes little"
+    return torch.cat(kept), {"attempts": attempts, "attempts_per_10000": 10_000 * attempts / n,
+                             "acceptance": n / attempts, "auc": auc, "burn_in": burn_in, "warning": warning}
+
+
 # PLOT -----------------------------------------------------------------------------------------------------------------
 
 COLOURS = ("#1f5fa8", "#c8452b", "#2f8f4e", "#8a4fa3", "#b58a00", "#444444")
