@@ -18,6 +18,7 @@ on its neighbours. G is in train mode for the critic's fakes and is sampled in e
 import argparse
 import copy
 import csv
+import hashlib
 import io
 import json
 import math
@@ -26,11 +27,12 @@ import shutil
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 from torch import nn
 from torch.nn import functional as F
 
@@ -42,16 +44,9 @@ def parse_args(argv=None):
                 "is optimal and 1-Lipschitz: compare it along one run, not between networks. The paper's Adam is 1e-4 "
                 "(0, .9) for both; .5, the default here, is what its public code uses on MNIST.")
     p.add_argument("--gp-weight", type=number(float, 0), default=10.0, help="lambda; the paper: 10 (.1 on 2-D toys)")
-    p.add_argument("--lr-decay", choices=("none", "linear", "best-fid"), default="none",
-                   help="linear: to 0 at the last step. best-fid: when the FID has not improved for --patience "
-                        "evaluations, go back to the best checkpoint and halve both rates")
-    p.add_argument("--patience", type=number(int, 1), default=5, help="evaluations without a better FID, for best-fid")
     add_run_flags(p)
     p.set_defaults(batch_size=64, d_steps=5, lr_g=1e-4, lr_d=1e-4, beta1=0.5, beta2=0.9)
-    args = resolve(p, argv)
-    if args.lr_decay == "best-fid" and not args.eval_every:
-        fail("--lr-decay best-fid needs evaluations: give --eval-every")
-    return args
+    return resolve(p, argv)
 
 
 # MODEL ----------------------------------------------------------------------------------------------------------------
@@ -202,17 +197,13 @@ def train(args):
     ema_updates.fill_(run.g_updates())
     step = captured(step, args, run.nets)
     while run.training():
-        run.set_lr(1 - run.step / run.total if args.lr_decay == "linear" else 1)
+        run.set_lr()
         for i in range(args.d_steps):
             x[i], _ = batch()
         run.record(step())
         if run.due(args.log_every): run.log()
         if run.due(args.sample_every): run.sample()
-        if run.due(args.eval_every):
-            run.evaluate()
-            if args.lr_decay == "best-fid" and run.state["stale"] >= args.patience:
-                run.back_to_best()
-                args.lr_g, args.lr_d = args.lr_g / 2, args.lr_d / 2
+        if run.due(args.eval_every): run.evaluate()
         if run.due(args.checkpoint_every): run.save("last.pt")
     run.finish()
 
@@ -223,7 +214,7 @@ def train(args):
 
 
 # --- shared: data ---
-DATASETS = {"digits": 1, "mnist": 1, "fashion": 1}  # name -> channels
+DATASETS = {"digits": 1, "mnist": 1, "fashion": 1, "cifar10": 3, "celeba": 3, "folder": 3}  # name -> channels
 
 
 def fail(message):
@@ -233,28 +224,99 @@ def fail(message):
 
 
 def load_data(name, data_dir, size, split, limit=None):
-    """The "train" or "test" pictures of a data set: uint8 (N, C, size, size) in 0..255 and int64 labels (N,)."""
+    """The "train" or "test" pictures of a data set: uint8 (N, C, size, size) in 0..255, int64 labels (N,) or -1."""
+    root = Path(data_dir)
+    if name == "folder":
+        return read_files(root, *list_folder(root, split), size, limit)
+    if name == "celeba":
+        return read_files(root / "celeba" / "img_align_celeba", *list_celeba(root, split), size, limit)
     if name == "digits":
         x, y = render_digits(*((20_000, 1) if split == "train" else (10_000, 2)))
     else:
-        x, y = torchvision_data(name, Path(data_dir), split)
+        x, y = torchvision_data(name, root, split)
     return fit(x[:limit], size), y[:limit]
 
 
 def torchvision_data(name, root, split):
-    """MNIST or Fashion-MNIST as (N, 1, 28, 28): files under `root` are used as they are, missing ones downloaded."""
+    """Pictures (N, C, H, W) as they come, and labels: files under `root` are used, missing ones downloaded."""
     from torchvision import datasets
-    kind = {"mnist": datasets.MNIST, "fashion": datasets.FashionMNIST}[name]
-    raw = root / kind.__name__ / "raw"
-    ours = [d for d in (raw, *raw.parents) if not d.exists()]
+    kind, place, files = {"mnist": (datasets.MNIST, "MNIST/raw", "the four *-ubyte files"),
+                          "fashion": (datasets.FashionMNIST, "FashionMNIST/raw", "the four *-ubyte files"),
+                          "cifar10": (datasets.CIFAR10, "cifar-10-batches-py", "the files of that archive")}[name]
+    ours = [d for d in (root / place, *(root / place).parents) if not d.exists()]
     try:
         data = kind(str(root), train=split == "train", download=True)
     except Exception as e:  # no network, a damaged or cut file: torchvision raises a different kind for each
         for d in ours:
             if d.is_dir() and not any(d.iterdir()): d.rmdir()
-        fail(f"--dataset {name}: no usable files in {raw} and no download ({e}). Offline: put "
-             f"the four *-ubyte files there, or name a folder that has them by --data-dir, or use --dataset digits")
-    return data.data[:, None], data.targets.long()
+        fail(f"--dataset {name}: no usable files in {root / place} and no download ({e}). Offline: put {files} there, "
+             f"or name a folder that has them by --data-dir, or use --dataset digits")
+    x = torch.as_tensor(data.data)
+    return x[:, None] if x.dim() == 3 else x.permute(0, 3, 1, 2), torch.as_tensor(data.targets).long()
+
+
+def list_folder(root, split):
+    """Picture files below `root`, and labels by the first folder on the way, -1 without. Its train/ and test/ are the
+    split; where it has none, every tenth file is for testing."""
+    apart = (root / "train").is_dir() and (root / "test").is_dir()
+    top = root / split if apart else root
+    files = sorted(p for p in top.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".bmp", ".webp"))
+    files = files if apart else [p for i, p in enumerate(files) if (i % 10 == 9) == (split == "test")]
+    if not files:
+        fail(f"--dataset folder: no png, jpg, bmp or webp in {top}: name the folder of pictures by --data-dir")
+    names = sorted(p.name for p in top.iterdir() if p.is_dir())
+    places = [p.relative_to(top).parts for p in files]
+    return files, [names.index(place[0]) if len(place) > 1 else -1 for place in places]
+
+
+def list_celeba(root, split):
+    """The aligned faces of CelebA, split as its list says; no labels."""
+    base = root / "celeba"
+    try:
+        if not (base / "list_eval_partition.txt").exists():
+            from torchvision import datasets
+            datasets.CelebA(str(root), download=True)  # by the package gdown
+        parts = dict(line.split() for line in (base / "list_eval_partition.txt").read_text().splitlines())
+        files = sorted(p for p in (base / "img_align_celeba").glob("*.jpg")
+                       if parts.get(p.name) == {"train": "0", "test": "2"}[split])
+        if not files:
+            raise ValueError("no pictures")
+    except Exception as e:  # no network, no gdown, Google's quota
+        fail(f"--dataset celeba: {e}. Put img_align_celeba/ and list_eval_partition.txt into {base}")
+    return files, [-1] * len(files)
+
+
+def read_files(root, files, labels, size, limit):
+    """uint8 (N, 3, size, size): the middle square, resized with antialiasing. Decoded once, by threads, and kept beside
+    `root` as one array, whose name changes with the files (names, sizes, dates) and with `size`."""
+    def read(path):
+        try:
+            with Image.open(path) as im:
+                upright = ImageOps.exif_transpose(im).convert("RGB")
+                return np.asarray(ImageOps.fit(upright, (size, size), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+        except Exception as e:  # Pillow raises a different kind for each kind of damage
+            return f"{path}: {e}"
+
+    if limit:  # from all over, for the classes lie one after the other
+        files, labels = ([t[i * len(t) // limit] for i in range(min(limit, len(t)))] for t in (files, labels))
+    stamp = [(p.relative_to(root).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    key = hashlib.sha256(json.dumps([size, stamp]).encode()).hexdigest()[:12]
+    cache = root.resolve().parent / f"{root.resolve().name}-{size}-{key}.npy"
+    if cache.exists():
+        return torch.from_numpy(np.load(cache)), torch.tensor(labels)
+    with ThreadPoolExecutor() as pool:
+        pictures = list(pool.map(read, files))
+    for problem in (p for p in pictures if isinstance(p, str)):
+        fail(f"unreadable picture {problem}")
+    x = np.stack(pictures)
+    try:
+        if not limit:
+            temporary = cache.with_name(f"{cache.name}.{os.getpid()}.tmp.npy")
+            np.save(temporary, x)
+            os.replace(temporary, cache)
+    except OSError as e:
+        sys.stderr.write(f"not kept for the next run: {cache} ({e})\n")
+    return torch.from_numpy(x), torch.tensor(labels)
 
 
 def render_digits(n, seed):
@@ -321,6 +383,10 @@ def add_run_flags(p):
     a("--g-steps", type=number(int, 1, 1000), default=1, help="G updates an iteration")
     a("--lr-g", type=number(float, 0, 10), help="Adam's rate for G")
     a("--lr-d", type=number(float, 0, 10), help="Adam's rate for D")
+    a("--lr-decay", choices=("none", "linear", "best-fid"), default="none",
+      help="linear: to 0 at the last step. best-fid: when the FID has not improved for --patience evaluations, go back "
+           "to the best checkpoint and halve both rates")
+    a("--patience", type=number(int, 1), default=5, help="evaluations without a better FID, for best-fid")
     a("--beta1", type=share, help="Adam's first moment")
     a("--beta2", type=share, help="Adam's second moment")
     a("--ema", type=share, default=0.999, help="decay of G's averaged copy, which makes every picture; 0: no averaging")
@@ -370,6 +436,8 @@ def resolve(p, argv):
             args.steps = None
     if (args.generate and not args.resume) or (args.z_file and not args.generate):
         fail("--generate N needs --resume FILE, the checkpoint to draw from, and --z-file needs --generate N")
+    if args.lr_decay == "best-fid" and not args.eval_every:
+        fail("--lr-decay best-fid needs evaluations: give --eval-every")
     if args.reject == "drs" and args.holdout < 2:
         fail("--reject drs is calibrated on pictures that D has never seen: train with --holdout 1000, say")
     if args.z_file and args.reject != "none":
@@ -414,15 +482,15 @@ def from_uint8(x):
 
 
 class Net(nn.Sequential):
-    """nn.Sequential that under --amp trains with its products in bfloat16; what comes out, losses and penalties stay
-    float32, and in eval mode all of it. No cache of cast weights: made under no_grad, it would cut their gradients."""
+    """nn.Sequential (several inputs go to its first layer as a tuple) that under --amp trains with its products in
+    bfloat16. What comes out, losses and penalties stay float32, and in eval mode all of it. No cache of cast weights:
+    filled under no_grad, it would cut their gradients."""
     amp = False
 
-    def forward(self, x):
-        if not (self.amp and self.training):
-            return super().forward(x)
-        with torch.autocast(x.device.type, torch.bfloat16, cache_enabled=False):
-            return super().forward(x).to(x.dtype)
+    def forward(self, *inputs):
+        first = inputs[0]
+        with torch.autocast(first.device.type, torch.bfloat16, self.amp and self.training, cache_enabled=False):
+            return super().forward(inputs if len(inputs) > 1 else first).to(first.dtype)
 
 
 def sample_z(args, n, device, generator=None):
@@ -476,6 +544,7 @@ class Batches:
         self.per_epoch = len(x) // args.batch_size
         if not self.per_epoch:
             fail(f"--batch-size {args.batch_size} is larger than the data: {len(x)} pictures")
+        args.classes = int(y.max()) + 1 if y.min() >= 0 else 0
         self.x, self.y = x.to(device), y.to(device)
 
     def __call__(self):
@@ -616,8 +685,9 @@ class Run:
     """The run directory, progress, checkpoints, scores and figures; sees the method only through these arguments.
     Under torchrun every rank has one and calls the same methods, and that of rank 0 writes."""
 
-    def __init__(self, args, nets, opts, ema, draw, rate, batch):
-        self.args, self.nets, self.opts, self.ema, self.batch = args, nets, opts, ema, batch
+    def __init__(self, args, nets, opts, ema, draw, rate, batch, labels=1):
+        """labels: of so many classes draw makes one picture each in turn."""
+        self.args, self.nets, self.opts, self.ema, self.batch, self.labels = args, nets, opts, ema, batch, labels
         self.draw, self.rate = self.apart(draw), self.apart(rate)
         self.device, self.step = next(ema.parameters()).device, 0
         self.state = {"best_fid": math.inf, "stale": 0, "scored": -1, "seconds": 0.0}
@@ -664,7 +734,7 @@ class Run:
         args, fresh = self.args, not old or self.dir.resolve() != old.resolve()
         if fresh and self.dir.exists() and (not self.dir.is_dir() or any(self.dir.iterdir())):
             fail(f"--run-dir {self.dir} is in use: name another, or go on with --resume {self.dir / 'last.pt'}")
-        if not self.metrics and getattr(args, "lr_decay", "") == "best-fid":
+        if not self.metrics and args.lr_decay == "best-fid":
             fail("--lr-decay best-fid needs metrics.py beside the script")
         if not self.metrics:
             self.say("metrics.py is not beside this script: no scores, no curves.png")
@@ -705,7 +775,8 @@ class Run:
     def g_updates(self):
         return self.step // self.args.d_steps * self.args.g_steps
 
-    def set_lr(self, scale):
+    def set_lr(self):
+        scale = 1 - self.step / self.total if self.args.lr_decay == "linear" else 1
         for key, lr in (("g", self.args.lr_g), ("d", self.args.lr_d)):
             for group in self.opts[key].param_groups:
                 if torch.is_tensor(group["lr"]):
@@ -784,7 +855,8 @@ class Run:
 
     def pictures(self, z):
         """uint8 (N, C, H, W) on the CPU."""
-        return torch.cat([to_uint8(self.draw(len(b), z=b)[0]).cpu() for b in z.split(500)])
+        y = torch.arange(len(z), device=z.device) % self.labels
+        return torch.cat([to_uint8(self.draw(len(b), z=b, y=c)[0]).cpu() for b, c in zip(z.split(500), y.split(500))])
 
     def sample(self):
         self.check_finite()
@@ -801,6 +873,8 @@ class Run:
         if self.metrics:
             self.score()
         self.state["stale"] = as_rank_0(self.state["stale"])
+        if self.args.lr_decay == "best-fid" and self.state["stale"] >= self.args.patience:
+            self.back_to_best()
 
     def score(self):
         start = time.time()
@@ -870,8 +944,10 @@ class Run:
             if self.batch: self.batch.step = self.step
 
     def back_to_best(self):
+        """Networks and moments of the best checkpoint, and half the rates from here on."""
         self.restore(read_checkpoint(self.dir / "best.pt"), weights_only=True)
         self.state["stale"] = 0
+        self.args.lr_g, self.args.lr_d = self.args.lr_g / 2, self.args.lr_d / 2
 
     # the end ----------------------------------------------------------------------------------------------------------
 
