@@ -665,7 +665,7 @@ def load_optimizer(opt, saved):
                 opt.state[params[i]][k].copy_(v)
         return
     for now, old in zip(opt.param_groups, saved["param_groups"]):  # another device may want other kernels
-        old.update({k: now[k] for k in ("fused", "capturable", "foreach", "lr")})
+        old.update({k: now[k] for k in ("fused", "capturable", "foreach", "lr") if k in now})
     opt.load_state_dict(saved)
 # --- end shared ---
 
@@ -686,7 +686,7 @@ class Run:
     Under torchrun every rank has one and calls the same methods, and that of rank 0 writes."""
 
     def __init__(self, args, nets, opts, ema, draw, rate, batch, labels=1):
-        """labels: of so many classes draw makes one picture each in turn."""
+        """labels: the number of classes that draw's y can ask for; 1: it has no y."""
         self.args, self.nets, self.opts, self.ema, self.batch, self.labels = args, nets, opts, ema, batch, labels
         self.draw, self.rate = self.apart(draw), self.apart(rate)
         self.device, self.step = next(ema.parameters()).device, 0
@@ -709,7 +709,9 @@ class Run:
         self.first_bad = torch.full((), -1, device=self.device)
         if RANK == 0:
             self.open(old)
-        self.z_sheet = self.noise(64, 1)
+        # the same z in every sheet: 64 of them, or eight columns under a row for each label
+        self.z_sheet = self.noise(64, 1) if labels == 1 else self.noise(8, 1).repeat(labels, 1)
+        self.y_sheet = torch.arange(labels, device=self.device).repeat_interleave(64 if labels == 1 else 8)
         self.clock, self.clock_step, self.paused = time.time(), self.step, 0.0
         if self.step == 0 and args.sample_every:
             self.sample()
@@ -853,9 +855,9 @@ class Run:
         """z (n, latent_dim) for figures and scores: a pure function of the seed and a key; 0 is the data's."""
         return sample_z(self.args, n, "cpu", seeded(self.args.seed, *key)).to(self.device)
 
-    def pictures(self, z):
-        """uint8 (N, C, H, W) on the CPU."""
-        y = torch.arange(len(z), device=z.device) % self.labels
+    def pictures(self, z, y=None):
+        """uint8 (N, C, H, W) on the CPU, of labels y (N,) or each in turn."""
+        y = torch.arange(len(z), device=z.device) % self.labels if y is None else y
         return torch.cat([to_uint8(self.draw(len(b), z=b, y=c)[0]).cpu() for b, c in zip(z.split(500), y.split(500))])
 
     def sample(self):
@@ -863,7 +865,7 @@ class Run:
         if RANK:
             return
         start = time.time()
-        save_sheet(self.pictures(self.z_sheet), self.dir / "samples" / f"step_{self.step:07}.png", 8)
+        save_sheet(self.pictures(self.z_sheet, self.y_sheet), self.dir / "samples" / f"step_{self.step:07}.png", 8)
         self.paused += time.time() - start
 
     def evaluate(self):
@@ -983,21 +985,23 @@ class Run:
         self.say(f"done: {self.dir}")
 
     def figures(self):
-        ends, z, args = 4.0 if self.args.prior == "normal" else 1.0, self.noise(1, 5), self.args
-        save_sheet(self.pictures(self.z_sheet), self.dir / "samples.png", 8)
+        z, far, args = self.noise(1, 5), 4.0 if self.args.prior == "normal" else 1.0, self.args
+        save_sheet(self.pictures(self.z_sheet, self.y_sheet), self.dir / "samples.png", 8)
         save_gif(sorted((self.dir / "samples").glob("step_*.png")), self.dir / "training.gif")
         a, b = self.noise(16, 4).chunk(2)  # eight pairs, ten pictures from one to the other
         t = torch.linspace(0, 1, 10).view(10, 1)
         between = torch.lerp(a[:, None], b[:, None], t.to(a.device)).flatten(0, 1)
-        save_sheet(self.pictures(between), self.dir / "interpolation_latent.png", 10)
-        xa, xb = (self.pictures(z).float()[:, None] for z in (a, b))
+        y = torch.arange(8, device=z.device) % self.labels
+        save_sheet(self.pictures(between, y.repeat_interleave(10)), self.dir / "interpolation_latent.png", 10)
+        xa, xb = (self.pictures(ends, y).float()[:, None] for ends in (a, b))
         between = torch.lerp(xa, xb, t.view(1, 10, 1, 1, 1)).flatten(0, 1).round().byte()
         save_sheet(between, self.dir / "interpolation_pixel.png", 10)
         one = torch.eye(args.latent_dim, device=z.device) > 0  # row i: coordinate i at either end, the rest left alone
-        low, high = (self.pictures(torch.where(one, v, z)).float() for v in (-ends, ends))
+        low, high = (self.pictures(torch.where(one, v, z), y[:1].expand(len(one))).float() for v in (-far, far))
         rows = (high - low).abs().flatten(1).mean(1).argsort(descending=True)[:args.traverse].to(z.device)
-        slide = torch.linspace(-ends, ends, 9, device=z.device).view(1, 9, 1)
-        save_sheet(self.pictures(torch.where(one[rows, None], slide, z).flatten(0, 1)), self.dir / "traversal.png", 9)
+        steps = torch.linspace(-far, far, 9, device=z.device).view(1, 9, 1)
+        slid = torch.where(one[rows, None], steps, z).flatten(0, 1)
+        save_sheet(self.pictures(slid, y[:1].expand(len(slid))), self.dir / "traversal.png", 9)
 
     def generate(self):
         args, out = self.args, Path(self.args.generate_to or self.dir / "generated")
