@@ -1,19 +1,23 @@
 """Speed against the textbook loop, and the quality yardstick. Run it on a quiet machine.
 
-    python tests/bench.py                     each mode of wgan_gp.py beside a textbook loop, interleaved; Markdown out
+    python tests/bench.py                     each script and mode beside a textbook loop, interleaved; Markdown out
+    python tests/bench.py --cases dcgan cdcgan          these alone
     python tests/bench.py --growth            cost against batch size and width
+    python tests/bench.py --big data/animals  report B's full-width networks at 64x64 on a folder: 20 iterations
     python tests/bench.py --profile mlp       where the time of our iteration goes
     python tests/bench.py --activation        the critic's activation beside nn.LeakyReLU
     python tests/bench.py --yardstick 18760   train the textbook loop that long on MNIST, then score its samples
 
 The textbook loop is what the common single-file collections do with the same networks. The habits it copies: PIL
-pictures through torchvision transforms in a DataLoader without workers, made anew each epoch; z from numpy; fakes for
-the critic with the graph of G attached, so that the critic's backward also runs through G; real and fake in two forward
-passes; Adam as it comes; .item() on both losses each step for the progress line.
+pictures through torchvision transforms in a DataLoader without workers, made anew each epoch; z from numpy; real and
+fake in two forward passes; for WGAN-GP fakes with the graph of G attached, so that the critic's backward also runs
+through G (the others detach them); a sigmoid and BCELoss for the vanilla GANs; the optimizer as it comes; .item() on
+both losses each step for the progress line.
 """
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import os
 import resource
@@ -31,6 +35,9 @@ from torch import nn
 from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import cdcgan
+import dcgan
+import wgan_clip
 import wgan_gp
 
 ROOT = Path(__file__).parents[1]
@@ -38,7 +45,9 @@ MODES = {"cpu": {"float32": [], "--amp": ["--amp"]},
          "cuda": {"--no-graph": ["--no-graph"], "graph": [], "graph, --amp": ["--amp"]}}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 QUIET = ["--log-every", "0", "--sample-every", "0", "--eval-every", "0", "--checkpoint-every", "0"]
-CASES = {"mlp": ["--arch", "mlp"], "dcgan 28": ["--image-size", "28"], "dcgan": []}
+CASES = {"wgan_gp mlp": (wgan_gp, ["--arch", "mlp"]), "wgan_gp 28": (wgan_gp, ["--image-size", "28"]),
+         "wgan_gp": (wgan_gp, []), "dcgan mlp": (dcgan, ["--arch", "mlp"]), "dcgan": (dcgan, ["--norm-first"]),
+         "cdcgan": (cdcgan, []), "wgan_clip": (wgan_clip, [])}
 
 
 class Pictures(torch.utils.data.Dataset):
@@ -55,73 +64,92 @@ class Pictures(torch.utils.data.Dataset):
 
 
 class Textbook:
-    """step() is one critic update, and G's after every d_steps of them."""
+    """step() is one update of D, and G's after every d_steps of them."""
 
-    def __init__(self, args, G, C, x, y, device="cpu"):
-        self.args, self.G, self.C, self.i, self.rng = args, G.to(device), C.to(device), 0, np.random.default_rng(0)
-        self.device = device
-        betas = (args.beta1, args.beta2)
-        self.opt_g, self.opt_d = (torch.optim.Adam(n.parameters(), lr, betas)
-                                  for n, lr in ((G, args.lr_g), (C, args.lr_d)))
+    def __init__(self, script, args, G, D, x, y, device="cpu"):
+        self.script, self.args, self.device, self.i = script, args, device, 0
+        self.G, self.D, self.rng, betas = G.to(device), D.to(device), np.random.default_rng(0), (args.beta1, args.beta2)
+        self.opt_g, self.opt_d = (torch.optim.RMSprop(n.parameters(), lr) if script is wgan_clip else
+                                  torch.optim.Adam(n.parameters(), lr, betas)
+                                  for n, lr in ((G, args.lr_g), (D, args.lr_d)))
         self.loader = torch.utils.data.DataLoader(Pictures(x, y, args.image_size), args.batch_size, shuffle=True,
                                                   drop_last=True)
-        self.batches = iter(())
+        self.batches, self.bce = iter(()), nn.BCELoss()
 
     def next(self):
         batch = next(self.batches, None)
         if batch is None:
             self.batches = iter(self.loader)
             batch = next(self.batches)
-        return batch[0]
+        return batch[0].to(self.device), batch[1].to(self.device)
 
     def step(self):
-        a, x_real = self.args, self.next().to(self.device)
+        a, (x_real, y) = self.args, self.next()
+        y = (y,) if self.script is cdcgan else ()
         z = torch.tensor(self.rng.normal(0, 1, (len(x_real), a.latent_dim)), dtype=torch.float32).to(self.device)
         self.opt_d.zero_grad()
-        x_fake = self.G(z)
-        score_real, score_fake = self.C(x_real), self.C(x_fake)
-        alpha = torch.tensor(self.rng.random((len(x_real), 1, 1, 1)), dtype=torch.float32).to(self.device)
-        x_hat = (alpha * x_real + (1 - alpha) * x_fake).requires_grad_(True)
-        score_hat = self.C(x_hat)
-        grad = torch.autograd.grad(score_hat, x_hat, torch.ones_like(score_hat), create_graph=True)[0]
-        penalty = ((grad.view(len(grad), -1).norm(2, dim=1) - 1) ** 2).mean()
-        d_loss = -score_real.mean() + score_fake.mean() + a.gp_weight * penalty
+        x_fake = self.G(z, *y)
+        if self.script is wgan_gp:
+            score_real, score_fake = self.D(x_real), self.D(x_fake)
+            alpha = torch.tensor(self.rng.random((len(x_real), 1, 1, 1)), dtype=torch.float32).to(self.device)
+            x_hat = (alpha * x_real + (1 - alpha) * x_fake).requires_grad_(True)
+            score_hat = self.D(x_hat)
+            grad = torch.autograd.grad(score_hat, x_hat, torch.ones_like(score_hat), create_graph=True)[0]
+            penalty = ((grad.view(len(grad), -1).norm(2, dim=1) - 1) ** 2).mean()
+            d_loss = -score_real.mean() + score_fake.mean() + a.gp_weight * penalty
+        else:
+            score_real, score_fake = self.D(x_real, *y), self.D(x_fake.detach(), *y)
+            d_loss = (-score_real.mean() + score_fake.mean() if self.script is wgan_clip else
+                      self.bce(score_real.sigmoid(), torch.ones_like(score_real))
+                      + self.bce(score_fake.sigmoid(), torch.zeros_like(score_fake)))
         d_loss.backward()
         self.opt_d.step()
+        if self.script is wgan_clip:
+            for p in self.D.parameters():
+                p.data.clamp_(-a.clip, a.clip)
         self.i += 1
         if self.i % a.d_steps == 0:
             self.opt_g.zero_grad()
-            self.g_loss = -self.C(self.G(z)).mean()  # the same z again, as they do
+            score = self.D(self.G(z, *y), *y)  # the same z again, as they do
+            self.g_loss = (-score.mean() if self.script in (wgan_gp, wgan_clip) else
+                           self.bce(score.sigmoid(), torch.ones_like(score)))
             self.g_loss.backward()
             self.opt_g.step()
         return d_loss.item(), self.g_loss.item() if self.i >= a.d_steps else 0.0
 
 
+def networks(script, args):
+    """A script's pair for one channel and ten classes, with torch's own LeakyReLU, in torch's default memory format."""
+    more = (10,) if script is cdcgan else ()
+    make = getattr(script, "make_critic", None) or script.make_discriminator
+    return plain(script.make_generator(args, 1, *more)), plain(make(args, 1, *more))
+
+
 def plain(net):
-    """The same network and weights with torch's own LeakyReLU, in torch's default memory format."""
-    return nn.Sequential(*[nn.LeakyReLU(m.negative_slope) if isinstance(m, nn.LeakyReLU) else m for m in net])
+    layers = [nn.LeakyReLU(m.negative_slope) if isinstance(m, nn.LeakyReLU) else m for m in net]
+    return type(net)(*layers)
 
 
 class Done(Exception):
     pass
 
 
-def our_loop(flags, on_iteration):
-    """wgan_gp.py's own training loop, with on_iteration(count) after each iteration until it raises Done."""
-    record, count = wgan_gp.Run.record, [0]
+def our_loop(script, flags, on_iteration):
+    """The script's own training loop, with on_iteration(count) after each iteration until it raises Done."""
+    record, count = script.Run.record, [0]
 
     def watched(run, values):
         record(run, values)
         count[0] += 1
         on_iteration(count[0])
 
-    wgan_gp.Run.record = watched
+    script.Run.record = watched
     try:
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
             with contextlib.suppress(Done):
-                wgan_gp.main([*flags, "--steps", "1000000", "--device", DEVICE, "--run-dir", f"{folder}/run", *QUIET])
+                script.main([*flags, "--steps", "1000000", "--device", DEVICE, "--run-dir", f"{folder}/run", *QUIET])
     finally:
-        wgan_gp.Run.record = record
+        script.Run.record = record
 
 
 def now():
@@ -129,13 +157,13 @@ def now():
     return time.perf_counter()
 
 
-def interleaved(flags, blocks, iterations):
+def interleaved(script, flags, blocks, iterations):
     """[(ours, textbook) seconds per block of `iterations` iterations], in turns in one process; and the share of the
     threads' time that our blocks used on a CPU."""
-    args = wgan_gp.parse_args(flags)
-    x, y = wgan_gp.load_data(args.dataset, args.data_dir, args.image_size, "train")
+    args = script.parse_args(flags)
+    x, y = script.load_data(args.dataset, args.data_dir, args.image_size, "train")
     torch.manual_seed(0)
-    textbook = Textbook(args, plain(wgan_gp.make_generator(args, 1)), plain(wgan_gp.make_critic(args, 1)), x, y, DEVICE)
+    textbook = Textbook(script, args, *networks(script, args), x, y, DEVICE)
     pairs, busy, start = [], [], None
 
     def hand_over(n):
@@ -152,27 +180,27 @@ def interleaved(flags, blocks, iterations):
             raise Done
         start = now(), time.process_time()
 
-    our_loop(flags, hand_over)
+    our_loop(script, flags, hand_over)
     return pairs, statistics.median(busy), args
 
 
-def peak_memory(flags, iterations=6):
+def peak_memory(name, flags, iterations=6):
     """MiB, in a process of its own: on a GPU what the allocator reserved, a graph's pool counted; on a CPU the whole
     process with torch in it."""
-    command = [sys.executable, __file__, "--memory", json.dumps(flags), "--iterations", str(iterations)]
+    command = [sys.executable, __file__, "--memory", json.dumps([name, flags]), "--iterations", str(iterations)]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
-def print_memory(flags, iterations):
+def print_memory(name, flags, iterations):
     def stop(n):
         if n == iterations: raise Done
 
-    our_loop(flags, stop)
+    our_loop(CASES[name][0], flags, stop)
     print(torch.cuda.max_memory_reserved() / 2**20 if DEVICE == "cuda" else
           resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
 
 
-def busy_gpu(flags, iterations=20):
+def busy_gpu(script, flags, iterations=20):
     """The share of the time in which at least one kernel runs, by the profiler, once all is warm."""
     profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
 
@@ -185,7 +213,7 @@ def busy_gpu(flags, iterations=20):
             profiler.stop()
             raise Done
 
-    our_loop(flags, watch)
+    our_loop(script, flags, watch)
     spans = sorted((e.time_range.start, e.time_range.end) for e in profiler.events()
                    if e.device_type == torch.autograd.DeviceType.CUDA)
     covered, reach = 0.0, spans[0][0]
@@ -203,44 +231,63 @@ def where():
     return f"{chip}, torch {torch.__version__}"
 
 
-def speed(blocks, iterations, data):
-    print(f"{where()}, batch 64, {blocks} blocks of {iterations} iterations (5 critic updates and 1 of G each), median "
-          f"(min to max)\n\n| networks | mode | images/s | ms an iteration | textbook loop, images/s | ratio | "
-          f"peak memory, MiB | busy |\n|---|---|---|---|---|---|---|---|")
-    for name, flags in CASES.items():
+def speed(cases, blocks, iterations, data):
+    print(f"{where()}, {blocks} blocks of {iterations} iterations, median (min to max)\n\n| networks | mode | "
+          f"ours, images/s | ms an iteration | textbook loop, images/s | ratio | peak memory, MiB | busy |\n"
+          f"|---|---|---|---|---|---|---|---|")
+    for name in cases:
+        script, flags = CASES[name]
         for mode, more in MODES[DEVICE].items():
             flags_now = [*flags, *data, *more]
-            pairs, busy, args = interleaved(flags_now, blocks, iterations)
+            pairs, busy, args = interleaved(script, flags_now, blocks, iterations)
             images = iterations * args.d_steps * args.batch_size
             ours, theirs = zip(*pairs)
-            busy = busy_gpu(flags_now) if DEVICE == "cuda" else busy
+            busy = busy_gpu(script, flags_now) if DEVICE == "cuda" else busy
             print(f"| {name} | {mode} | {row([images / t for t in ours])} | "
                   f"{1e3 * statistics.median(ours) / iterations:.4g} | {row([images / t for t in theirs])} | "
-                  f"{row([t / o for o, t in pairs])} | {peak_memory(flags_now):.0f} | {busy:.0%} |", flush=True)
+                  f"{row([t / o for o, t in pairs])} | {peak_memory(name, flags_now):.0f} | {busy:.0%} |", flush=True)
+
+
+def big(folder, iterations=20):
+    """Report B's networks at full width, 3 updates of D to one of G, batches of 128."""
+    flags = ["--dataset", "folder", "--data-dir", folder, "--image-size", "64", "--ngf", "128", "--ndf", "128",
+             "--d-steps", "3"]
+    print(f"{where()}\n\n| networks | mode | ms an iteration | images/s | peak memory, MiB |\n|---|---|---|---|---|")
+    for mode, more in MODES[DEVICE].items():
+        times = []
+
+        def mark(n, times=times):
+            times.append(now())
+            if n == iterations: raise Done
+
+        our_loop(dcgan, [*flags, *more], mark)
+        ms = 1e3 * statistics.median(b - a for a, b in itertools.pairwise(times[3:]))
+        print(f"| dcgan 64x64x3, ngf 128, ndf 128, batch 128 | {mode} | {ms:.4g} | {3 * 128e3 / ms:.4g} | "
+              f"{peak_memory('dcgan', [*flags, *more], 3):.0f} |", flush=True)
 
 
 def growth(data):
     """Time and memory of our iteration as the batch and the networks grow, in the fastest mode for the device."""
     print(f"{where()}\n\n| networks | batch | ngf, ndf | ms an iteration | images/s | peak memory, MiB |\n"
           f"|---|---|---|---|---|---|")
-    for name, batch, width in [*(("mlp", b, 32) for b in (64, 128, 256, 512, 1024)),
-                               *(("dcgan", b, 32) for b in (64, 128, 256, 512, 1024)),
-                               *(("dcgan", 64, w) for w in (64, 96, 128))]:
-        flags = [*CASES[name], *data, "--batch-size", str(batch), "--ngf", str(width), "--ndf", str(width)]
+    for name, batch, width in [*(("wgan_gp mlp", b, 32) for b in (64, 128, 256, 512, 1024)),
+                               *(("wgan_gp", b, 32) for b in (64, 128, 256, 512, 1024)),
+                               *(("wgan_gp", 64, w) for w in (64, 96, 128))]:
+        flags = [*CASES[name][1], *data, "--batch-size", str(batch), "--ngf", str(width), "--ndf", str(width)]
         times = [0.0]
 
         def mark(n, times=times):
             if n >= 4: times.append(now())  # 3 eager iterations come before a graph
             if sum(t > 0 for t in times) > 2 and (len(times) > 200 or times[-1] - times[1] > 6): raise Done
 
-        our_loop(flags, mark)
+        our_loop(wgan_gp, flags, mark)
         ms = 1e3 * (times[-1] - times[1]) / (len(times) - 2)
-        print(f"| {name} | {batch} | {width if name == 'dcgan' else '-'} | {ms:.4g} | {5e3 * batch / ms:.4g} | "
-              f"{peak_memory(flags):.0f} |", flush=True)
+        print(f"| {name} | {batch} | {width if name == 'wgan_gp' else '-'} | {ms:.4g} | {5e3 * batch / ms:.4g} | "
+              f"{peak_memory(name, flags):.0f} |", flush=True)
 
 
 def profile(name, data):
-    """Self time by operation over ten iterations of wgan_gp.py's own loop."""
+    """Self time by operation over ten iterations of our own loop."""
     profiler = torch.profiler.profile()
 
     def watch(n):
@@ -250,14 +297,14 @@ def profile(name, data):
             profiler.stop()
             raise Done
 
-    our_loop([*CASES[name], *data], watch)
+    our_loop(CASES[name][0], [*CASES[name][1], *data], watch)
     print(profiler.key_averages().table(sort_by=f"self_{DEVICE}_time_total", row_limit=14, max_name_column_width=40))
 
 
 def activation(data):
     """One critic update with MaskedLeakyReLU beside the same with nn.LeakyReLU, turn by turn; milliseconds."""
     print("| networks | masked, ms | nn.LeakyReLU, ms | ratio |\n|---|---|---|---|")
-    for name, flags in CASES.items():
+    for name, flags in ((name, flags) for name, (script, flags) in CASES.items() if script is wgan_gp):
         args = wgan_gp.parse_args([*flags, *data])
         x_real, x_fake = (torch.rand(args.batch_size, 1, args.image_size, args.image_size) * 2 - 1 for _ in range(2))
         masked = wgan_gp.make_critic(args, 1).to(memory_format=torch.channels_last)
@@ -288,7 +335,7 @@ def yardstick(steps, data_dir):
     G = nn.Sequential(*layers, nn.Linear(1024, 784), nn.Tanh(), nn.Unflatten(1, (1, 28, 28)))
     C = nn.Sequential(nn.Flatten(), nn.Linear(784, 512), nn.LeakyReLU(0.2), nn.Linear(512, 256), nn.LeakyReLU(0.2),
                       nn.Linear(256, 1), nn.Flatten(0))
-    loop = Textbook(args, G, C, *wgan_gp.load_data("mnist", data_dir, 28, "train"))
+    loop = Textbook(wgan_gp, args, G, C, *wgan_gp.load_data("mnist", data_dir, 28, "train"))
     judge, start = metrics.Judge("mnist", data_dir, 28), time.time()
     for i in range(1, steps + 1):
         losses = loop.step()
@@ -307,7 +354,9 @@ if __name__ == "__main__":
     p.add_argument("--blocks", type=int, default=9)
     p.add_argument("--iterations", type=int, default=4)
     p.add_argument("--data-dir", default=str(ROOT / "data"))
+    p.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     p.add_argument("--growth", action="store_true")
+    p.add_argument("--big", metavar="FOLDER")
     p.add_argument("--memory", help=argparse.SUPPRESS)
     p.add_argument("--profile", choices=CASES)
     p.add_argument("--activation", action="store_true")
@@ -316,7 +365,9 @@ if __name__ == "__main__":
     has_mnist = os.path.exists(f"{a.data_dir}/MNIST/raw/train-images-idx3-ubyte")
     data = ["--dataset", "mnist", "--data-dir", a.data_dir] if has_mnist else []
     if a.memory:
-        print_memory(json.loads(a.memory), a.iterations)
+        print_memory(*json.loads(a.memory), a.iterations)
+    elif a.big:
+        big(a.big)
     elif a.growth:
         growth(data)
     elif a.profile:
@@ -326,4 +377,4 @@ if __name__ == "__main__":
     elif a.yardstick:
         yardstick(a.yardstick, a.data_dir)
     else:
-        speed(a.blocks, a.iterations, data)
+        speed(a.cases, a.blocks, a.iterations, data)
