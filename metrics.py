@@ -1,21 +1,28 @@
-"""Scores of generated pictures: FID, Inception Score, Mode Score, coverage; and plots of the runs' logs.
+"""Scores of generated pictures (FID, KID, Inception and Mode Score, precision and recall, density and coverage),
+rejection sampling, and plots of the runs' logs.
 
     python metrics.py --real mnist --fake runs/NAME/generated     a folder of PNG; or a .npy or .pt, uint8 (N, C, H, W)
+    python metrics.py --real photos --fake generated --features inception --scores fid
     python metrics.py --plot runs/A runs/B -o curves.png
 
-The features come from a small convnet that is trained here on the labelled training set: "classifier". Its FID is on a
-scale of its own: compare order and ratios under one classifier (its hash is printed), never with Inception FIDs.
-The functions take features and logits as tensors; everything is computed in float64.
+The features come from a small convnet that is trained here on the labelled training set, "classifier", or from the
+Inception network of 2015 that published FIDs use, "inception". A classifier's FID is on a scale of its own: compare
+order and ratios under one classifier (its hash is printed), never with Inception FIDs.
+The functions take features and logits as tensors; everything after the network is computed in float64.
 """
 
 import argparse
+import contextlib
 import csv
+import functools
 import hashlib
+import io
 import json
 import math
 import os
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -71,13 +78,15 @@ def mean_and_covariance(x):
 def frechet_distance(mean1, cov1, mean2, cov2):
     """|m1 - m2|^2 + Tr(C1 + C2 - 2 (C1 C2)^(1/2)), Heusel et al. 2017 (1706.08500), section 4.
 
-    (C1 C2)^(1/2) has the trace of (S C2 S)^(1/2), S the symmetric root of C1: symmetric, so eigenvalues are real and a
-    singular covariance is no special case. ValueError where anything is not finite."""
+    (C1 C2)^(1/2) has the trace of (L' C2 L)^(1/2) for any L L' = C1: symmetric, so the eigenvalues are real. Cholesky's
+    L costs a thirtieth of the symmetric root, which serves where C1 is singular. ValueError: anything not finite."""
     if not all(t.isfinite().all() for t in (mean1, cov1, mean2, cov2)):
         raise ValueError("features that are not finite")
-    values, vectors = torch.linalg.eigh(cov1.double())
-    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    trace = torch.linalg.eigvalsh(root @ cov2.double() @ root).clamp(min=0).sqrt().sum()
+    root, singular = torch.linalg.cholesky_ex(cov1.double())
+    if singular:
+        values, vectors = torch.linalg.eigh(cov1.double())
+        root = vectors * values.clamp(min=0).sqrt()
+    trace = torch.linalg.eigvalsh(root.T @ cov2.double() @ root).clamp(min=0).sqrt().sum()
     return clamp_rounding((mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * trace,
                           cov1.trace() + cov2.trace())
 
@@ -105,23 +114,131 @@ def clamp_rounding(distance, scale):
     return max(distance.item(), 0.0)
 
 
+class Moments:
+    """Mean and covariance of features that come in batches (B, d), in float64. Fewer than d of them are kept as they
+    are, for fid's exact form; from then on only sums and products about a first estimate of the mean, (d, d)."""
+
+    def __init__(self):
+        self.n, self.rows, self.shift = 0, [], None
+
+    def add(self, x):
+        if not x.isfinite().all():
+            raise ValueError("features that are not finite")
+        self.n += len(x)
+        self.rows.append(x.double())
+        if self.n >= x.shape[1]:
+            x = torch.cat(self.rows)
+            if self.shift is None:
+                self.shift, self.sum, self.products = x.mean(0), torch.zeros_like(x[0]), x.new_zeros(2 * x.shape[1:])
+            x = x - self.shift
+            self.sum += x.sum(0)
+            self.products.addmm_(x.T, x)
+            self.rows = []
+
+    def mean_and_covariance(self):
+        if self.shift is None:
+            return mean_and_covariance(torch.cat(self.rows))
+        cov = (self.products - torch.outer(self.sum, self.sum) / self.n) / (self.n - 1)
+        return self.shift + self.sum / self.n, cov
+
+    def fid(self, other):
+        """As fid() of all the features."""
+        if self.shift is None and other.shift is None:
+            return fid(torch.cat(self.rows), torch.cat(other.rows))
+        if min(self.n, other.n) < 2:
+            raise ValueError("a covariance needs two pictures or more")
+        return frechet_distance(*self.mean_and_covariance(), *other.mean_and_covariance())
+
+
+def kid(real, fake, subsets=100, size=1000):
+    """Kernel Inception Distance, Binkowski et al. 2018 (1801.01401), section 4: mean and standard deviation over
+    `subsets` of `size` of the unbiased squared MMD under (x'y / d + 1)^3.
+
+    Features (N, d), (M, d). 0 on average for equal laws at any size, so it may fall below 0. With fewer than `size`
+    pictures the subsets are as large as there are pictures. ValueError: fewer than two."""
+    size = min(size, len(real), len(fake))
+    if size < 2:
+        raise ValueError("a kernel distance needs two pictures or more")
+    rng, values = np.random.RandomState(2020), []  # the seed and the draws of torch-fidelity
+    for _ in range(subsets):
+        y, x = (t[torch.from_numpy(rng.choice(len(t), size, replace=False)).to(t.device)].double()
+                for t in (fake, real))
+        own = sum(((t @ t.T / t.shape[1] + 1) ** 3).sum() - ((t.square().sum(1) / t.shape[1] + 1) ** 3).sum()
+                  for t in (x, y))
+        values.append(own / (size * (size - 1)) - 2 * ((x @ y.T / x.shape[1] + 1) ** 3).mean())
+    values = torch.stack(values)
+    return values.mean().item(), values.std(correction=0).item()
+
+
+# Distances: a matrix product finds who is near, five times faster than measuring each pair; what it finds is measured
+# directly. The product alone is off by 1e-8 of the features' size, which would lose duplicates and ties.
+
+
+def nearness(x, y, y2):
+    """Shares (B, d) of x (N, d) and |x - y|^2 - |x|^2 (B, M), which for each x orders the y (M, d), of squares y2 (M,).
+
+    Each share's matrix takes the place of the one before: fresh memory would cost as much as the product."""
+    out = x.new_empty(max(1, min(len(x), 2_000_000 // len(y))), len(y))
+    for part in x.split(len(out)):
+        yield part, torch.addmm(y2, part, y.T, alpha=-2, out=out[:len(part)])
+
+
+def measured(x, y):
+    return (x - y).square().sum(-1).sqrt()
+
+
+def ball_radius(x, k):
+    """The distance (N,) from each of x (N, d) to its k-th neighbour, itself not counted."""
+    x, parts = x.double(), []
+    for part, near in nearness(x, x, x.square().sum(1)):
+        index = near.topk(k + 1, largest=False).indices
+        parts += [measured(p[:, None], x[i]).sort(1).values[:, k] for p, i in zip(part.split(100), index.split(100))]
+    return torch.cat(parts)
+
+
 def coverage(real, fake, k=5, radius=None):
     """The share of real points whose ball, as wide as the distance to the k-th other real point, holds a fake one.
 
     Naeem et al. 2020 (2002.09797), eq. (8), the inequality strict as in their code. Features (N, d), (M, d); `radius`
     (N,) if already known. For equal laws and sizes 1 - 2^-k: .969 at k = 5."""
     radius = ball_radius(real, k) if radius is None else radius
-    nearest = torch.cat([torch.cdist(part.double(), fake.double()).amin(1) for part in real.split(1000)])
-    return (nearest < radius).double().mean().item()
+    x, y = real.double(), fake.double()
+    nearest = torch.cat([near.argmin(1) for _, near in nearness(x, y, y.square().sum(1))])
+    return (measured(x, y[nearest]) < radius).double().mean().item()
 
 
-def ball_radius(x, k):
-    """The distance (N,) from each of x (N, d) to its k-th neighbour, itself not counted."""
-    # cdist by matrix products, near 0: in float32 off by 1e-3 of the features' size, in float64 by 1e-7
-    return torch.cat([torch.cdist(part.double(), x.double()).kthvalue(k + 1).values for part in x.split(1000)])
+def inside(points, centres, radius, closed):
+    """Blocks (B, M) of a table of all: does ball j, its rim included if `closed`, hold point i?"""
+    points, centres = points.double(), centres.double()
+    size2 = centres.square().sum(1)
+    slack = 1e-13 * (size2.max() + points.square().sum(1).max())  # the product's rounding, with room to spare
+    for part, excess in nearness(points, centres, size2 - radius.square()):
+        excess += part.square().sum(1, keepdim=True)
+        result = excess < 0
+        for i, j in zip(*(t.split(10_000) for t in (excess.abs_() <= slack).nonzero(as_tuple=True))):
+            d = measured(part[i], centres[j])
+            result[i, j] = d <= radius[j] if closed else d < radius[j]
+        yield result
 
 
-# FEATURES: a small convnet, trained here ------------------------------------------------------------------------------
+def precision_recall(real, fake, k=3, radii=None):
+    """Kynkaanniemi et al. 2019 (1904.06991), eq. (1) and (2): the share of fakes within any real picture's ball, as
+    wide as the distance to its k-th neighbour, and the share of real pictures within any fake's. Features (N, d),
+    (M, d); `radii` (N,), (M,) if already known. One real outlier's ball can hold them all: see density."""
+    radii = radii or (ball_radius(real, k), ball_radius(fake, k))
+    return tuple(torch.cat([block.any(1) for block in inside(points, centres, radius, True)]).double().mean().item()
+                 for points, centres, radius in ((fake, real, radii[0]), (real, fake, radii[1])))
+
+
+def density_coverage(real, fake, k=5, radius=None):
+    """Naeem et al. 2020 (2002.09797), eq. (7) and (8): the number of real balls around a fake, over k, on average (1
+    for equal laws, more where fakes crowd), and `coverage`. Features (N, d), (M, d)."""
+    radius = ball_radius(real, k) if radius is None else radius
+    count = sum(block.sum().item() for block in inside(fake, real, radius, False))
+    return count / (k * len(fake)), coverage(real, fake, k, radius)
+
+
+# FEATURES: a small convnet, trained here; or Inception ----------------------------------------------------------------
 
 
 class Classifier(nn.Module):
@@ -129,7 +246,7 @@ class Classifier(nn.Module):
 
     def __init__(self, channels, classes):
         super().__init__()
-        layers = []
+        self.channels, layers = channels, []
         for a, b in ((channels, 16), (16, 32), (32, 64)):
             layers += [nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU(), nn.MaxPool2d(2)]
         self.body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(1024, 128), nn.ReLU())
@@ -208,10 +325,196 @@ def classifier(dataset, data_dir, device, limit=None, say=print):
                 os.replace(temporary, path)
         except (OSError, RuntimeError) as e:
             say(f"the classifier could not be kept in {path} ({e})")
-    digest = hashlib.sha256(b"".join(t.cpu().numpy().tobytes() for t in net.state_dict().values())).hexdigest()[:8]
-    net.name = f"classifier-{dataset}/128 {digest}"
+    net.name, net.batch = f"classifier-{dataset}/128 {digest(net)}", 1000
     say(f"{net.name}: {net.accuracy:.2%} of the test set right")
     return net.to(device)
+
+
+def digest(net):
+    return hashlib.sha256(b"".join(t.cpu().numpy().tobytes() for t in net.state_dict().values())).hexdigest()[:8]
+
+
+INCEPTION = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
+
+
+class Inception(nn.Module):
+    """uint8 pictures (N, 1 or 3, H, W) -> features (N, 2048), logits (N, 1008): the 2015 network of published FIDs.
+
+    Szegedy et al. 2015 (1512.00567) as TensorFlow ran it and pytorch-fid's file holds it, which torchvision's own
+    Inception is not: average pools count no padding, and the last block's pool takes the maximum. Pictures are resized
+    as pytorch-fid does, bilinearly, without antialiasing. The logits are without the bias, as torch-fidelity's are.
+    `state` is that file's dict; RuntimeError where it does not fit."""
+
+    channels, classes, batch = 3, 1008, 25
+
+    def __init__(self, state):
+        super().__init__()
+        from torchvision.models import Inception3
+        with torch.device("meta"):  # no memory and no random numbers for weights that are replaced at once
+            net = Inception3(num_classes=self.classes, aux_logits=False, init_weights=False)
+        for name, part in net.named_children():
+            self.add_module(name, part)
+        self.load_state_dict(state, assign=True)
+        self.float().eval().requires_grad_(False).to(memory_format=torch.channels_last)  # 1.6 times faster on a CPU
+
+    def forward(self, x):  # (N, 3, 299, 299) in [-1, 1]
+        for stem in (self.Conv2d_1a_3x3, self.Conv2d_2a_3x3, self.Conv2d_2b_3x3, self.maxpool1,
+                     self.Conv2d_3b_1x1, self.Conv2d_4a_3x3, self.maxpool2):
+            x = stem(x)
+        for block in (self.Mixed_5b, self.Mixed_5c, self.Mixed_5d):
+            x = mixed_a(block, x)  # (N, 288, 35, 35)
+        x = self.Mixed_6a(x)
+        for block in (self.Mixed_6b, self.Mixed_6c, self.Mixed_6d, self.Mixed_6e):
+            x = mixed_c(block, x)  # (N, 768, 17, 17)
+        x = self.Mixed_7a(x)
+        x = mixed_e(self.Mixed_7b, x, mean_pool)
+        x = mixed_e(self.Mixed_7c, x, max_pool)  # (N, 2048, 8, 8)
+        features = x.mean((2, 3))
+        return features, features @ self.fc.weight.T
+
+    @staticmethod
+    def prepare(x):
+        x = F.interpolate(x.float() / 255, (299, 299), mode="bilinear", align_corners=False) * 2 - 1
+        return x.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
+
+    @torch.no_grad()
+    def embed(self, x):
+        device = self.fc.weight.device
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # TF32 would move features by 1e-3
+            parts = [self(self.prepare(b.to(device))) for b in x.split(self.batch)]
+        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+
+def mean_pool(x):
+    return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
+
+
+def max_pool(x):
+    return F.max_pool2d(x, 3, 1, 1)
+
+
+def chain(x, *parts):
+    for part in parts:
+        x = part(x)
+    return x
+
+
+def mixed_a(b, x):
+    return torch.cat([b.branch1x1(x), chain(x, b.branch5x5_1, b.branch5x5_2),
+                      chain(x, b.branch3x3dbl_1, b.branch3x3dbl_2, b.branch3x3dbl_3),
+                      chain(x, mean_pool, b.branch_pool)], 1)
+
+
+def mixed_c(b, x):
+    return torch.cat([b.branch1x1(x), chain(x, b.branch7x7_1, b.branch7x7_2, b.branch7x7_3),
+                      chain(x, b.branch7x7dbl_1, b.branch7x7dbl_2, b.branch7x7dbl_3, b.branch7x7dbl_4,
+                            b.branch7x7dbl_5),
+                      chain(x, mean_pool, b.branch_pool)], 1)
+
+
+def mixed_e(b, x, pool):
+    y, z = b.branch3x3_1(x), chain(x, b.branch3x3dbl_1, b.branch3x3dbl_2)
+    return torch.cat([b.branch1x1(x), b.branch3x3_2a(y), b.branch3x3_2b(y), b.branch3x3dbl_3a(z), b.branch3x3dbl_3b(z),
+                      chain(x, pool, b.branch_pool)], 1)
+
+
+def inception(weights, device):
+    """The Inception of the file `weights`, or of the one that torch.hub keeps, fetched if need be; .name as above."""
+    path = Path(weights or Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION.rsplit("/", 1)[1])
+    try:
+        if weights:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        else:
+            quiet = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
+            with quiet:
+                state = torch.hub.load_state_dict_from_url(INCEPTION, map_location="cpu", check_hash=True,
+                                                           weights_only=True)
+        net = Inception(state)
+    except Exception as e:  # no network, a file cut short or of another network: a different kind for each
+        if path.exists():
+            fail(f"{path} does not hold the 2015 FID Inception ({type(e).__name__}: {str(e)[:200]})")
+        fail(f"no Inception weights: put {INCEPTION} into {path.parent}, or name the file by --weights "
+             f"({type(e).__name__}: {e})")
+    net.name, net.accuracy = f"inception-2015/2048 {digest(net)}", None
+    return net.to(device)
+
+
+SCORES = ("fid", "kid", "is", "mode", "pr", "dc")
+
+
+class Sample:
+    """What a network makes of pictures: .n, .moments and, if kept, .features (N, d) and .logits (N, K)."""
+
+    def __init__(self, moments, features=None, logits=None):
+        self.moments, self.n, self.features, self.logits, self.radii = moments, moments.n, features, logits, {}
+
+    def radius(self, k):
+        if k not in self.radii:
+            self.radii[k] = ball_radius(self.features, k)
+        return self.radii[k]
+
+
+def embed(net, pictures, keep=True, what="pictures"):
+    """A Sample of uint8 pictures (N, C, H, W), or of a Pictures, which are read as they are needed. Without `keep` no
+    feature is held longer than its batch. ValueError: features that are not finite."""
+    moments, features, logits = Moments(), [], []
+    batches = pictures.split(net.batch) if torch.is_tensor(pictures) else pictures.batches(net.batch)
+    for batch in progress(batches, len(pictures), what):
+        f, l = net.embed(batch)
+        moments.add(f)
+        if keep:
+            features.append(f)
+            logits.append(l)
+    return Sample(moments, torch.cat(features), torch.cat(logits)) if keep else Sample(moments)
+
+
+def progress(batches, total, what):
+    """The batches, and a line on stderr on how far they are: kept fresh on a terminal, every 10 s elsewhere."""
+    done, start, said, live = 0, time.time(), time.time(), sys.stderr.isatty()
+    for batch in batches:
+        yield batch
+        done += len(batch)
+        now = time.time()
+        if now - said > (0.5 if live else 10):
+            left = (now - start) / done * (total - done)
+            text = f"{what}: {done} of {total}, {left:.0f} s to go"
+            sys.stderr.write(f"\r\033[K{text}" if live else text + "\n")
+            sys.stderr.flush()
+            said = now
+    if live and said > start:
+        sys.stderr.write("\r\033[K")
+
+
+def compare(fake, real, scores=SCORES, train=None):
+    """The `scores` of a Sample against a real one, as a dict of plain numbers; fid_train if there is a third."""
+    s, n = {}, min(fake.n, real.n)
+    if "fid" in scores:
+        s["fid"] = fake.moments.fid(real.moments)
+        if train:
+            s["fid_train"] = fake.moments.fid(train.moments)
+    if "kid" in scores:
+        s["kid"], s["kid_std"] = kid(real.features, fake.features)
+    if "is" in scores:
+        s["inception_score"], s["inception_score_std"] = inception_score(fake.logits, min(10, n))
+    if "mode" in scores:
+        s["mode_score"] = mode_score(fake.logits, real.logits)[1]
+    if "pr" in scores:
+        k = min(3, n - 1)
+        s["precision"], s["recall"] = precision_recall(real.features, fake.features, k,
+                                                       (real.radius(k), fake.radius(k)))
+    k = min(5, n - 1)
+    if "dc" in scores:
+        s["density"], s["coverage"] = density_coverage(real.features, fake.features, k, real.radius(k))
+    elif "coverage" in scores:
+        s["coverage"] = coverage(real.features, fake.features, k, real.radius(k))
+    return s
+
+
+def class_shares(logits):
+    classes = logits.shape[1]
+    shares = torch.bincount(logits.argmax(1), minlength=classes).double() / len(logits)
+    return {"classes": int((shares >= 1 / (4 * classes)).sum()), "class_min": shares.min().item(),
+            "class_max": shares.max().item()}
 
 
 class Judge:
@@ -222,39 +525,24 @@ class Judge:
     classes, class_min, class_max                classes with 1/(4K) of the samples or more; least and largest share
     n_real, n_fake, floor                        sizes (equal), and the FID of training against test pictures
 
-    `real` (N, C, H, W) stands in for the test pictures, apart from the floor. ValueError: fewer pictures than n, or
-    features that are not finite."""
+    ValueError: fewer pictures than n, or features that are not finite."""
 
-    def __init__(self, dataset, data_dir, image_size, device="cpu", limit=None, n=10_000, say=print, real=None):
+    def __init__(self, dataset, data_dir, image_size, device="cpu", limit=None, n=10_000, say=print):
         device = torch.device(device)
         device = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
         self.net = classifier(dataset, data_dir, device, limit, say)
         train, test = (load_data(dataset, data_dir, image_size, s, limit)[0] for s in ("train", "test"))
-        real = test if real is None else real
-        self.n = min(n, len(train), len(test), len(real))
-        self.real, self.logits_real = self.net.embed(real[:self.n])
-        self.train_statistics, self.real_statistics, test_statistics = (
-            mean_and_covariance(self.net.embed(x[:self.n])[0]) for x in (train, real, test))
-        self.radius = ball_radius(self.real, min(5, self.n - 1))
-        self.floor = frechet_distance(*self.train_statistics, *test_statistics)
+        self.n = min(n, len(train), len(test))
+        self.train, self.real = embed(self.net, train[:self.n], False), embed(self.net, test[:self.n])
+        self.floor = self.train.moments.fid(self.real.moments)
 
     def __call__(self, x):
         if len(x) < self.n:
             raise ValueError(f"{len(x)} pictures: {self.n} are needed, as many as real ones")
-        features, logits = self.net.embed(x[:self.n])
-        if not features.isfinite().all():
-            raise ValueError("features that are not finite")
-        statistics, classes = mean_and_covariance(features), logits.shape[1]
-        shares = torch.bincount(logits.argmax(1), minlength=classes).double() / self.n
-        score, spread = inception_score(logits, min(10, self.n))
-        return {"fid": frechet_distance(*statistics, *self.real_statistics),
-                "fid_train": frechet_distance(*statistics, *self.train_statistics),
-                "inception_score": score, "inception_score_std": spread,
-                "mode_score": mode_score(logits, self.logits_real)[1],
-                "coverage": coverage(self.real, features, radius=self.radius),
-                "classes": int((shares >= 1 / (4 * classes)).sum()), "class_min": shares.min().item(),
-                "class_max": shares.max().item(), "n_real": self.n, "n_fake": self.n, "floor": self.floor,
-                "features": self.net.name, "accuracy": self.net.accuracy}
+        fake = embed(self.net, x[:self.n])
+        return {**compare(fake, self.real, ("fid", "is", "mode", "coverage"), self.train), **class_shares(fake.logits),
+                "n_real": self.n, "n_fake": self.n, "floor": self.floor, "features": self.net.name,
+                "accuracy": self.net.accuracy}
 
     @staticmethod
     def line(s):
@@ -454,45 +742,171 @@ def plot(runs, out, names=None):
 # COMMAND LINE ---------------------------------------------------------------------------------------------------------
 
 
-def read_pictures(path, channels):
-    """A folder of pictures, or a .npy or .pt of uint8 (N, C, H, W) -> uint8 (N, channels, H, W)."""
-    path = Path(path)
+JPEG_EFFECT = "10,000 real MNIST pictures had FID[classifier] 1.76 as PNG, 3.9 as JPEG of quality 75, 1.8 of quality 95"
+SUFFIXES = (".bmp", ".jpg", ".jpeg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+
+class Pictures:
+    """A folder of pictures in the order of their names, or a .npy or .pt of uint8 (N, C, S, S), or such a tensor.
+
+    len(); .size; .batches(b) reads uint8 (b, channels, size, size) at a time; .formats counts the kinds of files read;
+    .digest() is a hash of all bytes. Whatever cannot be scored rightly ends in one line: unreadable, not square, of
+    several sizes, of more than 8 bits a channel, or with see-through parts."""
+
+    def __init__(self, source, channels, name=None):
+        self.path, self.channels, self.files, self.x = name or source, channels, [], None
+        self.formats = Counter()
+        try:
+            if torch.is_tensor(source):
+                self.x = source
+            elif Path(source).suffix in (".npy", ".pt"):
+                load = np.load if Path(source).suffix == ".npy" else functools.partial(torch.load, weights_only=True)
+                self.x = torch.as_tensor(load(source))
+            else:
+                self.files = sorted(f for f in Path(source).iterdir() if f.suffix.lower() in SUFFIXES)
+        except Exception as e:  # numpy and torch raise a different kind for each way to be damaged
+            fail(f"{source}: {type(e).__name__}: {e}")
+        if self.x is None:
+            if len(self.files) < 2:
+                fail(f"{source} holds {len(self.files)} .png or .jpg: a covariance needs two or more")
+            self.size = read_picture(self.files[0], channels)[0].shape[-1]
+            return
+        shape = tuple(self.x.shape)
+        if (len(shape) != 4 or self.x.dtype != torch.uint8 or shape[0] < 2 or shape[2] != shape[3] or shape[3] < 1
+                or shape[1] not in (channels, 1)):
+            fail(f"{self.path}: {self.x.dtype} {shape} is not uint8 (2 or more, {channels}, S, S)")
+        self.size = shape[3]
+
+    def __len__(self):
+        return len(self.files) if self.x is None else len(self.x)
+
+    def first(self, n):
+        """Only the first n from now on."""
+        self.files, self.x = self.files[:n], None if self.x is None else self.x[:n]
+        return self
+
+    def batches(self, size):
+        if self.x is not None:
+            self.formats["array" if Path(str(self.path)).suffix in (".npy", ".pt") else "data set"] = len(self)
+            for part in self.x.split(size):
+                yield part.expand(-1, self.channels, -1, -1)
+            return
+        self.formats.clear()
+        for i in range(0, len(self.files), size):
+            batch = []
+            for f in self.files[i:i + size]:
+                picture, kind = read_picture(f, self.channels)
+                if picture.shape[-1] != self.size:
+                    fail(f"{f} is {picture.shape[-1]} pixels wide, the first {self.size}: all must be of one size")
+                batch.append(picture)
+                self.formats[kind] += 1
+            yield torch.stack(batch)
+
+    def digest(self):
+        h = hashlib.sha256(repr((len(self), self.size, self.channels, self.x is None)).encode())
+        if self.x is not None:
+            h.update(self.x.contiguous().numpy())
+        for f in self.files:
+            try:
+                data = f.read_bytes()
+            except OSError as e:
+                fail(f"{f}: {e}")
+            h.update(len(data).to_bytes(8) + data)
+        return h.hexdigest()
+
+    def __str__(self):
+        kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(self.formats.items()))
+        return f"{self.path} ({kinds}, {self.size}x{self.size})"
+
+    def jpegs(self):
+        return sum(n for kind, n in self.formats.items() if kind in ("JPEG", "MPO"))
+
+
+def read_picture(path, channels):
+    """uint8 (channels, S, S) and the kind of file, by its content."""
     try:
-        if path.suffix in (".npy", ".pt"):
-            x = torch.as_tensor(np.load(path) if path.suffix == ".npy" else torch.load(path, weights_only=True))
-            wanted = (channels, x.shape[-1], x.shape[-1])
-            if x.dim() != 4 or x.dtype != torch.uint8 or x.shape[1:] != wanted or len(x) < 2:
-                fail(f"{path}: {x.dtype} {tuple(x.shape)} is not uint8 (2 or more, {channels}, S, S)")
-            return x
-        files = sorted(f for f in path.iterdir() if f.suffix.lower() in (".png", ".jpg", ".jpeg"))
+        with Image.open(path) as im:
+            if im.mode[0] in "IF" or any("16" in str(tile[3]) for tile in im.tile):
+                fail(f"{path} has more than 8 bits a channel ({im.mode})")
+            if im.has_transparency_data and im.convert("RGBA").getextrema()[3][0] < 255:
+                fail(f"{path} is see-through in parts: what colour is behind it?")
+            kind, x = im.format, np.array(im.convert("L" if channels == 1 else "RGB"))
     except SystemExit:
         raise
-    except Exception as e:
-        fail(f"{path}: {e}")
-    if len(files) < 2:
-        fail(f"{path} holds {len(files)} .png or .jpg: a covariance needs two or more")
-    pictures = []
-    for f in files:
+    except Exception as e:  # Pillow raises a different kind for each damage
+        fail(f"{path} cannot be read: {type(e).__name__}: {e}")
+    if x.shape[0] != x.shape[1]:
+        fail(f"{path} is {x.shape[1]}x{x.shape[0]}: all must be square")
+    return torch.from_numpy(x)[None] if channels == 1 else torch.from_numpy(x).permute(2, 0, 1), kind
+
+
+def cached(net, pictures, keep, folder, what):
+    """embed(), which for the same pictures and network is read from `folder` (None: never) the second time."""
+    path, sample = None, None
+    if folder:
+        key = f"{net.name} {next(net.parameters()).device.type} {keep} 1 {pictures.digest()}"
+        path = Path(folder) / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.pt"
+    if path and path.exists():
         try:
-            with Image.open(f) as im:
-                if im.mode[0] in "IF":
-                    fail(f"{f} has more than 8 bits a channel ({im.mode})")
-                pictures.append(np.asarray(im.convert("L" if channels == 1 else "RGB")))
-        except (OSError, ValueError, SyntaxError) as e:
-            fail(f"{f} cannot be read: {e}")
-        if pictures[-1].shape[:2] != pictures[0].shape[:1] * 2:
-            fail(f"{f} is {pictures[-1].shape[:2]}, the first {pictures[0].shape[:2]}: all must be square, of one size")
-    x = torch.from_numpy(np.stack(pictures))
-    return x[:, None] if channels == 1 else x.permute(0, 3, 1, 2).contiguous()
+            saved = torch.load(path, map_location=next(net.parameters()).device, weights_only=True)
+            sample = Sample(Moments(), saved.pop("features", None), saved.pop("logits", None))
+            pictures.formats.update(saved.pop("formats"))
+            sample.moments.__dict__.update(saved)
+            sample.n = sample.moments.n
+        except Exception:  # cut short: made again
+            sample = None
+    if sample is None:
+        sample = embed(net, pictures, keep, what)
+        if path:
+            saved = {**vars(sample.moments), "formats": dict(pictures.formats)}
+            if keep:
+                saved.update(features=sample.features, logits=sample.logits)
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                temporary = path.with_suffix(f".{os.getpid()}")
+                torch.save(saved, temporary)
+                os.replace(temporary, path)
+            except (OSError, RuntimeError) as e:
+                say(f"the real pictures' statistics could not be kept in {folder} ({e})")
+    return sample
+
+
+def say(text):
+    print(text, file=sys.stderr)
+
+
+def table(s, fake, real):
+    """The scores for a reader."""
+    rows = [("FID", "fid", ".4g", "floor {floor:.4g}: real training against test pictures" if "floor" in s else ""),
+            ("FID, training", "fid_train", ".4g", "against training pictures"),
+            ("KID", "kid", ".4g", "+- {kid_std:.4g}"),
+            ("Inception Score", "inception_score", ".2f", "+- {inception_score_std:.2f}"),
+            ("Mode Score", "mode_score", ".2f", ""), ("precision", "precision", ".3f", "k 3"),
+            ("recall", "recall", ".3f", "k 3"), ("density", "density", ".3f", "k 5"),
+            ("coverage", "coverage", ".3f", "k 5"),
+            ("classes", "classes", "d", "of {class_min:.1%} to {class_max:.1%}")]
+    accuracy = f", {s['accuracy']:.2%} of its test set right" if s["accuracy"] else ""
+    lines = [f"features {s['features']}{accuracy}, n {s['n_real']} + {s['n_fake']}", f"fake     {fake}",
+             f"real     {real}"]
+    for name, key, form, more in rows:
+        if key in s:
+            value = format(s[key], ".1f" if key.startswith("fid") and s[key] >= 1 else form)  # FIDs span 1e-6 to 1e3
+            lines.append(f"{name:16} {value:>10}  {more.format(**s)}".rstrip())
+    return "\n".join(lines)
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     p.error = fail
     p.add_argument("--real", help="a data set's name (digits, mnist, fashion: its test set), a folder, a .npy or a .pt")
     p.add_argument("--fake", help="a folder of PNG, or a .npy or .pt of uint8 (N, C, H, W)")
+    p.add_argument("--features", choices=("classifier", "inception"), default="classifier", help="the feature network")
+    p.add_argument("--weights", help=f"file of --features inception: {INCEPTION.rsplit('/', 1)[1]}")
     p.add_argument("--classifier", choices=DATASETS, help="whose classifier gives the features; default: --real's")
-    p.add_argument("--data-dir", default="data", help="folder of the data sets and of the classifier")
+    p.add_argument("--scores", nargs="+", choices=SCORES, default=SCORES, metavar="SCORE",
+                   help=f"of {' '.join(SCORES)}; default all. fid alone keeps no features in memory")
+    p.add_argument("--data-dir", default="data", help="folder of the data sets, the classifier and real statistics")
+    p.add_argument("--no-cache", action="store_true", help="neither read nor keep statistics of real pictures")
     p.add_argument("--n", type=int, default=10_000, help="pictures of each kind, at most")
     p.add_argument("--json", action="store_true", help="print the scores as JSON")
     p.add_argument("--plot", nargs="+", metavar="RUN", help="run directories, or their log.csv, in one plot")
@@ -504,22 +918,52 @@ def main(argv=None):
     if not (args.real and args.fake):
         fail("name --real and --fake, or --plot")
     name = args.classifier or (args.real if args.real in DATASETS else None)
-    if not name:
+    if args.features == "classifier" and not name:
         fail(f"--real {args.real} is no data set's name: say whose features to use by --classifier")
+    if args.features == "classifier" and args.weights:
+        fail("--weights goes with --features inception")
     if args.n < 2:
         fail(f"--n {args.n}: a covariance needs two pictures or more")
-    fake = read_pictures(args.fake, 1)
-    if args.real in DATASETS:
-        real = load_data(args.real, args.data_dir, fake.shape[-1], "test")[0]
+    channels = DATASETS[name] if args.features == "classifier" else 3
+    fake = Pictures(args.fake, channels)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if args.features == "inception":
+        name = args.real if args.real in DATASETS else None
+        net = inception(args.weights, device)
     else:
-        real = read_pictures(args.real, 1)
-    judge = Judge(name, args.data_dir, fake.shape[-1], n=min(args.n, len(fake)), real=real,
-                  device="cuda" if torch.cuda.is_available() else "cpu", say=lambda text: print(text, file=sys.stderr))
+        net = classifier(name, args.data_dir, device, say=say)
+    if name:
+        train, test = (Pictures(load_data(name, args.data_dir, fake.size, split)[0], channels, f"{name}, {split} set")
+                       for split in ("train", "test"))
+    real = test if args.real == name else Pictures(
+        load_data(args.real, args.data_dir, fake.size, "test")[0] if args.real in DATASETS else args.real, channels,
+        f"{args.real}, test set" if args.real in DATASETS else None)
+    n = min(args.n, len(fake), len(real), *((len(train), len(test)) if name else ()))
+    keep, folder = set(args.scores) != {"fid"}, None if args.no_cache else Path(args.data_dir) / "statistics"
     try:
-        scores = judge(fake)
+        floor = train_sample = None
+        real_sample = cached(net, real.first(n), keep, folder, "real pictures")
+        if name and "fid" in args.scores:
+            train_sample = cached(net, train.first(n), False, folder, "training pictures")
+            test_sample = real_sample if test is real else cached(net, test.first(n), False, folder, "test pictures")
+            floor = train_sample.moments.fid(test_sample.moments)
+        fake_sample = embed(net, fake.first(n), keep, "fakes")
+        scores = compare(fake_sample, real_sample, args.scores, train_sample)
+        if keep and args.features == "classifier":
+            scores.update(class_shares(fake_sample.logits))
     except ValueError as e:
-        fail(f"{args.fake}: {e}")
-    print(json.dumps(scores, indent=1) if args.json else judge.line(scores))
+        fail(f"{args.fake}, {args.real}: {e}")
+    scores.update(n_real=n, n_fake=n, features=net.name, accuracy=net.accuracy,
+                  jpeg_real=real.jpegs(), jpeg_fake=fake.jpegs())
+    if floor is not None:
+        scores["floor"] = floor
+    for pictures in (real, fake):
+        if pictures.jpegs():
+            say(f"warning: {pictures.path} holds {pictures.jpegs()} JPEG files, whose losses are part of the scores: "
+                f"{JPEG_EFFECT}")
+    if args.features == "inception" and n < 4096 and "fid" in args.scores:
+        say(f"warning: {n} pictures in 2,048 dimensions: FID is far too large, and compares at this n only")
+    print(json.dumps(scores, indent=1) if args.json else table(scores, fake, real))
 
 
 # --- shared: data ---

@@ -5,9 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from prdc import compute_prdc
 from pytorch_fid import fid_score
 from scipy import linalg
-from torch_fidelity import metric_fid, metric_isc
+from torch_fidelity import metric_fid, metric_isc, metric_kid, metric_prc
 
 import metrics
 
@@ -408,3 +409,131 @@ def test_prepare_larger_takes_the_mean_of_each_square(factor):
     x = pictures(2, 32 * factor, 1)
     wanted = x.numpy().reshape(2, 1, 32, factor, 32, factor).mean((3, 5)) / 255
     np.testing.assert_allclose(metrics.Classifier.prepare(x), wanted, rtol=1e-5)
+
+
+# KID
+
+
+def kernel(x, y):
+    return (sum(a * b for a, b in zip(x.tolist(), y.tolist())) / len(x) + 1) ** 3
+
+
+def test_kid_by_two_loops():
+    """One subset of all: the unbiased estimate, pair by pair."""
+    x, y = randn(12, 5), randn(9, 5) + 0.5
+    theirs = metrics.kid(x[:9], y, subsets=1)[0]
+    a, b = x[:9].numpy(), y.numpy()
+    own = sum(kernel(t[i], t[j]) for t in (a, b) for i in range(9) for j in range(9) if i != j) / (9 * 8)
+    cross = sum(kernel(p, q) for p in a for q in b) / 81
+    assert theirs == pytest.approx(own - 2 * cross, rel=1e-12)
+
+
+def test_kid_of_point_masses():
+    a, b = randn(2, 6)
+    wanted = kernel(a, a) + kernel(b, b) - 2 * kernel(a, b)
+    assert metrics.kid(a.expand(20, 6), b.expand(30, 6)) == pytest.approx((wanted, 0), rel=1e-12, abs=1e-12)
+    assert metrics.kid(a.expand(20, 6), a.expand(30, 6)) == pytest.approx((0, 0), abs=1e-11)
+
+
+@pytest.mark.parametrize("n, m, d, size", [(300, 300, 20, 100), (150, 400, 64, 150), (1500, 1200, 8, 1000)])
+def test_kid_agrees_with_torch_fidelity(n, m, d, size):
+    x, y = mixed(n, d), mixed(m, d, 1.2, 0.2)
+    if size == 1000:  # the defaults
+        theirs = metric_kid.kid_features_to_metric(y, x, verbose=False)
+        mean, spread = metrics.kid(x.float(), y.float())
+    else:
+        theirs = metric_kid.kid_features_to_metric(y, x, kid_subset_size=size, kid_subsets=20, verbose=False)
+        mean, spread = metrics.kid(x, y, 20, size)
+    rel = 1e-5 if size == 1000 else 1e-9
+    assert mean == pytest.approx(theirs["kernel_inception_distance_mean"], rel=rel)
+    assert spread == pytest.approx(theirs["kernel_inception_distance_std"], rel=rel)
+
+
+def test_kid_of_one_law_is_0_on_average_at_any_size():
+    for n in (5, 50):
+        values = [metrics.kid(randn(n, 3), randn(n, 3), 1)[0] for _ in range(400)]
+        assert abs(np.mean(values)) < 4 * np.std(values) / 20 and min(values) < 0 < max(values)
+
+
+def test_kid_refuses_a_single_picture():
+    with pytest.raises(ValueError, match="two"):
+        metrics.kid(randn(1, 4), randn(9, 4))
+
+
+# precision, recall, density
+
+
+@pytest.mark.parametrize("k", [1, 3, 5])
+@pytest.mark.parametrize("n, m, d", [(100, 80, 2), (300, 300, 16), (60, 200, 64)])
+def test_precision_and_recall_agree_with_torch_fidelity_and_prdc(n, m, d, k):
+    real, fake = randn(n, d), 0.8 * randn(m, d) + 0.3
+    theirs = metric_prc.prc_features_to_metric(fake, real, prc_neighborhood=k, verbose=False)
+    got = metrics.precision_recall(real, fake, k)
+    assert got == pytest.approx((theirs["precision"], theirs["recall"]), abs=1e-6)
+    assert 0.05 < got[0] <= 1 and 0 < got[1] < 1
+    other = compute_prdc(real.numpy(), fake.numpy(), k)
+    density, coverage = metrics.density_coverage(real, fake, k)
+    assert got == pytest.approx((other["precision"], other["recall"]), abs=1e-12)
+    assert (density, coverage) == pytest.approx((other["density"], other["coverage"]), abs=1e-12)
+
+
+def test_the_same_set_twice():
+    """Its own pictures are tied with their balls' rims: inside for precision, outside for density, bit for bit."""
+    for x in (randn(200, 16), randn(200, 16).float(), 1000 * randn(150, 64) + 5000, randn(2500, 3)):
+        for k in (1, 3, 5):
+            assert metrics.precision_recall(x, x.clone(), k) == (1, 1)
+            assert metrics.density_coverage(x, x.flip(0), k) == (pytest.approx(1, abs=1e-12), 1)
+
+
+def test_ties_on_a_lattice():
+    real, fake = torch.randint(0, 4, (2, 70, 2)).float()
+    radius = {k: brute_radius(real, k) for k in (1, 3)}
+    distance = np.sqrt(((fake[:, None] - real[None]) ** 2).sum(2).numpy().astype(float))
+    back = np.sqrt(((real[:, None] - fake[None]) ** 2).sum(2).numpy().astype(float))
+    for k in (1, 3):
+        wanted = (distance <= radius[k]).any(1).mean(), (back <= brute_radius(fake, k)).any(1).mean()
+        assert metrics.precision_recall(real, fake, k) == pytest.approx(wanted, abs=1e-12)
+        density = (distance < radius[k]).sum() / (k * len(fake))
+        assert metrics.density_coverage(real, fake, k)[0] == pytest.approx(density, abs=1e-12)
+    assert metrics.precision_recall(torch.tensor([[0.0], [1.0]]), torch.tensor([[2.0], [9.0]]), 1) == (0.5, 1)
+
+
+def test_far_sets_share_nothing():
+    x = randn(50, 4)
+    assert metrics.precision_recall(x, x + 1000) == (0, 0)
+    assert metrics.density_coverage(x, x + 1000) == (0, 0)
+
+
+def test_density_of_one_law_is_1():
+    values = [metrics.density_coverage(randn(400, 4), randn(300, 4)) for _ in range(12)]
+    assert np.mean([v[0] for v in values]) == pytest.approx(1, abs=0.02)
+    wanted = 1 - math.prod((400 - i) / (700 - i) for i in range(1, 6))
+    assert np.mean([v[1] for v in values]) == pytest.approx(wanted, abs=0.01)
+
+
+def test_an_outlier_inflates_precision_and_not_density():
+    real, fake = randn(100, 3), randn(100, 3) + 20
+    assert metrics.precision_recall(real, fake)[0] == 0
+    spoiled = torch.cat([real, torch.full((1, 3), 60.0, dtype=F64)])
+    assert metrics.precision_recall(spoiled, fake)[0] == 1
+    assert metrics.density_coverage(spoiled, fake)[0] == pytest.approx(1 / 5, abs=1e-12)
+
+
+def test_radii_as_given():
+    real, fake = randn(60, 3), randn(50, 3)
+    radii = metrics.ball_radius(real, 3), metrics.ball_radius(fake, 3)
+    assert metrics.precision_recall(real, fake, radii=radii) == metrics.precision_recall(real, fake)
+    assert metrics.density_coverage(real, fake, 3, radii[0]) == metrics.density_coverage(real, fake, 3)
+    wide = metrics.precision_recall(real, fake, radii=(radii[0] * 100, radii[1] * 0))
+    assert wide == (1, 0)
+
+
+def test_a_table_cut_into_blocks_is_the_whole_table(monkeypatch):
+    """The matrix of distances is made in shares whose memory is used again."""
+    real, fake = randn(5000, 2), randn(2600, 2) * 1.1
+    shares = [len(p) for p, _ in metrics.nearness(real, fake, fake.square().sum(1))]
+    assert len(shares) > 5 and sum(shares) == 5000
+    other = compute_prdc(real.numpy(), fake.numpy(), 5)
+    assert metrics.precision_recall(real, fake, 5) == pytest.approx((other["precision"], other["recall"]), abs=1e-12)
+    got = metrics.density_coverage(real, fake)
+    assert got == pytest.approx((other["density"], other["coverage"]), abs=1e-12)

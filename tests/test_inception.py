@@ -1,0 +1,293 @@
+"""The Inception of metrics.py, against pytorch-fid: its network, its function and its command, under drawn weights."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import pytorch_fid.inception
+import torch
+import torch_fidelity.feature_extractor_inceptionv3 as torch_fidelity
+from PIL import Image
+from pytorch_fid import fid_score
+from torch.nn import functional as F
+from torchvision.models import Inception3
+
+import metrics
+
+FILE = metrics.INCEPTION.rsplit("/", 1)[1]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A TORCH_HOME whose hub/checkpoints holds He-normal weights and random batch-norm statistics. Default ones leave
+    features that hardly differ between pictures, so that a wrong network would pass."""
+    home = tmp_path_factory.mktemp("torch_home")
+    (home / "hub/checkpoints").mkdir(parents=True)
+    torch.manual_seed(0)
+    net = Inception3(num_classes=1008, aux_logits=False, init_weights=False)
+    for m in net.modules():
+        if isinstance(m, torch.nn.Conv2d):
+            m.weight.data.normal_(0, math.sqrt(2 / m.weight[0].numel()))
+        elif isinstance(m, torch.nn.BatchNorm2d):
+            m.running_mean.normal_(0, 0.3), m.running_var.uniform_(0.5, 2)
+            m.weight.data.uniform_(0.7, 1.3), m.bias.data.normal_(0, 0.2)
+    torch.nn.init.normal_(net.fc.weight, 0, 0.05), torch.nn.init.normal_(net.fc.bias)
+    torch.save(net.state_dict(), home / "hub/checkpoints" / FILE)
+    return home / "hub/checkpoints" / FILE
+
+
+@pytest.fixture(scope="module")
+def ours(weights):
+    return metrics.inception(weights, torch.device("cpu"))
+
+
+def theirs(weights):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pytorch_fid.inception, "load_state_dict_from_url", lambda *a, **k: torch.load(weights))
+        return pytorch_fid.inception.InceptionV3([3]).eval()
+
+
+def pictures(n, size, channels=3, seed=1):
+    """Smooth random blobs, so that resizing keeps them apart."""
+    rng = torch.Generator().manual_seed(seed)
+    x = torch.rand(n, channels, 6, 6, generator=rng)
+    return (F.interpolate(x, (size, size), mode="bicubic").clamp(0, 1) * 255).round().byte()
+
+
+@pytest.fixture(scope="module")
+def pair(weights):
+    """Pictures of three sizes, and pytorch-fid's features of them."""
+    net = theirs(weights)
+    sets = [pictures(2, 32), pictures(2, 75, seed=2), pictures(1, 320, seed=3)]
+    with torch.no_grad():
+        return sets, [net(x.float() / 255)[0][:, :, 0, 0] for x in sets]
+
+
+def test_features_agree_with_pytorch_fid(ours, pair):
+    wanted = torch.cat(pair[1])
+    assert wanted.shape == (5, 2048)
+    assert (wanted - wanted.mean(0)).abs().mean() > 0.01 * wanted.abs().mean()  # or a wrong network would pass
+    got = torch.cat([ours.embed(x)[0] for x in pair[0]])
+    assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("which", range(9))
+def test_each_pool_matters(ours, pair, monkeypatch, which):
+    """Any of the nine pools replaced, averages by padded ones, the maximum by an average, is far out of tolerance."""
+    calls = []
+
+    def other(pool, replacement):
+        def call(x):
+            calls.append(0)
+            return (replacement if len(calls) - 1 == which else pool)(x)
+        return call
+    monkeypatch.setattr(metrics, "mean_pool", other(metrics.mean_pool, lambda x: F.avg_pool2d(x, 3, 1, 1)))
+    monkeypatch.setattr(metrics, "max_pool", other(metrics.max_pool, lambda x: F.avg_pool2d(x, 3, 1, 1)))
+    features, wanted = ours.embed(pair[0][0][:1])[0], pair[1][0][:1]
+    assert len(calls) == 9 and (features - wanted).abs().max() > 1e-4 * wanted.abs().max()
+
+
+def test_logits_are_torch_fidelitys_without_bias(ours, weights):
+    """On pictures of 299x299, which neither resizes: its input is (x - 128) / 128, ours x / 127.5 - 1."""
+    net = torch_fidelity.FeatureExtractorInceptionV3("net", ["2048", "logits_unbiased"], str(weights))
+    x = pictures(2, 299)
+    features, logits = ours.embed(x)
+    shifted = ours(((x.float() - 128) / 128).contiguous(memory_format=torch.channels_last))
+    for got, wanted in zip(shifted, net(x)):
+        assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max() and wanted.std(0).max() > 0
+    assert logits.shape == (2, 1008) and features.shape == (2, 2048)
+    bias = torch.load(weights)["fc.bias"]
+    assert bias.abs().max() > 1 and (logits - features @ torch.load(weights)["fc.weight"].T).abs().max() < 1e-4
+
+
+def test_grey_pictures_count_as_three_equal_channels(ours):
+    x = pictures(2, 28, 1)
+    torch.testing.assert_close(ours.embed(x), ours.embed(x.expand(-1, 3, -1, -1)), rtol=0, atol=0)
+
+
+def test_building_it_draws_nothing_and_names_its_weights(weights, ours, tmp_path):
+    state = torch.get_rng_state()
+    again = metrics.inception(weights, torch.device("cpu"))
+    assert torch.equal(torch.get_rng_state(), state) and again.name == ours.name
+    assert not any(p.requires_grad for p in again.parameters()) and not again.training
+    changed = torch.load(weights)
+    changed["Mixed_6c.branch7x7_2.bn.bias"][3] += 1
+    torch.save(changed, tmp_path / "w.pth")
+    other = metrics.inception(tmp_path / "w.pth", torch.device("cpu"))
+    assert other.name != ours.name and other.name.startswith("inception-2015/2048 ")
+
+
+# the command ----------------------------------------------------------------------------------------------------------
+
+
+def save(folder, x):
+    folder.mkdir()
+    for i, p in enumerate(x):
+        Image.fromarray(p.permute(1, 2, 0).numpy()).save(folder / f"{i:03}.png")
+    return folder
+
+
+def run(capsys, *argv):
+    capsys.readouterr()
+    metrics.main([str(a) for a in argv])
+    return capsys.readouterr()
+
+
+def test_the_command_agrees_with_pytorch_fids(weights, tmp_path, monkeypatch, capsys):
+    """`python -m pytorch_fid` with the same file in the same cache, on two folders of 100 pictures."""
+    a, b = save(tmp_path / "a", pictures(100, 32)), save(tmp_path / "b", pictures(100, 32, seed=9).flip(2) // 2 + 60)
+    home = {"TORCH_HOME": str(weights.parents[2]), "XDG_CACHE_HOME": str(tmp_path)}
+    command = [sys.executable, "-m", "pytorch_fid", str(a), str(b), "--device", "cpu", "--num-workers", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **home})
+    wanted = float(done.stdout.split("FID:")[1])
+    monkeypatch.setenv("TORCH_HOME", home["TORCH_HOME"])
+    flags = ["--real", a, "--features", "inception", "--data-dir", tmp_path / "data", "--scores", "fid", "--json"]
+    got = run(capsys, *flags, "--fake", b)
+    s = json.loads(got.out)
+    assert s["fid"] == pytest.approx(wanted, rel=1e-2) and wanted > 1
+    assert s["n_real"] == s["n_fake"] == 100 and s["jpeg_fake"] == 0 and "floor" not in s and "too large" in got.err
+    # the second time the real pictures' statistics are read, not made; other pictures or another n are made anew
+    seen = []
+    real_embed = metrics.Inception.embed
+    monkeypatch.setattr(metrics.Inception, "embed", lambda self, x: seen.append(len(x)) or real_embed(self, x))
+    short = save(tmp_path / "short", pictures(3, 32, seed=9))
+    again = [json.loads(run(capsys, *flags, "--fake", short, "--n", n).out)["fid"] for n in (3, 3)]
+    assert again[0] == again[1] and sum(seen) == 3 + 3 + 3  # real and fake, then fake alone
+    seen.clear()
+    (a / "001.png").write_bytes((b / "001.png").read_bytes())
+    changed = json.loads(run(capsys, *flags, "--fake", short, "--n", 3).out)["fid"]
+    assert changed != again[0] and sum(seen) == 6
+    seen.clear()
+    json.loads(run(capsys, *flags, "--fake", short, "--n", 3, "--no-cache").out)
+    assert sum(seen) == 6 and len(list((tmp_path / "data/statistics").iterdir())) == 3
+
+
+def test_all_scores_of_inception(weights, tmp_path, capsys):
+    a, b = save(tmp_path / "a", pictures(4, 32)), save(tmp_path / "b", pictures(4, 32, seed=5))
+    flags = ["--features", "inception", "--weights", weights, "--data-dir", tmp_path / "data", "--json", "--real", a]
+    s = json.loads(run(capsys, *flags, "--fake", b).out)
+    same = json.loads(run(capsys, *flags, "--fake", a).out)
+    assert {"fid", "kid", "inception_score", "mode_score", "precision", "recall", "density", "coverage"} <= set(s)
+    assert same["fid"] < 1e-3 < s["fid"] and same["precision"] == same["recall"] == same["coverage"] == 1
+    assert same["density"] == 1 and "accuracy" in s and 1 <= s["inception_score"] <= 4
+
+
+@pytest.mark.parametrize("how", ["absent", "cut", "other", "not a dict", "no network", "cached cut"])
+def test_weights_that_cannot_be_had_are_one_line(weights, tmp_path, monkeypatch, capsys, how):
+    folder = save(tmp_path / "a", pictures(2, 8))
+    path = tmp_path / "w.pth"
+    if how == "cut":
+        path.write_bytes(weights.read_bytes()[:100_000])
+    elif how == "other":
+        torch.save({"fc.weight": torch.zeros(3)}, path)
+    elif how == "not a dict":
+        torch.save([1, 2], path)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    named = ["--weights", path]
+    if how in ("no network", "cached cut"):
+        named = []
+        monkeypatch.setattr(torch.hub, "urlopen", lambda *a, **k: (_ for _ in ()).throw(OSError("no route to host")))
+        if how == "cached cut":
+            path = tmp_path / "home/hub/checkpoints" / FILE
+            path.parent.mkdir(parents=True)
+            path.write_bytes(weights.read_bytes()[:100_000])
+    with pytest.raises(SystemExit) as stop:
+        run(capsys, "--real", folder, "--fake", folder, "--features", "inception", *named)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1
+    if how == "no network":
+        assert FILE in err and str(tmp_path / "home/hub/checkpoints") in err and "--weights" in err
+    else:
+        assert str(path) in err
+
+
+# statistics that stream -----------------------------------------------------------------------------------------------
+
+
+def fed(x, sizes):
+    moments, at = metrics.Moments(), 0
+    for size in sizes:
+        moments.add(x[at:at + size])
+        at += size
+    assert at == len(x) == moments.n
+    return moments
+
+
+@pytest.mark.parametrize("offset", [0, 1e6])
+@pytest.mark.parametrize("sizes", [[100], [7] * 14 + [2], [1] * 100, [20, 80], [19, 1, 80]])
+def test_moments_in_batches_are_numpys(sizes, offset):
+    x = torch.randn(100, 20, dtype=torch.float64) @ torch.randn(20, 20, dtype=torch.float64) + offset
+    mean, cov = fed(x, sizes).mean_and_covariance()
+    np.testing.assert_allclose(mean, x.numpy().mean(0), rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose(cov, np.cov(x.numpy(), rowvar=False), rtol=1e-9, atol=1e-8)
+
+
+def test_moments_keep_no_more_rows_than_dimensions():
+    moments = fed(torch.randn(19, 20), [10, 9])
+    assert sum(len(r) for r in moments.rows) == 19
+    moments.add(torch.randn(1, 20))
+    assert moments.rows == [] and moments.products.shape == (20, 20)
+    few = fed(torch.randn(5, 20), [5]).mean_and_covariance()[1]
+    assert few.shape == (20, 20)
+
+
+@pytest.mark.parametrize("n, m", [(2000, 2000), (2000, 10), (10, 12), (63, 64)])
+def test_fid_of_moments_agrees_with_pytorch_fid(n, m):
+    torch.manual_seed(0)
+    mix = torch.randn(64, 64)
+    x, y = torch.randn(n, 64) @ mix, torch.randn(m, 64) @ mix * 1.1 + 0.3
+    got = fed(x, [n // 2, n - n // 2]).fid(fed(y, [m]))
+    if min(n, m) > 64:
+        statistics = [(t.mean(0), np.cov(t, rowvar=False)) for t in (x.double().numpy(), y.double().numpy())]
+        assert got == pytest.approx(fid_score.calculate_frechet_distance(*statistics[0], *statistics[1]), rel=1e-6)
+    assert got == pytest.approx(metrics.fid(x, y), rel=1e-6)
+    for bad in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="not finite"):
+            fed(torch.tensor([[1.0, bad]]), [1])
+    with pytest.raises(ValueError, match="two"):
+        fed(x[:1], [1]).fid(fed(y, [m]))
+
+
+def test_a_damaged_cache_is_made_again(tmp_path):
+    net = metrics.Classifier(1, 10)
+    net.name, net.batch = "net", 1000
+    x = metrics.Pictures(pictures(40, 28, 1), 1, "x")
+    first = metrics.cached(net, x, True, tmp_path, "x")
+    [path] = tmp_path.iterdir()
+    whole = path.read_bytes()
+    again = metrics.cached(net, x, True, tmp_path, "x")
+    assert torch.equal(first.features, again.features) and again.moments.fid(first.moments) < 1e-6 and again.n == 40
+    path.write_bytes(whole[:1000])
+    assert torch.equal(metrics.cached(net, x, True, tmp_path, "x").features, first.features)
+    assert len(path.read_bytes()) == len(whole)
+    (tmp_path / "file").write_text("")
+    assert metrics.cached(net, x, False, tmp_path / "file", "x").features is None  # cannot be kept: used all the same
+
+
+def test_progress_is_a_line_only_after_ten_seconds_or_on_a_terminal(monkeypatch, capsys):
+    clock = [0.0]
+    monkeypatch.setattr(metrics.time, "time", lambda: clock[0])
+
+    def slow(seconds):
+        for _ in range(4):
+            clock[0] += seconds
+            yield [0] * 5
+    assert [len(b) for b in metrics.progress(slow(2), 20, "x")] == [5] * 4 and capsys.readouterr().err == ""
+    list(metrics.progress(slow(6), 20, "fakes"))
+    assert capsys.readouterr().err == "fakes: 10 of 20, 12 s to go\nfakes: 20 of 20, 0 s to go\n"
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    list(metrics.progress(slow(1), 20, "fakes"))
+    err = capsys.readouterr().err
+    assert err.count("\r") == 5 and "\n" not in err and err.endswith("\r\033[K")
+
+
+def test_module_is_light_to_import():
+    """torchvision is imported by those who need it: a second of every start."""
+    root = Path(metrics.__file__).parent
+    code = "import sys, metrics; sys.exit('torchvision' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0
