@@ -79,8 +79,8 @@ def make_generator(args, channels):
         return Net(*layers, nn.Linear(width, channels * S * S), nn.Tanh(), nn.Unflatten(1, (channels, S, S)))
     start, widths = dcgan_plan(args, ngf)
     layers += [nn.Unflatten(1, (nz, 1, 1)), nn.ConvTranspose2d(nz, widths[0], start, 1, 0, bias=args.g_norm == "none")]
-    for w_in, w_out in zip(widths, [*widths[1:], channels]):  # each block doubles the side
-        bias = args.g_norm == "none" and w_out != channels
+    for i, (w_in, w_out) in enumerate(zip(widths, [*widths[1:], channels]), 1):  # each block doubles the side
+        bias = args.g_norm == "none" and i < len(widths)
         layers += [*norm(args.g_norm, w_in, True), nn.ReLU(), *double(args.upsample, w_in, w_out, bias)]
     return Net(*layers, nn.Tanh()).apply(dcgan_init)
 
