@@ -23,11 +23,12 @@ import os
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 from torch import nn
 from torch.nn import functional as F
 
@@ -518,12 +519,14 @@ def class_shares(logits):
 
 
 class Judge:
-    """Scores pictures against a data set. judge(x) takes uint8 (N, C, H, W) and returns a dict of plain numbers:
+    """Scores pictures against a data set. judge(x, y=None) takes uint8 (N, C, H, W), and the labels (N,) that were
+    asked for, if any; returns a dict of plain numbers:
 
     fid, coverage, inception_score, mode_score   against the first n test pictures; coverage's k is 5
     fid_train                                    against the first n training pictures: for choosing a checkpoint
     classes, class_min, class_max                classes with 1/(4K) of the samples or more; least and largest share
     n_real, n_fake, floor                        sizes (equal), and the FID of training against test pictures
+    label_accuracy                               with y: the share that the classifier takes for what was asked
 
     ValueError: fewer pictures than n, or features that are not finite."""
 
@@ -536,19 +539,22 @@ class Judge:
         self.train, self.real = embed(self.net, train[:self.n], False), embed(self.net, test[:self.n])
         self.floor = self.train.moments.fid(self.real.moments)
 
-    def __call__(self, x):
+    def __call__(self, x, y=None):
         if len(x) < self.n:
             raise ValueError(f"{len(x)} pictures: {self.n} are needed, as many as real ones")
         fake = embed(self.net, x[:self.n])
-        return {**compare(fake, self.real, ("fid", "is", "mode", "coverage"), self.train), **class_shares(fake.logits),
-                "n_real": self.n, "n_fake": self.n, "floor": self.floor, "features": self.net.name,
+        right = {} if y is None else {
+            "label_accuracy": (fake.logits.argmax(1).cpu() == y[:self.n]).double().mean().item()}
+        return {**compare(fake, self.real, ("fid", "is", "mode", "coverage"), self.train),
+                **class_shares(fake.logits), **right, "n_real": self.n, "n_fake": self.n, "floor": self.floor, "features": self.net.name,
                 "accuracy": self.net.accuracy}
 
     @staticmethod
     def line(s):
         return (f"FID[{s['features']}] {s['fid']:.1f} (floor {s['floor']:.1f}, n {s['n_real']} + {s['n_fake']})  "
                 f"IS {s['inception_score']:.2f} +- {s['inception_score_std']:.2f}  Mode Score {s['mode_score']:.2f}  "
-                f"coverage {s['coverage']:.3f}  {s['classes']} classes of {s['class_min']:.1%} to {s['class_max']:.1%}")
+                f"coverage {s['coverage']:.3f}  {s['classes']} classes of {s['class_min']:.1%} to {s['class_max']:.1%}"
+                + (f"  labels right {s['label_accuracy']:.1%}" if "label_accuracy" in s else ""))
 
 
 # REJECTION: which of a generator's pictures to keep, by their scores --------------------------------------------------
@@ -967,7 +973,7 @@ def main(argv=None):
 
 
 # --- shared: data ---
-DATASETS = {"digits": 1, "mnist": 1, "fashion": 1}  # name -> channels
+DATASETS = {"digits": 1, "mnist": 1, "fashion": 1, "cifar10": 3, "celeba": 3, "folder": 3}  # name -> channels
 
 
 def fail(message):
@@ -977,28 +983,100 @@ def fail(message):
 
 
 def load_data(name, data_dir, size, split, limit=None):
-    """The "train" or "test" pictures of a data set: uint8 (N, C, size, size) in 0..255 and int64 labels (N,)."""
+    """The "train" or "test" pictures of a data set: uint8 (N, C, size, size) in 0..255, int64 labels (N,) or -1."""
+    root = Path(data_dir)
+    if name == "folder":
+        return read_files(root, *list_folder(root, split), size, limit)
+    if name == "celeba":
+        return read_files(root / "celeba" / "img_align_celeba", *list_celeba(root, split), size, limit)
     if name == "digits":
         x, y = render_digits(*((20_000, 1) if split == "train" else (10_000, 2)))
     else:
-        x, y = torchvision_data(name, Path(data_dir), split)
+        x, y = torchvision_data(name, root, split)
     return fit(x[:limit], size), y[:limit]
 
 
 def torchvision_data(name, root, split):
-    """MNIST or Fashion-MNIST as (N, 1, 28, 28): files under `root` are used as they are, missing ones downloaded."""
+    """Pictures (N, C, H, W) as they come, and labels: files under `root` are used, missing ones downloaded."""
     from torchvision import datasets
-    kind = {"mnist": datasets.MNIST, "fashion": datasets.FashionMNIST}[name]
-    raw = root / kind.__name__ / "raw"
-    ours = [d for d in (raw, *raw.parents) if not d.exists()]
+    kind, place, files = {"mnist": (datasets.MNIST, "MNIST/raw", "the four *-ubyte files"),
+                          "fashion": (datasets.FashionMNIST, "FashionMNIST/raw", "the four *-ubyte files"),
+                          "cifar10": (datasets.CIFAR10, "cifar-10-batches-py", "the files of that archive")}[name]
+    ours = [d for d in (root / place, *(root / place).parents) if not d.exists()]
     try:
         data = kind(str(root), train=split == "train", download=True)
     except Exception as e:  # no network, a damaged or cut file: torchvision raises a different kind for each
         for d in ours:
             if d.is_dir() and not any(d.iterdir()): d.rmdir()
-        fail(f"--dataset {name}: no usable files in {raw} and no download ({e}). Offline: put "
-             f"the four *-ubyte files there, or name a folder that has them by --data-dir, or use --dataset digits")
-    return data.data[:, None], data.targets.long()
+        fail(f"--dataset {name}: no usable files in {root / place} and no download ({e}). Offline: put {files} there, "
+             f"or name a folder that has them by --data-dir, or use --dataset digits")
+    x = torch.as_tensor(data.data)
+    return x[:, None] if x.dim() == 3 else x.permute(0, 3, 1, 2), torch.as_tensor(data.targets).long()
+
+
+def list_folder(root, split):
+    """Picture files below `root`, and labels by the first folder on the way, -1 without. Its train/ and test/ are the
+    split; where it has none, every tenth file is for testing. In the order of their names' hashes, which mixes classes:
+    the first n files are a fair sample."""
+    apart = (root / "train").is_dir() and (root / "test").is_dir()
+    top = root / split if apart else root
+    files = [p for p in top.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".bmp", ".webp")]
+    files.sort(key=lambda p: hashlib.sha256(p.relative_to(top).as_posix().encode()).digest())
+    files = files if apart else [p for i, p in enumerate(files) if (i % 10 == 9) == (split == "test")]
+    if not files:
+        fail(f"--dataset folder: no png, jpg, bmp or webp in {top}: name the folder of pictures by --data-dir")
+    names = sorted(p.name for p in top.iterdir() if p.is_dir())
+    places = [p.relative_to(top).parts for p in files]
+    return files, [names.index(place[0]) if len(place) > 1 else -1 for place in places]
+
+
+def list_celeba(root, split):
+    """The aligned faces of CelebA, split as its list says; no labels."""
+    base = root / "celeba"
+    try:
+        if not (base / "list_eval_partition.txt").exists():
+            from torchvision import datasets
+            datasets.CelebA(str(root), download=True)  # by the package gdown
+        parts = dict(line.split() for line in (base / "list_eval_partition.txt").read_text().splitlines())
+        files = sorted(p for p in (base / "img_align_celeba").glob("*.jpg")
+                       if parts.get(p.name) == {"train": "0", "test": "2"}[split])
+        if not files:
+            raise ValueError("no pictures")
+    except Exception as e:  # no network, no gdown, Google's quota
+        fail(f"--dataset celeba: {e}. Put img_align_celeba/ and list_eval_partition.txt into {base}")
+    return files, [-1] * len(files)
+
+
+def read_files(root, files, labels, size, limit):
+    """uint8 (N, 3, size, size): the middle square, resized with antialiasing. Decoded once, by threads, and kept beside
+    `root` as one array, whose name changes with the files (names, sizes, dates) and with `size`."""
+    def read(path):
+        try:
+            with Image.open(path) as im:
+                upright = ImageOps.exif_transpose(im).convert("RGB")
+                return np.asarray(ImageOps.fit(upright, (size, size), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+        except Exception as e:  # Pillow raises a different kind for each kind of damage
+            return f"{path}: {e}"
+
+    files, labels = files[:limit], labels[:limit]
+    stamp = [(p.relative_to(root).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    key = hashlib.sha256(json.dumps([size, stamp]).encode()).hexdigest()[:12]
+    cache = root.resolve().parent / f"{root.resolve().name}-{size}-{key}.npy"
+    if cache.exists():
+        return torch.from_numpy(np.load(cache)), torch.tensor(labels)
+    with ThreadPoolExecutor() as pool:
+        pictures = list(pool.map(read, files))
+    for problem in (p for p in pictures if isinstance(p, str)):
+        fail(f"unreadable picture {problem}")
+    x = np.stack(pictures)
+    try:
+        if not limit:
+            temporary = cache.with_name(f"{cache.name}.{os.getpid()}.tmp.npy")
+            np.save(temporary, x)
+            os.replace(temporary, cache)
+    except OSError as e:
+        sys.stderr.write(f"not kept for the next run: {cache} ({e})\n")
+    return torch.from_numpy(x), torch.tensor(labels)
 
 
 def render_digits(n, seed):

@@ -9,6 +9,7 @@ from prdc import compute_prdc
 from pytorch_fid import fid_score
 from scipy import linalg
 from torch_fidelity import metric_fid, metric_isc, metric_kid, metric_prc
+from torch_fidelity.defaults import DEFAULTS
 
 import metrics
 
@@ -438,15 +439,12 @@ def test_kid_of_point_masses():
 @pytest.mark.parametrize("n, m, d, size", [(300, 300, 20, 100), (150, 400, 64, 150), (1500, 1200, 8, 1000)])
 def test_kid_agrees_with_torch_fidelity(n, m, d, size):
     x, y = mixed(n, d), mixed(m, d, 1.2, 0.2)
-    if size == 1000:  # the defaults
-        theirs = metric_kid.kid_features_to_metric(y, x, verbose=False)
-        mean, spread = metrics.kid(x.float(), y.float())
-    else:
-        theirs = metric_kid.kid_features_to_metric(y, x, kid_subset_size=size, kid_subsets=20, verbose=False)
-        mean, spread = metrics.kid(x, y, 20, size)
-    rel = 1e-5 if size == 1000 else 1e-9
-    assert mean == pytest.approx(theirs["kernel_inception_distance_mean"], rel=rel)
-    assert spread == pytest.approx(theirs["kernel_inception_distance_std"], rel=rel)
+    theirs = metric_kid.kid_features_to_metric(y, x, kid_subset_size=size, kid_subsets=8, verbose=False)
+    mean, spread = metrics.kid(x, y, 8, size)
+    assert mean == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-9)
+    assert spread == pytest.approx(theirs["kernel_inception_distance_std"], rel=1e-9)
+    assert metrics.kid(x.float(), y.float(), 8, size)[0] == pytest.approx(mean, rel=1e-5)
+    assert metrics.kid.__defaults__ == (DEFAULTS["kid_subsets"], DEFAULTS["kid_subset_size"]) == (100, 1000)
 
 
 def test_kid_of_one_law_is_0_on_average_at_any_size():

@@ -1,0 +1,250 @@
+"""The command line on good, odd and broken input: a right score, or one line and exit code 2; never a traceback."""
+
+import io
+import json
+import math
+import random
+import struct
+import warnings
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import metrics
+
+NAMES = ["a", "b c", "ü", "数字", "x'y", "c.d", "%s", "-", "UP"]
+
+
+def encode(x, kind):
+    """A picture x, uint8 (S, S) or (S, S, 3), as the bytes of a file: all kinds hold the same picture, but for JPEG."""
+    rgb = Image.fromarray(x).convert("RGB")
+    grey = rgb.getchannel(0)
+    save = {}
+    if kind == "P":  # a palette out of order
+        im = Image.new("P", grey.size)
+        im.putdata([255 - v for v in np.asarray(grey).flatten().tolist()])
+        im.putpalette([v for i in range(256) for v in (255 - i,) * 3])
+        if np.asarray(rgb).std(2).max() > 0:
+            im = rgb
+    elif kind == "P, opaque":
+        im = grey.convert("P")
+        save["transparency"] = bytes([255] * 256)
+        if np.asarray(rgb).std(2).max() > 0:
+            im, save = rgb, {}
+    else:
+        im = {"RGBA": lambda: rgb.convert("RGBA"), "plain": lambda: Image.fromarray(x)}.get(kind, lambda: rgb)()
+    out = io.BytesIO()
+    form = {"BMP": "BMP", "PPM": "PPM", "TIFF": "TIFF", "WEBP": "WEBP", "JPEG": "JPEG"}.get(kind, "PNG")
+    im.save(out, form, **save, **({"lossless": True} if form == "WEBP" else {}))
+    return out.getvalue(), {"JPEG": ".jpg", "TIFF": ".tif"}.get(form, "." + form.lower())
+
+
+def deep_png(size):
+    """16 bits a channel, in colour, which Pillow would cut to 8 without a word."""
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+    rows = b"".join(b"\0" + bytes(6 * size) for _ in range(size))
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", size, size, 16, 2, 0, 0, 0))
+            + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+
+
+def bytes_of(im, form="PNG", **save):
+    out = io.BytesIO()
+    im.save(out, form, **save)
+    return out.getvalue()
+
+
+def see_through(size):
+    im = Image.new("RGBA", (size, size), (10, 20, 30, 255))
+    im.putpixel((0, 0), (1, 2, 3, 254))
+    return bytes_of(im)
+
+
+def see_through_palette(size):
+    return bytes_of(Image.new("P", (size, size)), transparency=0)
+
+
+BROKEN = {
+    "zero bytes": lambda size, good: b"", "text": lambda size, good: b"no picture", "deep colour": deep_png,
+    "noise": lambda size, good: bytes(np.random.RandomState(size).randint(0, 256, 200, np.uint8)),
+    "16 bits": lambda size, good: bytes_of(Image.new("I;16", (size, size))),
+    "32 bits": lambda size, good: bytes_of(Image.new("I", (size, size)), "TIFF"),
+    "float": lambda size, good: bytes_of(Image.new("F", (size, size)), "TIFF"),
+    "not square": lambda size, good: bytes_of(Image.new("L", (size, size + 1))),
+    "other size": lambda size, good: bytes_of(Image.new("L", (size + 1, size + 1))),
+    "see-through": see_through, "see-through palette": see_through_palette,
+    "huge": lambda size, good: good[:16] + struct.pack(">II", 60_000, 60_000) + good[24:],
+    "cut": lambda size, good: good[:random.Random(size).randrange(1, 50)],
+    "cut late": lambda size, good: good[:-20],
+}
+ARRAYS = {
+    "float": lambda x: x.astype(np.float32), "flat": lambda x: x.reshape(len(x), -1), "one": lambda x: x[:1],
+    "none": lambda x: x[:0], "channels": lambda x: np.repeat(x, 2, 1)[:, :2],
+    "wide": lambda x: np.concatenate([x, x], 3),
+    "empty": lambda x: x[:, :, :0, :0], "bool": lambda x: x > 0, "signed": lambda x: x.astype(np.int8),
+    "scalar": lambda x: np.uint8(3), "object": lambda x: np.array([{}, None]),
+    "last": lambda x: x.transpose(0, 2, 3, 1),
+}
+FLAGS = [["--n", "1"], ["--n", "-3"], ["--n", "x"], ["--scores"], ["--scores", "fid", "beauty"], ["--features", "vgg"],
+         ["--classifier", "cats"], ["--nonsense"], ["--plot", "nowhere"], ["--weights", "w.pth"]]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_world():
+    """Drawn networks and few pictures in place of the classifier, Inception and the data sets."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        def net(channels):
+            torch.manual_seed(3)
+            net = metrics.Classifier(channels, 10)
+            net.name, net.batch, net.accuracy = f"drawn/{channels}", 3, 0.5
+            return net
+        nets = {channels: net(channels) for channels in (1, 3)}
+        patch.setattr(metrics, "classifier", lambda *a, **k: nets[1])
+        patch.setattr(metrics, "inception", lambda *a, **k: nets[3])
+        data = torch.from_numpy(np.random.RandomState(0).randint(0, 256, (2, 9, 1, 28, 28), np.uint8))
+        patch.setattr(metrics, "load_data", lambda name, folder, size, split: (
+            metrics.fit(data[int(split == "test")], size), torch.arange(9)))
+        yield nets
+    torch.set_num_threads(threads)
+
+
+def run(capsys, argv):
+    """(scores, None) or (None, the one line)."""
+    capsys.readouterr()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            metrics.main([str(a) for a in argv])
+    except SystemExit as stop:
+        out = capsys.readouterr()
+        assert stop.code == 2 and out.out == "" and out.err.count("\n") == 1 and "error: " in out.err, out.err
+        return None, out.err
+    return json.loads(capsys.readouterr().out), None
+
+
+def good_folder(rng, folder, channels, kinds):
+    """Pictures on disk in an order of their names, and the same as one array."""
+    folder.mkdir()
+    n, size = rng.randint(2, 7), rng.choice([1, 2, 8, 28, 28, 32, 33])
+    x = np.random.RandomState(rng.randrange(10 ** 6)).randint(0, 256, (n, size, size, 3), np.uint8)
+    x = x if channels == 3 and rng.random() < 0.5 else x[..., :1]
+    data = [encode(p[..., 0] if p.shape[-1] == 1 else p, rng.choice(kinds)) for p in x]
+    for i, (content, suffix) in enumerate(data):
+        suffix = suffix.upper() if rng.random() < 0.2 else suffix
+        (folder / f"{i:02} {rng.choice(NAMES)}{suffix}").write_bytes(content)
+    (folder / "notes.txt").write_text("no picture")
+    return x.transpose(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("chunk", range(50))
+def test_ten_cases(chunk, tmp_path, capsys, small_world):
+    for case in range(10):
+        rng = random.Random(10 * chunk + case)
+        here = tmp_path / f"{case} {rng.choice(NAMES)}"
+        here.mkdir()
+        channels = rng.choice([1, 3])
+        flags = ["--data-dir", here / "data", "--json"] + (
+            ["--classifier", "digits"] if channels == 1 else ["--features", "inception"])
+        x = good_folder(rng, here / "good", channels, ["plain", "P", "P, opaque", "RGBA", "BMP", "PPM", "TIFF", "WEBP"])
+        np.save(here / "good.npy", x)
+        torch.save(torch.from_numpy(x.copy()), here / "good.pt")
+        files = sorted(f for f in (here / "good").iterdir() if f.suffix != ".txt")
+        real = rng.choice(["digits", here / "good", here / "good.npy"])
+        kind = rng.choice(["good", "good", "picture", "picture", "array", "folder", "flags", "jpeg", "features",
+                           "bits"])
+        base = [*flags, "--real", real, "--fake"]
+        if kind == "good":
+            some = rng.choice([[], ["--n", 2], ["--scores", "fid"], ["--scores", "kid", "is"], ["--no-cache"]])
+            results = [run(capsys, [*base, here / name, *some])[0] for name in ("good", "good.npy", "good.pt")]
+            assert results[0] == results[1] == results[2]
+            assert all(math.isfinite(v) for k, v in results[0].items() if k != "features")
+            if real != "digits" and "kid" not in some:
+                assert results[0]["fid"] < 1e-6
+            assert results[0]["n_fake"] == min(len(x), 9 if channels == 1 or real == "digits" else 99,
+                                               *(some[1:] if "--n" in some else []))
+        elif kind == "picture":
+            how, victim = rng.choice(list(BROKEN)), rng.choice(files)
+            good = encode(np.zeros((x.shape[2], x.shape[3]), np.uint8), "plain")[0]
+            make = BROKEN[how]
+            victim.write_bytes(make(x.shape[2], good) if make.__code__.co_argcount == 2 else make(x.shape[2]))
+            scores, line = run(capsys, [*base, here / "good"])
+            assert scores is None and (victim.name in line or how == "other size"), (how, line)
+        elif kind == "array":
+            how, suffix = rng.choice(list(ARRAYS)), rng.choice([".npy", ".pt"])
+            wrong = np.asarray(ARRAYS[how](np.repeat(x[:, :1], channels, 1)))
+            if how == "last" and wrong.shape[1:] in ((1, 1, 1), (3, 3, 3)):
+                continue
+            path = here / f"wrong{suffix}"
+            if suffix == ".npy":
+                np.save(path, wrong, allow_pickle=True)
+            else:
+                torch.save(wrong.tolist() if how == "object" else torch.from_numpy(np.array(wrong)), path)
+            if rng.random() < 0.3:
+                path.write_bytes(path.read_bytes()[:rng.randrange(60)])
+            scores, line = run(capsys, [*base, path])
+            assert scores is None and path.name in line, how
+        elif kind == "folder":
+            how = rng.choice(["missing", "empty", "file", "single", "folder inside", "broken link", "text only"])
+            path = here / "odd"
+            if how == "file":
+                path.write_bytes(b"\x89PNG")
+            elif how != "missing":
+                path.mkdir()
+            if how in ("single", "folder inside", "broken link"):
+                (path / "a.png").write_bytes(files[0].read_bytes())
+            if how == "folder inside":
+                (path / "b.png").mkdir()
+            elif how == "broken link":
+                (path / "b.png").symlink_to(here / "nowhere")
+            elif how == "text only":
+                (path / "a.txt").write_text("")
+            scores, line = run(capsys, [*base, path])
+            assert scores is None and "odd" in line, how
+        elif kind == "flags":
+            wrong = rng.choice(FLAGS if channels == 1 else FLAGS[:-1])
+            assert run(capsys, [*base, here / "good", *wrong])[0] is None, wrong
+        elif kind == "jpeg":
+            folder = here / "jpeg"
+            good_folder(rng, folder, channels, ["JPEG", "plain"])
+            n = sum(f.suffix.lower() == ".jpg" for f in folder.iterdir())
+            scores, _ = run(capsys, [*base, folder, "--n", 100])
+            read = sorted(f for f in folder.iterdir() if f.suffix != ".txt")[:scores["n_fake"]]
+            assert scores["jpeg_fake"] == sum(f.suffix.lower() == ".jpg" for f in read) <= n
+        elif kind == "features":
+            weight = small_world[channels].body[-2].bias.data
+            kept = weight[0].item()
+            weight[0] = rng.choice([math.nan, math.inf])
+            try:
+                assert "not finite" in run(capsys, [*base, here / "good"])[1]
+            finally:
+                weight[0] = kept
+        else:  # single bytes changed: most are noticed, some do no harm, none may end in a traceback
+            victim = rng.choice(files)
+            data = bytearray(victim.read_bytes())
+            for _ in range(3):
+                data[rng.randrange(len(data))] = rng.randrange(256)
+            victim.write_bytes(data)
+            scores, _ = run(capsys, [*base, here / "good"])
+            assert scores is None or math.isfinite(scores["fid"])
+
+
+def test_jpeg_is_warned_of_with_the_size_of_the_effect(tmp_path, capsys):
+    rng = random.Random(0)
+    good_folder(rng, tmp_path / "png", 1, ["plain"])
+    good_folder(rng, tmp_path / "jpg", 1, ["JPEG"])
+    for name, warned in (("png", False), ("jpg", True)):
+        metrics.main(["--real", "digits", "--fake", str(tmp_path / name), "--data-dir", str(tmp_path)])
+        out = capsys.readouterr()
+        assert ("JPEG" in out.err and metrics.JPEG_EFFECT in out.err) == warned == ("JPEG" in out.out)
+        assert ("PNG" in out.out) != warned and str(tmp_path / name) in out.out
+    folder = str(tmp_path / "jpg")
+    for _ in range(2):  # made, then from the cache
+        metrics.main(["--real", folder, "--fake", str(tmp_path / "png"), "--classifier", "digits", "--data-dir",
+                      str(tmp_path), "--json"])
+        out = capsys.readouterr()
+        assert json.loads(out.out)["jpeg_real"] > 1 and json.loads(out.out)["jpeg_fake"] == 0 and folder in out.err
