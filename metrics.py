@@ -546,8 +546,8 @@ class Judge:
         right = {} if y is None else {
             "label_accuracy": (fake.logits.argmax(1).cpu() == y[:self.n]).double().mean().item()}
         return {**compare(fake, self.real, ("fid", "is", "mode", "coverage"), self.train),
-                **class_shares(fake.logits), **right, "n_real": self.n, "n_fake": self.n, "floor": self.floor, "features": self.net.name,
-                "accuracy": self.net.accuracy}
+                **class_shares(fake.logits), **right, "n_real": self.n, "n_fake": self.n, "floor": self.floor,
+                "features": self.net.name, "accuracy": self.net.accuracy}
 
     @staticmethod
     def line(s):

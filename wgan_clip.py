@@ -343,10 +343,12 @@ def torchvision_data(name, root, split):
 
 def list_folder(root, split):
     """Picture files below `root`, and labels by the first folder on the way, -1 without. Its train/ and test/ are the
-    split; where it has none, every tenth file is for testing."""
+    split; where it has none, every tenth file is for testing. In the order of their names' hashes, which mixes classes:
+    the first n files are a fair sample."""
     apart = (root / "train").is_dir() and (root / "test").is_dir()
     top = root / split if apart else root
-    files = sorted(p for p in top.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".bmp", ".webp"))
+    files = [p for p in top.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".bmp", ".webp")]
+    files.sort(key=lambda p: hashlib.sha256(p.relative_to(top).as_posix().encode()).digest())
     files = files if apart else [p for i, p in enumerate(files) if (i % 10 == 9) == (split == "test")]
     if not files:
         fail(f"--dataset folder: no png, jpg, bmp or webp in {top}: name the folder of pictures by --data-dir")
@@ -383,8 +385,7 @@ def read_files(root, files, labels, size, limit):
         except Exception as e:  # Pillow raises a different kind for each kind of damage
             return f"{path}: {e}"
 
-    if limit:  # from all over, for the classes lie one after the other
-        files, labels = ([t[i * len(t) // limit] for i in range(min(limit, len(t)))] for t in (files, labels))
+    files, labels = files[:limit], labels[:limit]
     stamp = [(p.relative_to(root).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     key = hashlib.sha256(json.dumps([size, stamp]).encode()).hexdigest()[:12]
     cache = root.resolve().parent / f"{root.resolve().name}-{size}-{key}.npy"
@@ -758,7 +759,8 @@ def load_optimizer(opt, saved):
 
 # --- shared: run ---
 SCRIPT = Path(__file__)
-SCORES = ["fid", "fid_train", "inception_score", "mode_score", "coverage", "classes", "class_min", "class_max"]
+SCORES = ["fid", "fid_train", "inception_score", "mode_score", "coverage", "classes", "class_min", "class_max",
+          "label_accuracy"]
 
 
 def rejection_line(took):
@@ -826,6 +828,8 @@ class Run:
             fail("--lr-decay best-fid needs metrics.py beside the script")
         if not self.metrics:
             self.say("metrics.py is not beside this script: no scores, no curves.png")
+        elif not args.classes:
+            self.say("no labels to train a classifier on, so no scores during the run: see metrics.py --features")
         if args.tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -958,7 +962,7 @@ class Run:
         """Scores of fresh samples. best.pt is chosen by the FID against training pictures, so that the FID against the
         test set stays a measurement."""
         self.check_finite()
-        if self.metrics:
+        if self.metrics and self.args.classes:
             self.score()
         self.state["stale"] = as_rank_0(self.state["stale"])
         if self.args.lr_decay == "best-fid" and self.state["stale"] >= self.args.patience:
@@ -972,7 +976,7 @@ class Run:
                                             limit=256 if self.args.dry_run else None, say=self.say)
         if self.state["scored"] == self.step:  # a resumed run knows of it
             return
-        scores = self.judge(self.pictures(self.noise(self.judge.n, 2, self.step)))
+        scores = self.judge(self.pictures(self.noise(self.judge.n, 2, self.step)), self.asked_for(self.judge.n))
         self.state.update(stale=self.state["stale"] + 1, scored=self.step)
         if scores["fid_train"] < self.state["best_fid"]:
             self.state.update(best_fid=scores["fid_train"], stale=0)
@@ -980,6 +984,10 @@ class Run:
         self.write_row(scores)
         self.say(f"step {self.step}: {self.judge.line(scores)}")
         self.paused += time.time() - start
+
+    def asked_for(self, n):
+        """The labels of n pictures, where G is told one."""
+        return torch.arange(n) % self.labels if self.labels > 1 else None
 
     def kept(self, n, *key):
         """n pictures uint8 (n, C, H, W) that --reject keeps, and what it took; ValueError where D is of no use."""
@@ -1049,26 +1057,31 @@ class Run:
         if RANK:
             return
         self.figures()
-        if self.metrics:
+        if self.metrics and self.args.classes:
             self.score()
             self.save("last.pt")  # it now knows of the last score
-            scores = {}
-            for name in (n for n in ("last.pt", "best.pt") if (self.dir / n).exists()):
-                self.restore(read_checkpoint(self.dir / name), weights_only=True)
-                scores[name] = self.judge(self.pictures(self.noise(self.judge.n, 3)))
-                self.say(f"{name}, fresh z: {self.judge.line(scores[name])}")
-                if self.args.reject != "none":
-                    try:
-                        x, took = self.kept(self.judge.n, 8)
-                    except ValueError as e:
-                        self.say(f"--reject {self.args.reject}: {e}")
-                        continue
-                    scores[f"{name} --reject {self.args.reject}"] = s = {**self.judge(x), **took}
-                    self.say(f"{name}, --reject {self.args.reject}: {self.judge.line(s)}; {rejection_line(took)}")
-            (self.dir / "scores.json").write_text(json.dumps(scores, indent=1))
+            self.last_scores()
+        if self.metrics:
             self.metrics.plot([self.dir], self.dir / "curves.png")
         if self.board: self.board.close()
         self.say(f"done: {self.dir}")
+
+    def last_scores(self):
+        """scores.json: last.pt and best.pt on fresh z, and on what --reject keeps."""
+        scores, reject = {}, self.args.reject
+        for name in (n for n in ("last.pt", "best.pt") if (self.dir / n).exists()):
+            self.restore(read_checkpoint(self.dir / name), weights_only=True)
+            scores[name] = self.judge(self.pictures(self.noise(self.judge.n, 3)), self.asked_for(self.judge.n))
+            self.say(f"{name}, fresh z: {self.judge.line(scores[name])}")
+            if reject != "none":
+                try:
+                    x, took = self.kept(self.judge.n, 8)
+                except ValueError as e:
+                    self.say(f"--reject {reject}: {e}")
+                    continue
+                scores[f"{name} --reject {reject}"] = s = {**self.judge(x), **took}
+                self.say(f"{name}, --reject {reject}: {self.judge.line(s)}; {rejection_line(took)}")
+        (self.dir / "scores.json").write_text(json.dumps(scores, indent=1))
 
     def figures(self):
         z, far, args = self.noise(1, 5), 4.0 if self.args.prior == "normal" else 1.0, self.args

@@ -289,7 +289,7 @@ def scripted_judge(monkeypatch, fids):
         def __init__(self, *a, **k):
             pass
 
-        def __call__(self, x):
+        def __call__(self, x, y=None):
             assert x.dtype == torch.uint8 and x.shape == (10, 1, 28, 28)
             return dict.fromkeys(wgan_gp.SCORES, 1.0) | {"fid_train": fids.pop(0) if fids else 99.0}
 
