@@ -31,7 +31,7 @@ def run(monkeypatch, module, argv, iterations=1, x=None, y=None, nets=None):
     An event is ("forward", "G" or "D", inputs, with or without gradients) or ("step", ...) with .grads and .before."""
     size = module.parse_args(argv).image_size
     if x is None:
-        x = torch.randint(0, 256, (60, 1, size, size), dtype=torch.uint8)
+        x = torch.randint(0, 256, (60, 1, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     y = torch.arange(len(x)) % 3 if y is None else y
     seen = SimpleNamespace(events=[], logged=[], x=x, y=y)
 

@@ -42,7 +42,7 @@ def layers(net):
         elif isinstance(m, nn.Upsample):
             assert m.size is None and m.align_corners is not True
             out.append(("Upsample", m.scale_factor, m.mode))
-        elif isinstance(m, (nn.ReLU, nn.Tanh)):
+        elif isinstance(m, (nn.ReLU, nn.Tanh, nn.GroupNorm, nn.LayerNorm, nn.Dropout)):
             out.append(type(m).__name__)
         else:
             assert type(m).__module__.split(".")[0] != "torch" or isinstance(

@@ -1,0 +1,511 @@
+"""What each method flag of dcgan.py, cdcgan.py and wgan_clip.py promises, and the data sets that come as files. Layers
+that a flag adds or removes: test_networks.py; terms of the losses and clipping: test_gan_losses.py."""
+import os
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_gan_losses import SMALL, float64, run, steps  # noqa: F401  float64: a fixture
+from test_networks import layers, pair
+
+import cdcgan
+import dcgan
+import wgan_clip
+
+ONE = [*SMALL, "--d-steps", "1", "--g-steps", "1"]
+ALL = [(dcgan, []), (cdcgan, []), (wgan_clip, []), (wgan_clip, ["--conditional", "--optimizer", "adam"])]
+EACH = pytest.mark.parametrize("module, argv", ALL, ids=[f"{m.__name__} {' '.join(a)}" for m, a in ALL])
+
+
+# losses and penalties -------------------------------------------------------------------------------------------------
+
+
+def test_loss_changes_g_and_leaves_d(monkeypatch):
+    runs = {kind: run(monkeypatch, dcgan, [*ONE, "--loss", kind]) for kind in ("ns", "minimax")}
+    f = {}
+    for kind, seen in runs.items():
+        (event,) = steps(seen, "G")
+        G, D = event.copies
+        z = seen.events[event.at - 2].inputs[0]
+        f[kind] = D(G(z)).detach()
+    assert torch.equal(f["ns"], f["minimax"])  # the same start, the same noise
+    for a, b in zip(*(steps(seen, "D")[0].grads["D"] for seen in runs.values())): assert torch.equal(a, b)
+    assert runs["ns"].logged[0]["g_loss"] == pytest.approx(torch.log1p(torch.exp(-f["ns"])).mean().item(), rel=1e-9)
+    assert runs["minimax"].logged[0]["g_loss"] == pytest.approx(-torch.log1p(torch.exp(f["ns"])).mean().item(),
+                                                                rel=1e-9)
+    assert runs["ns"].logged[0]["d_loss"] == runs["minimax"].logged[0]["d_loss"]
+
+
+@pytest.mark.parametrize("flag", ["--gp", "--r1"])
+def test_a_penalty_takes_batch_norm_out_of_d_and_says_so(flag, capsys):
+    assert dcgan.parse_args([flag, ".5"]).d_norm == "none"
+    note = capsys.readouterr().err
+    assert note.count("\n") == 1 and "--d-norm none" in note
+    assert dcgan.parse_args([flag, ".5", "--d-norm", "batch"]).d_norm == "batch"  # obeyed
+    warning = capsys.readouterr().err
+    assert warning.count("\n") == 1 and "batch norm" in warning and warning != note
+    for quiet in ([flag, ".5", "--d-norm", "none"], [flag, "0"], []):
+        assert dcgan.parse_args(quiet).d_norm == ("none" if "none" in quiet else "batch")
+        assert capsys.readouterr().err == ""
+
+
+def test_defaults_are_those_of_the_reports():
+    """B's table 3, C's notebook as EXPERIMENTS reads it, the WGAN paper's algorithm 1."""
+    for module in (dcgan, cdcgan):
+        a = module.parse_args([])
+        assert (a.lr_g, a.lr_d, a.beta1, a.beta2, a.batch_size, a.d_steps, a.g_steps, a.latent_dim, a.prior) == (
+            2e-4, 2e-4, 0.5, 0.999, 128, 1, 1, 100, "normal")
+    a = dcgan.parse_args([])
+    assert (a.loss, a.gp, a.r1, a.upsample, a.init, a.d_norm, a.norm_first) == ("ns", 0, 0, "deconv", "dcgan", "batch",
+                                                                               False)
+    a = wgan_clip.parse_args([])
+    assert (a.clip, a.optimizer, a.lr_g, a.lr_d, a.batch_size, a.d_steps) == (0.01, "rmsprop", 5e-5, 5e-5, 64, 5)
+    assert (a.d_norm, a.g_norm, a.d_dropout, a.conditional) == ("batch", "batch", 0, False)
+    assert wgan_clip.parse_args(["--arch", "mlp"]).d_norm == dcgan.parse_args(["--arch", "mlp"]).d_norm == "none"
+
+
+# networks -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("module, argv", [
+    (dcgan, ["--upsample", "nearest"]), (dcgan, ["--upsample", "bilinear"]), (dcgan, ["--d-norm", "none"]),
+    (dcgan, ["--norm-first"]), (dcgan, ["--gp", "1"]), (dcgan, ["--image-size", "28"]), (dcgan, ["--arch", "mlp"]),
+    (cdcgan, ["--d-ignores-label"]), (wgan_clip, ["--upsample", "nearest"]), (wgan_clip, ["--d-norm", "none"]),
+    (wgan_clip, ["--g-norm", "layer"]), (wgan_clip, ["--g-norm", "none"]), (wgan_clip, ["--d-dropout", ".5"]),
+    (wgan_clip, ["--conditional"]), (wgan_clip, ["--conditional", "--d-ignores-label"])])
+def test_network_flags_reach_the_networks_that_train(monkeypatch, module, argv):
+    seen = run(monkeypatch, module, [*ONE, *argv])
+    for trained, built, plain in zip((seen.G, seen.D), pair(module, *ONE, *argv, classes=3),
+                                     pair(module, *ONE, classes=3)):
+        assert [type(m) for m in trained] == [type(m) for m in built] and layers(trained) == layers(built)
+        seen.changed = getattr(seen, "changed", False) or [str(m) for m in trained] != [str(m) for m in plain]
+    assert seen.changed
+
+
+def test_init_draws_other_weights(monkeypatch):
+    """The first convolution of G, (100, 128, 4, 4): N(0, .02), or U(-b, b) with b = 1 / sqrt(128 16)."""
+    std = {}
+    for init in ("dcgan", "default"):
+        seen = run(monkeypatch, dcgan, ["--batch-size", "2", "--init", init, "--device", "cpu"])
+        first = next(e for e in seen.events if e.kind == "step").before["G"][0]
+        assert first.shape == (100, 128, 4, 4)
+        std[init] = first.std().item()
+    assert std["dcgan"] == pytest.approx(0.02, rel=0.01)
+    assert std["default"] == pytest.approx((128 * 16 * 3) ** -0.5, rel=0.01)
+
+
+def test_dropout_is_off_outside_of_training(monkeypatch):
+    seen = run(monkeypatch, wgan_clip, [*ONE, "--d-dropout", ".5"])
+    assert all(e.train for e in seen.events if e.kind == "forward")
+    x = torch.randn(6, 1, 32, 32)
+    assert not torch.equal(seen.D.train()(x), seen.D(x)) and torch.equal(seen.D.eval()(x), seen.D(x))
+
+
+# labels ---------------------------------------------------------------------------------------------------------------
+
+
+LABELLED = [(cdcgan, []), (cdcgan, ["--arch", "mlp"]), (wgan_clip, ["--conditional"]),
+            (wgan_clip, ["--conditional", "--arch", "mlp"])]
+
+
+@pytest.mark.parametrize("ignored", [False, True], ids=["D(x, y)", "D(x)"])
+@pytest.mark.parametrize("module, argv", LABELLED, ids=[f"{m.__name__} {' '.join(a)}" for m, a in LABELLED])
+def test_d_ignores_label(monkeypatch, module, argv, ignored):
+    """D's answer moves with y, or with the flag does not; G's always does."""
+    seen = run(monkeypatch, module, [*ONE, *argv, *["--d-ignores-label"] * ignored])
+    for net in (seen.G, seen.D, seen.ema): net.eval()
+    x, z = torch.randn(6, *seen.x.shape[1:]), torch.randn(6, 5)
+    y = torch.tensor([0, 1, 2, 0, 1, 2])
+    with torch.no_grad():
+        changes = (seen.rate(x, y) - seen.rate(x, (y + 1) % 3)).abs()
+        (made, score), (other, _) = (seen.draw(6, z=z, y=v) for v in (y, (y + 1) % 3))
+        torch.testing.assert_close(score, seen.rate(made, y))
+        in_turn = seen.draw(6, z=z)[0]  # y = arange(n) % K
+    assert (changes == 0).all() if ignored else (changes > 1e-9 * seen.rate(x, y).abs()).all(), changes
+    assert ((made - other).flatten(1).abs().amax(1) > 1e-6).all()
+    torch.testing.assert_close(in_turn, made)
+    assert seen.labels == 3
+
+
+@pytest.mark.parametrize("module, argv", [(dcgan, []), (wgan_clip, [])], ids=["dcgan", "wgan_clip"])
+def test_without_conditional_nobody_is_told_a_label(monkeypatch, module, argv):
+    seen = run(monkeypatch, module, [*ONE, *argv])
+    assert all(len(e.inputs) == 1 for e in seen.events if e.kind == "forward") and seen.labels == 1
+    plain, told = (pair(wgan_clip, *ONE, *more, classes=3) for more in ([], ["--conditional"]))
+    assert [sum(p.numel() for p in net.parameters()) for net in told] > [
+        sum(p.numel() for p in net.parameters()) for net in plain]
+
+
+@pytest.mark.parametrize("dim", [None, 3, 8])
+def test_label_embedding_dim(monkeypatch, dim):
+    """As many numbers as classes where not given; learned: they move with G."""
+    flag = [] if dim is None else ["--label-embedding-dim", str(dim)]
+    seen = run(monkeypatch, wgan_clip, [*ONE, "--conditional", "--lr-g", ".01", *flag])
+    wide, (event,) = dim or 3, steps(seen, "G")
+    at = [i for i, p in enumerate(seen.G.parameters()) if p.shape == (3, wide)]
+    assert len(at) == 1 and layers(seen.G)[0][1] == 5 + wide
+    grad, moved = event.grads["G"][at[0]], event.after["G"][at[0]] - event.before["G"][at[0]]
+    assert grad.abs().min() > 0 and moved.abs().min() > 1e-3
+
+
+@pytest.mark.parametrize("classes", [1, 0])
+def test_unlabelled_data_is_one_line_for_a_conditional_script(monkeypatch, capsys, classes, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    y = torch.zeros(60).long() if classes else torch.full((60,), -1)
+    for module, argv in ((cdcgan, []), (wgan_clip, ["--conditional"])):
+        with pytest.raises(SystemExit) as stop:
+            run(monkeypatch, module, [*ONE, *argv], y=y)
+        monkeypatch.undo()
+        monkeypatch.chdir(tmp_path)
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and err.count("\n") == 1 and "label" in err and "Traceback" not in err
+        assert list(tmp_path.iterdir()) == []
+    run(monkeypatch, wgan_clip, ONE, y=y)  # unconditional: any data will do
+    run(monkeypatch, dcgan, ONE, y=y)
+
+
+# schedule -------------------------------------------------------------------------------------------------------------
+
+
+@EACH
+@pytest.mark.parametrize("d, g", [(1, 1), (1, 2), (1, 10), (1, 15), (5, 1), (2, 3)])
+def test_d_steps_and_g_steps(monkeypatch, module, argv, d, g):
+    seen = run(monkeypatch, module, [*ONE, *argv, "--d-steps", str(d), "--g-steps", str(g)], iterations=2)
+    order = "".join(e.net for e in seen.events if e.kind == "step")
+    assert order == 2 * ("D" * d + "G" * g)
+    assert len(seen.logged) == 2
+    one = run(monkeypatch, module, [*ONE, *argv], iterations=1)  # the first D update is the same whatever comes after
+    for a, b in zip(steps(seen, "D")[0].grads["D"], steps(one, "D")[0].grads["D"]): assert torch.equal(a, b)
+
+
+def test_n_critic_is_another_name_for_d_steps():
+    assert wgan_clip.parse_args(["--n-critic", "7"]).d_steps == 7
+
+
+@EACH
+def test_each_network_has_its_own_rate(monkeypatch, module, argv):
+    """Adam's first step is lr g / (|g| + 1e-8); RMSprop's lr g / (|g| / 10 + 1e-8)."""
+    seen = run(monkeypatch, module, [*ONE, *argv, "--lr-g", "3e-3", "--lr-d", "7e-4"])
+    adam = module is not wgan_clip or "adam" in argv
+    for net, lr in (("G", 3e-3), ("D", 7e-4)):
+        (event,) = steps(seen, net)
+        for before, after, grad in zip(event.before[net], event.after[net], event.grads[net]):
+            wanted = before - lr * grad / (grad.abs() * (1 if adam else 0.1) + 1e-8)
+            torch.testing.assert_close(after, wanted, rtol=0, atol=1e-9)
+    still = run(monkeypatch, module, [*ONE, *argv, "--lr-g", "0"])
+    assert all(torch.equal(a, b) for a, b in zip(steps(still, "G")[0].before["G"], steps(still, "G")[0].after["G"]))
+    assert not torch.equal(steps(still, "D")[0].before["D"][0], steps(still, "D")[0].after["D"][0])
+
+
+@pytest.mark.parametrize("module, argv, reference", [
+    (wgan_clip, [], lambda p: torch.optim.RMSprop(p, 2e-3)),
+    (wgan_clip, ["--optimizer", "rmsprop", "--arch", "mlp"], lambda p: torch.optim.RMSprop(p, 2e-3, alpha=0.99)),
+    (wgan_clip, ["--optimizer", "adam"], lambda p: torch.optim.Adam(p, 2e-3, (0.5, 0.999))),
+    (wgan_clip, ["--optimizer", "adam", "--beta1", "0", "--beta2", ".9"],
+     lambda p: torch.optim.Adam(p, 2e-3, (0.0, 0.9))),
+    (dcgan, [], lambda p: torch.optim.Adam(p, 2e-3, (0.5, 0.999))),
+    (dcgan, ["--beta1", ".9", "--beta2", ".99"], lambda p: torch.optim.Adam(p, 2e-3, (0.9, 0.99))),
+    (cdcgan, [], lambda p: torch.optim.Adam(p, 2e-3, (0.5, 0.999)))])
+def test_updates_are_the_named_optimizers(monkeypatch, module, argv, reference):
+    """The same gradients through torch's plain single-tensor optimizer: the same weights, over six updates."""
+    seen = run(monkeypatch, module, [*ONE, *argv, "--lr-g", "2e-3", "--lr-d", "2e-3"], iterations=6)
+    for net in "GD":
+        updates = steps(seen, net)
+        weights = [torch.nn.Parameter(p.clone()) for p in updates[0].before[net]]
+        opt = reference(weights)
+        for event in updates:
+            for p, grad, now in zip(weights, event.grads[net], event.before[net]):
+                p.grad, p.data = grad.clone(), now.clone()  # clipped in between
+            opt.step()
+            for p, wanted in zip(weights, event.after[net]):
+                torch.testing.assert_close(p.detach(), wanted, rtol=1e-9, atol=1e-11)
+        assert (updates[-1].after[net][0] - updates[0].before[net][0]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("prior, bound", [("normal", None), ("uniform", 1)])
+def test_prior(monkeypatch, prior, bound):
+    seen = run(monkeypatch, dcgan, [*ONE, "--prior", prior, "--g-steps", "15"])
+    z = torch.cat([e.inputs[0] for e in seen.events if e.kind == "forward" and e.net == "G"])
+    assert z.shape == (16 * 6, 5)
+    assert (z.abs().max() <= 1) == (bound == 1)
+    assert z.var().item() == pytest.approx(1 / 3 if bound else 1, rel=0.25)
+
+
+# pictures in a folder -------------------------------------------------------------------------------------------------
+
+
+def picture(path, colour=(10, 200, 30), size=(40, 40), mode="RGB"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.new("RGB", size, colour)
+    (image.quantize(4) if mode == "P" else image.convert(mode)).save(path)
+
+
+def load(root, size=32, split="train", **more):
+    return dcgan.load_data("folder", str(root), size, split, **more)
+
+
+def colours(x):
+    """Of pictures in one colour each."""
+    assert (x == x[:, :, :1, :1]).all()
+    return [tuple(p[:, 0, 0].tolist()) for p in x]
+
+
+def shades(x):
+    """Their reds, in order: the files' own order is the script's affair."""
+    return sorted(c[0] for c in colours(x))
+
+
+def test_folder_train_and_test(tmp_path):
+    root = tmp_path / "pets"
+    for split, shade in (("train", 100), ("test", 200)):
+        for i, kind in enumerate(("cat", "dog", "wild")):
+            for j in range(2): picture(root / split / kind / f"{j}.png", (shade, i, j))
+    for split, shade in (("train", 100), ("test", 200)):
+        x, y = load(root, 32, split)
+        assert x.dtype == torch.uint8 and x.shape == (6, 3, 32, 32) and y.dtype == torch.int64
+        assert sorted(colours(x)) == [(shade, i, j) for i in range(3) for j in range(2)]
+        assert [c[1] for c in colours(x)] == y.tolist()
+
+
+def test_folder_labels_mean_the_same_in_both_splits(tmp_path):
+    """Also where a class has no test pictures."""
+    root = tmp_path / "pets"
+    for i, kind in enumerate(("cat", "dog", "wild")):
+        picture(root / "train" / kind / "0.png", (0, i, 0))
+        if kind != "dog": picture(root / "test" / kind / "0.png", (9, i, 0))
+    x, y = load(root, 32, "test")
+    assert [c[1] for c in colours(x)] == y.tolist() and sorted(y.tolist()) == [0, 2]
+
+
+def test_folder_without_a_split_keeps_every_tenth_file_for_testing(tmp_path):
+    root = tmp_path / "flat"
+    for i in range(25): picture(root / f"{i:02}.png", (i, 0, 0))
+    (x, y), (test, y_test) = load(root), load(root, split="test")
+    assert len(x) == 23 and len(test) == 2 and sorted(shades(x) + shades(test)) == list(range(25))
+    assert set(y.tolist()) == set(y_test.tolist()) == {-1}
+    shutil.copytree(root, tmp_path / "elsewhere")
+    assert torch.equal(load(tmp_path / "elsewhere", split="test")[0], test)  # the names decide, not where or when
+
+
+def test_folder_of_classes_without_a_split(tmp_path):
+    root = tmp_path / "kinds"
+    for i, kind in enumerate("ab"):
+        for j in range(30): picture(root / kind / "deep" / f"{j:02}.png", (i, j, 0))
+    (x, y), (test, y_test) = load(root), load(root, split="test")
+    assert len(x) == 54 and len(test) == 6 and len(set(colours(x) + colours(test))) == 60
+    assert [c[0] for c in colours(x)] == y.tolist() and [c[0] for c in colours(test)] == y_test.tolist()
+    few, labels = load(root, limit=20)
+    assert len(few) == 20 and 5 <= labels.sum() <= 15 and [c[0] for c in colours(few)] == labels.tolist()
+
+
+def test_an_empty_class_folder_is_no_class(tmp_path):
+    """Nothing is to be made of it, so a conditional script must not ask for it."""
+    root = tmp_path / "kinds"
+    (root / "a").mkdir(parents=True)
+    for kind in "bc": picture(root / kind / "0.png")
+    assert sorted(load(root)[1].tolist()) == [0, 1]
+
+
+@pytest.mark.parametrize("mode, suffix, wanted", [
+    ("RGB", "png", (10, 200, 30)), ("RGBA", "png", (10, 200, 30)), ("P", "png", (10, 200, 30)),
+    ("L", "png", (124, 124, 124)), ("RGB", "BMP", (10, 200, 30)), ("1", "png", (255, 255, 255)),
+    ("RGB", "JPG", None), ("RGB", "jpeg", None), ("L", "jpg", None), ("RGB", "webp", None), ("CMYK", "jpg", None)])
+def test_folder_modes_and_formats(tmp_path, mode, suffix, wanted):
+    picture(tmp_path / f"one/0.{suffix}", mode="RGB" if mode == "1" else mode,
+            colour=(255, 255, 255) if mode == "1" else (10, 200, 30))
+    (tmp_path / "one/notes.txt").write_text("not a picture")
+    x, _ = load(tmp_path / "one")
+    mean = x.double().mean((0, 2, 3))
+    if wanted:
+        assert colours(x) == [wanted]
+    else:  # lossy
+        target = torch.tensor((124, 124, 124) if mode == "L" else (10, 200, 30)).double()
+        assert (mean - target).abs().max() < 6
+
+
+def test_folder_sixteen_bit_grey_keeps_its_shade(tmp_path):
+    """40,000 of 65,535 is 156 of 255; or it is refused with its path."""
+    (tmp_path / "deep").mkdir()
+    Image.fromarray(np.full((40, 40), 40_000, np.uint16)).save(tmp_path / "deep/0.png")
+    try:
+        x, _ = load(tmp_path / "deep")
+    except SystemExit as stop:
+        assert stop.code == 2
+    else:
+        assert (x.double() - 40_000 / 65_535 * 255).abs().max() <= 1
+
+
+def test_folder_pictures_are_cut_to_the_middle_square(tmp_path):
+    bands = np.zeros((30, 90, 3), np.uint8)
+    bands[:, :30], bands[:, 30:60], bands[:, 60:] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+    (tmp_path / "wide").mkdir()
+    Image.fromarray(bands).save(tmp_path / "wide/a.png")
+    Image.fromarray(bands.transpose(1, 0, 2).copy()).save(tmp_path / "wide/b.png")
+    x = load(tmp_path / "wide", 28)[0][..., 2:-2, 2:-2]  # a resize may look past the cut for its last pixels
+    assert colours(x) == [(0, 255, 0)] * 2
+
+
+def test_folder_pictures_are_upright_and_unmirrored(tmp_path):
+    image = np.zeros((32, 32, 3), np.uint8)
+    image[:16, :16, 0], image[:16, 16:, 1] = 255, 255  # red top left, green top right
+    (tmp_path / "up").mkdir()
+    Image.fromarray(image).save(tmp_path / "up/a.png")
+    turned, exif = Image.fromarray(np.rot90(image).copy()), Image.Exif()
+    exif[0x112] = 6  # shown turned by 90 degrees clockwise, as phones write it
+    turned.save(tmp_path / "up/b.png", exif=exif)
+    x, _ = load(tmp_path / "up")
+    for p in x: assert torch.equal(p, torch.from_numpy(image).permute(2, 0, 1))
+
+
+def test_folder_pictures_shrink_with_antialiasing(tmp_path):
+    (tmp_path / "fine").mkdir()
+    Image.fromarray((np.indices((256, 256)).sum(0) % 2 * 255).astype(np.uint8)).save(tmp_path / "fine/a.png")
+    x, _ = load(tmp_path / "fine")
+    assert (x[..., 2:-2, 2:-2].float() - 127.5).abs().max() < 4  # a checkerboard of pixels is grey from afar
+
+
+def caches(folder):
+    return sorted(p.name for p in folder.glob("*.npy"))
+
+
+def test_folder_cache_is_used_and_follows_every_change(tmp_path, monkeypatch):
+    root = tmp_path / "set"
+    for i in range(4): picture(root / f"{i}.png", (i, 0, 0))
+    first, _ = load(root)
+    assert len(caches(tmp_path)) == 1 and {p.name for p in tmp_path.iterdir()} == {*caches(tmp_path), "set"}
+    assert sorted(p.name for p in root.iterdir()) == [f"{i}.png" for i in range(4)]  # beside it, not in it
+    with monkeypatch.context() as m:
+        m.setattr(dcgan.Image, "open", lambda *a: pytest.fail("decoded again"))
+        again, y = load(root)
+        assert torch.equal(first, again) and y.tolist() == [-1] * 4
+    before = (root / "2.png").stat()
+    picture(root / "2.png", (77, 0, 0))
+    os.utime(root / "2.png", ns=(before.st_atime_ns, before.st_mtime_ns + 1_000_000))
+    assert shades(load(root)[0]) == [0, 1, 3, 77]  # changed
+    picture(root / "9.png", (9, 0, 0))
+    assert shades(load(root)[0]) == [0, 1, 3, 9, 77]  # added
+    (root / "0.png").rename(root / "8.png")
+    made = caches(tmp_path)
+    assert shades(load(root)[0]) == [0, 1, 3, 9, 77]  # renamed: another order
+    assert len(caches(tmp_path)) == len(made) + 1
+    (root / "1.png").unlink()
+    assert shades(load(root)[0]) == [0, 3, 9, 77]  # removed
+    assert load(root, 28)[0].shape == (4, 3, 28, 28)  # another size
+    made = len(caches(tmp_path))
+    load(root, limit=2)
+    assert len(caches(tmp_path)) == made == 6  # a few are not worth keeping
+
+
+def test_folder_cache_that_cannot_be_written_is_no_obstacle(tmp_path, monkeypatch, capsys):
+    picture(tmp_path / "set/0.png")
+
+    def full(*a):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(np, "save", full)
+    assert colours(load(tmp_path / "set")[0]) == [(10, 200, 30)]
+    assert "no space left" in capsys.readouterr().err and caches(tmp_path) == []
+
+
+@pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\n", b"not a picture", None])
+def test_an_unreadable_picture_is_named_in_one_line(tmp_path, capsys, content):
+    root = tmp_path / "set"
+    picture(root / "a.png")
+    picture(root / "sub/bad one.png")
+    data = (root / "sub/bad one.png").read_bytes()
+    (root / "sub/bad one.png").write_bytes(data[:len(data) // 2] if content is None else content)
+    with pytest.raises(SystemExit) as stop:
+        load(root)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1 and str(root / "sub/bad one.png") in err
+    assert "Traceback" not in err and caches(tmp_path) == []
+
+
+@pytest.mark.parametrize("content", ["none", "empty", "text", "one split empty"])
+def test_a_folder_without_pictures_is_one_line(tmp_path, capsys, content, monkeypatch):
+    root = tmp_path / "set"
+    if content != "none": root.mkdir()
+    if content == "text": (root / "a.txt").write_text("a")
+    if content == "one split empty":
+        (root / "train").mkdir()
+        picture(root / "test/a.png")
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.chdir(tmp_path)
+    for module, argv in ((dcgan, []), (cdcgan, []), (wgan_clip, ["--conditional"])):
+        with pytest.raises(SystemExit) as stop:
+            module.main([*ONE, *argv, "--dataset", "folder", "--data-dir", str(root), "--steps", "1"])
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and err.count("\n") == 1 and str(root) in err and "Traceback" not in err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_unlabelled_folder_is_one_line_for_conditional_scripts_and_trains_the_others(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.set_default_dtype(torch.float32)
+    for i in range(12): picture(tmp_path / f"set/{i:02}.png", (20 * i, 0, 0))
+    flags = [*ONE, "--dataset", "folder", "--data-dir", "set", "--steps", "1", "--eval-every", "0", "--run-dir", "run"]
+    for module, argv in ((cdcgan, []), (wgan_clip, ["--conditional"])):
+        with pytest.raises(SystemExit) as stop:
+            module.main([*flags, *argv])
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and err.count("\n") == 1 and "label" in err and not Path("run").exists()
+    for module in (dcgan, wgan_clip):
+        monkeypatch.setattr(module, "SCRIPT", Path(shutil.copy(module.__file__, tmp_path)))  # no metrics beside it
+        module.main([*flags, "--run-dir", module.__name__])
+        assert Image.open(f"{module.__name__}/samples.png").mode == "RGB"
+
+
+# torchvision's and CelebA's files -------------------------------------------------------------------------------------
+
+
+def test_cifar10_channels_come_first(monkeypatch, tmp_path):
+    import torchvision.datasets
+    rng, asked = np.random.RandomState(0), []
+    data = {train: rng.randint(0, 256, (n, 32, 32, 3), np.uint8) for train, n in ((True, 12), (False, 7))}
+
+    def cifar10(root, train, download):
+        asked.append((root, train))
+        return SimpleNamespace(data=data[train], targets=[i % 10 for i in range(len(data[train]))])
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", cifar10)
+    for split, train in (("train", True), ("test", False)):
+        x, y = dcgan.load_data("cifar10", str(tmp_path), 32, split)
+        assert x.dtype == torch.uint8 and y.dtype == torch.int64 and x.shape == (len(data[train]), 3, 32, 32)
+        assert np.array_equal(x.numpy(), data[train].transpose(0, 3, 1, 2))
+        assert y.tolist() == [i % 10 for i in range(len(y))]
+    assert asked == [(str(tmp_path), True), (str(tmp_path), False)]
+    wide, _ = dcgan.load_data("cifar10", str(tmp_path), 64, "train", limit=5)
+    assert wide.shape == (5, 3, 64, 64)
+
+
+def test_cifar10_without_files_or_network_is_one_line(monkeypatch, tmp_path, capsys):
+    import torchvision.datasets
+
+    def refused(*a, **k):
+        raise OSError("no\nnetwork")
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", refused)
+    with pytest.raises(SystemExit) as stop:
+        dcgan.load_data("cifar10", str(tmp_path), 32, "train")
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1 and "cifar-10-batches-py" in err and "no network" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_celeba_files_in_place_are_split_by_the_list(tmp_path, capsys):
+    base = tmp_path / "celeba"
+    for i in range(6): picture(base / f"img_align_celeba/{i:06}.jpg", (30 * i,) * 3, (178, 218))
+    (base / "list_eval_partition.txt").write_text("".join(f"{i:06}.jpg {part}\n" for i, part in enumerate("001220")))
+    for split, wanted in (("train", [0, 1, 5]), ("test", [3, 4])):
+        x, y = dcgan.load_data("celeba", str(tmp_path), 32, split)
+        assert x.shape == (len(wanted), 3, 32, 32) and y.tolist() == [-1] * len(wanted)
+        assert [round(p.double().mean().item() / 30) for p in x] == wanted
+    (base / "list_eval_partition.txt").write_text("")
+    with pytest.raises(SystemExit) as stop:
+        dcgan.load_data("celeba", str(tmp_path), 32, "train")
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1 and "img_align_celeba" in err
