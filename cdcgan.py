@@ -10,7 +10,7 @@ Mirza and Osindero 2014, arXiv 1411.1784, eq. (2), with the convolutional networ
 
 Every sheet has a row for each label and a column for each z; label_accuracy in log.csv is the share of made pictures
 that the scores' classifier takes for the label asked for. --d-ignores-label shows who enforces it: D does. Real and
-fake go through D in separate batches, as it has batch norm. G is in train mode for D's fakes and is sampled in eval
+fake go through D in separate batches where it has batch norm. G is in train mode for D's fakes and is sampled in eval
 mode with averaged weights.
 """
 
@@ -170,7 +170,10 @@ def train(args):
             x_real = from_uint8(x_uint8)
             with torch.no_grad():  # D's backward ends at the picture
                 x_fake = G(own(sample_z(args, B, device)), labels)
-            score_real, score_fake = judged(x_real, labels), judged(x_fake, labels)
+            if args.arch == "dcgan":
+                score_real, score_fake = judged(x_real, labels), judged(x_fake, labels)
+            else:
+                score_real, score_fake = judged(torch.cat([x_real, x_fake]), labels.repeat(2)).chunk(2)
             d_loss = discriminator_loss(score_real, score_fake)
             opt_d.zero_grad(set_to_none=True)
             d_loss.backward()
@@ -266,15 +269,16 @@ def list_folder(root, split):
     split; where it has none, every tenth file is for testing. In the order of their names' hashes, which mixes classes:
     the first n files are a fair sample."""
     apart = (root / "train").is_dir() and (root / "test").is_dir()
-    top = root / split if apart else root
-    files = [p for p in top.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".bmp", ".webp")]
-    files.sort(key=lambda p: hashlib.sha256(p.relative_to(top).as_posix().encode()).digest())
-    files = files if apart else [p for i, p in enumerate(files) if (i % 10 == 9) == (split == "test")]
+    kinds = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+    found = [p.relative_to(root) for p in root.rglob("*") if p.suffix.lower() in kinds]
+    found.sort(key=lambda p: hashlib.sha256(p.as_posix().encode()).digest())
+    names = sorted({p.parts[apart] for p in found if len(p.parts) > 1 + apart})  # of both splits: labels mean the same
+    files = ([p for p in found if p.parts[0] == split] if apart else
+             [p for i, p in enumerate(found) if (i % 10 == 9) == (split == "test")])
     if not files:
-        fail(f"--dataset folder: no png, jpg, bmp or webp in {top}: name the folder of pictures by --data-dir")
-    names = sorted(p.name for p in top.iterdir() if p.is_dir())
-    places = [p.relative_to(top).parts for p in files]
-    return files, [names.index(place[0]) if len(place) > 1 else -1 for place in places]
+        fail(f"--dataset folder: no png, jpg, bmp or webp in {root / split if apart else root}: name the folder of "
+             f"pictures by --data-dir")
+    return [root / p for p in files], [names.index(p.parts[apart]) if len(p.parts) > 1 + apart else -1 for p in files]
 
 
 def list_celeba(root, split):
@@ -300,6 +304,8 @@ def read_files(root, files, labels, size, limit):
     def read(path):
         try:
             with Image.open(path) as im:
+                if im.mode.startswith("I"):  # 16 bits a pixel, which convert would clip
+                    im = Image.fromarray((np.asarray(im).clip(0, 65535) / 257).round().astype(np.uint8))
                 upright = ImageOps.exif_transpose(im).convert("RGB")
                 return np.asarray(ImageOps.fit(upright, (size, size), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
         except Exception as e:  # Pillow raises a different kind for each kind of damage
@@ -744,8 +750,8 @@ class Run:
         args, fresh = self.args, not old or self.dir.resolve() != old.resolve()
         if fresh and self.dir.exists() and (not self.dir.is_dir() or any(self.dir.iterdir())):
             fail(f"--run-dir {self.dir} is in use: name another, or go on with --resume {self.dir / 'last.pt'}")
-        if not self.metrics and args.lr_decay == "best-fid":
-            fail("--lr-decay best-fid needs metrics.py beside the script")
+        if args.lr_decay == "best-fid" and not (self.metrics and args.classes):
+            fail("--lr-decay best-fid needs scores: metrics.py beside the script, and labels to train on")
         if not self.metrics:
             self.say("metrics.py is not beside this script: no scores, no curves.png")
         elif not args.classes:

@@ -847,11 +847,11 @@ def read_picture(path, channels):
 
 
 def cached(net, pictures, keep, folder, what):
-    """embed(), which for the same pictures and network is read from `folder` (None: never) the second time."""
+    """embed(), but read from `folder` where the same network has seen the same pictures before; None: made anew."""
     path, sample = None, None
     if folder:
         key = f"{net.name} {next(net.parameters()).device.type} {keep} 1 {pictures.digest()}"
-        path = Path(folder) / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.pt"
+        path = Path(folder) / f"statistics-{hashlib.sha256(key.encode()).hexdigest()[:24]}.pt"
     if path and path.exists():
         try:
             saved = torch.load(path, map_location=next(net.parameters()).device, weights_only=True)
@@ -904,7 +904,7 @@ def table(s, fake, real):
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     p.error = fail
-    p.add_argument("--real", help="a data set's name (digits, mnist, fashion: its test set), a folder, a .npy or a .pt")
+    p.add_argument("--real", help=f"the test set of {', '.join(DATASETS)}; or a folder, a .npy or a .pt")
     p.add_argument("--fake", help="a folder of PNG, or a .npy or .pt of uint8 (N, C, H, W)")
     p.add_argument("--features", choices=("classifier", "inception"), default="classifier", help="the feature network")
     p.add_argument("--weights", help=f"file of --features inception: {INCEPTION.rsplit('/', 1)[1]}")
@@ -945,7 +945,7 @@ def main(argv=None):
         load_data(args.real, args.data_dir, fake.size, "test")[0] if args.real in DATASETS else args.real, channels,
         f"{args.real}, test set" if args.real in DATASETS else None)
     n = min(args.n, len(fake), len(real), *((len(train), len(test)) if name else ()))
-    keep, folder = set(args.scores) != {"fid"}, None if args.no_cache else Path(args.data_dir) / "statistics"
+    keep, folder = set(args.scores) != {"fid"}, None if args.no_cache else args.data_dir
     try:
         floor = train_sample = None
         real_sample = cached(net, real.first(n), keep, folder, "real pictures")
@@ -1019,15 +1019,16 @@ def list_folder(root, split):
     split; where it has none, every tenth file is for testing. In the order of their names' hashes, which mixes classes:
     the first n files are a fair sample."""
     apart = (root / "train").is_dir() and (root / "test").is_dir()
-    top = root / split if apart else root
-    files = [p for p in top.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".bmp", ".webp")]
-    files.sort(key=lambda p: hashlib.sha256(p.relative_to(top).as_posix().encode()).digest())
-    files = files if apart else [p for i, p in enumerate(files) if (i % 10 == 9) == (split == "test")]
+    kinds = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+    found = [p.relative_to(root) for p in root.rglob("*") if p.suffix.lower() in kinds]
+    found.sort(key=lambda p: hashlib.sha256(p.as_posix().encode()).digest())
+    names = sorted({p.parts[apart] for p in found if len(p.parts) > 1 + apart})  # of both splits: labels mean the same
+    files = ([p for p in found if p.parts[0] == split] if apart else
+             [p for i, p in enumerate(found) if (i % 10 == 9) == (split == "test")])
     if not files:
-        fail(f"--dataset folder: no png, jpg, bmp or webp in {top}: name the folder of pictures by --data-dir")
-    names = sorted(p.name for p in top.iterdir() if p.is_dir())
-    places = [p.relative_to(top).parts for p in files]
-    return files, [names.index(place[0]) if len(place) > 1 else -1 for place in places]
+        fail(f"--dataset folder: no png, jpg, bmp or webp in {root / split if apart else root}: name the folder of "
+             f"pictures by --data-dir")
+    return [root / p for p in files], [names.index(p.parts[apart]) if len(p.parts) > 1 + apart else -1 for p in files]
 
 
 def list_celeba(root, split):
@@ -1053,6 +1054,8 @@ def read_files(root, files, labels, size, limit):
     def read(path):
         try:
             with Image.open(path) as im:
+                if im.mode.startswith("I"):  # 16 bits a pixel, which convert would clip
+                    im = Image.fromarray((np.asarray(im).clip(0, 65535) / 257).round().astype(np.uint8))
                 upright = ImageOps.exif_transpose(im).convert("RGB")
                 return np.asarray(ImageOps.fit(upright, (size, size), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
         except Exception as e:  # Pillow raises a different kind for each kind of damage

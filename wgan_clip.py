@@ -279,9 +279,9 @@ def train(args):
         if run.due(args.sample_every): run.sample()
         if run.due(args.eval_every): run.evaluate()
         if run.due(args.checkpoint_every): run.save("last.pt")
-    run.finish()
     if args.conditional and RANK == 0:
         save_sheet(between_classes(ema, run.noise(1, 9), labels), run.dir / "interpolation_classes.png", 10)
+    run.finish()
 
 
 @torch.no_grad()
@@ -346,15 +346,16 @@ def list_folder(root, split):
     split; where it has none, every tenth file is for testing. In the order of their names' hashes, which mixes classes:
     the first n files are a fair sample."""
     apart = (root / "train").is_dir() and (root / "test").is_dir()
-    top = root / split if apart else root
-    files = [p for p in top.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".bmp", ".webp")]
-    files.sort(key=lambda p: hashlib.sha256(p.relative_to(top).as_posix().encode()).digest())
-    files = files if apart else [p for i, p in enumerate(files) if (i % 10 == 9) == (split == "test")]
+    kinds = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+    found = [p.relative_to(root) for p in root.rglob("*") if p.suffix.lower() in kinds]
+    found.sort(key=lambda p: hashlib.sha256(p.as_posix().encode()).digest())
+    names = sorted({p.parts[apart] for p in found if len(p.parts) > 1 + apart})  # of both splits: labels mean the same
+    files = ([p for p in found if p.parts[0] == split] if apart else
+             [p for i, p in enumerate(found) if (i % 10 == 9) == (split == "test")])
     if not files:
-        fail(f"--dataset folder: no png, jpg, bmp or webp in {top}: name the folder of pictures by --data-dir")
-    names = sorted(p.name for p in top.iterdir() if p.is_dir())
-    places = [p.relative_to(top).parts for p in files]
-    return files, [names.index(place[0]) if len(place) > 1 else -1 for place in places]
+        fail(f"--dataset folder: no png, jpg, bmp or webp in {root / split if apart else root}: name the folder of "
+             f"pictures by --data-dir")
+    return [root / p for p in files], [names.index(p.parts[apart]) if len(p.parts) > 1 + apart else -1 for p in files]
 
 
 def list_celeba(root, split):
@@ -380,6 +381,8 @@ def read_files(root, files, labels, size, limit):
     def read(path):
         try:
             with Image.open(path) as im:
+                if im.mode.startswith("I"):  # 16 bits a pixel, which convert would clip
+                    im = Image.fromarray((np.asarray(im).clip(0, 65535) / 257).round().astype(np.uint8))
                 upright = ImageOps.exif_transpose(im).convert("RGB")
                 return np.asarray(ImageOps.fit(upright, (size, size), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
         except Exception as e:  # Pillow raises a different kind for each kind of damage
@@ -824,8 +827,8 @@ class Run:
         args, fresh = self.args, not old or self.dir.resolve() != old.resolve()
         if fresh and self.dir.exists() and (not self.dir.is_dir() or any(self.dir.iterdir())):
             fail(f"--run-dir {self.dir} is in use: name another, or go on with --resume {self.dir / 'last.pt'}")
-        if not self.metrics and args.lr_decay == "best-fid":
-            fail("--lr-decay best-fid needs metrics.py beside the script")
+        if args.lr_decay == "best-fid" and not (self.metrics and args.classes):
+            fail("--lr-decay best-fid needs scores: metrics.py beside the script, and labels to train on")
         if not self.metrics:
             self.say("metrics.py is not beside this script: no scores, no curves.png")
         elif not args.classes:
