@@ -676,7 +676,8 @@ def rejected(kind, more, n, generator, head=None, percentile=60, burn_in=10_000,
 # PLOT -----------------------------------------------------------------------------------------------------------------
 
 COLOURS = ("#1f5fa8", "#c8452b", "#2f8f4e", "#8a4fa3", "#b58a00", "#444444")
-PANELS = ("d_loss", "g_loss", "w_dist", "grad_norm", "d_acc", "fid", "inception_score", "mode_score", "coverage")
+PANELS = ("d_loss", "g_loss", "w_dist", "grad_norm", "penalty", "clipped", "d_acc", "fid", "inception_score",
+          "mode_score", "coverage", "label_accuracy")
 
 
 def read_log(run):
