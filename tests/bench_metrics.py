@@ -107,6 +107,7 @@ def main():
             seconds, peak, line = timed(["-m", "pytorch_fid", *pair, "--device", "cpu"], TORCH_HOME=str(folder),
                                         XDG_CACHE_HOME=str(folder))
             results["pytorch_fid"].append((seconds, peak, f"{float(line.split()[-1]):.6g}"))
+            print({name: runs[-1] for name, runs in results.items()}, file=sys.stderr, flush=True)
         report(f"{args.n} against {args.n} PNG, whole command", results)
 
 

@@ -107,7 +107,8 @@ def test_logits_are_torch_fidelitys_without_bias(ours, weights):
 
 def test_grey_pictures_count_as_three_equal_channels(ours):
     x = pictures(2, 28, 1)
-    torch.testing.assert_close(ours.embed(x), ours.embed(x.expand(-1, 3, -1, -1)), rtol=0, atol=0)
+    for one, three in zip(ours.embed(x), ours.embed(x.repeat(1, 3, 1, 1))):
+        assert (one - three).abs().max() <= 1e-5 * three.abs().max() and one.std(0).max() > 0
 
 
 def test_building_it_draws_nothing_and_names_its_weights(weights, ours, tmp_path):
@@ -164,7 +165,7 @@ def test_the_command_agrees_with_pytorch_fids(weights, tmp_path, monkeypatch, ca
     assert changed != again[0] and sum(seen) == 6
     seen.clear()
     json.loads(run(capsys, *flags, "--fake", short, "--n", 3, "--no-cache").out)
-    assert sum(seen) == 6 and len(list((tmp_path / "data/statistics").iterdir())) == 3
+    assert sum(seen) == 6 and len(list((tmp_path / "data").glob("statistics-*.pt"))) == 3
 
 
 def test_all_scores_of_inception(weights, tmp_path, capsys):

@@ -274,6 +274,13 @@ def brute_radius(x, k):
     return np.array([sorted(np.delete(row, i))[k - 1] for i, row in enumerate(distances)])
 
 
+def test_neighbours_closer_than_the_rounding_of_a_product():
+    """Pairs 1e-5 apart, far from the origin: a matrix product cannot tell which of the two a point itself is."""
+    x = 100 * randn(40, 16) + 3000
+    x = torch.cat([x, x + 1e-5 * randn(40, 16)])
+    np.testing.assert_allclose(metrics.ball_radius(x, 1), brute_radius(x, 1), rtol=1e-9)
+
+
 def brute_coverage(real, fake, k):
     covered = 0
     for x, radius in zip(real.double().numpy(), brute_radius(real, k)):
