@@ -973,7 +973,7 @@ class Run:
 
     # the end ----------------------------------------------------------------------------------------------------------
 
-    def finish(self):
+    def finish(self, more_figures=lambda: None):
         self.save("last.pt")
         if self.signal is not None:
             if self.board: self.board.close()
@@ -983,6 +983,7 @@ class Run:
         if RANK:
             return
         self.figures()
+        more_figures()
         if self.metrics and self.args.classes:
             self.score()
             self.save("last.pt")  # it now knows of the last score

@@ -264,6 +264,9 @@ def train(args):
     def rate(x, y):
         return score(x, y)
 
+    def class_sheet():
+        save_sheet(between_classes(ema, run.noise(1, 9), args.classes), run.dir / "interpolation_classes.png", 10)
+
     labels = args.classes if args.conditional else 1
     run = Run(args, {"G": G, "D": C}, {"g": opt_g, "d": opt_d}, ema, draw, rate, batch, labels)
     if args.generate:
@@ -279,9 +282,7 @@ def train(args):
         if run.due(args.sample_every): run.sample()
         if run.due(args.eval_every): run.evaluate()
         if run.due(args.checkpoint_every): run.save("last.pt")
-    if args.conditional and RANK == 0:
-        save_sheet(between_classes(ema, run.noise(1, 9), labels), run.dir / "interpolation_classes.png", 10)
-    run.finish()
+    run.finish(class_sheet if args.conditional else lambda: None)
 
 
 @torch.no_grad()
@@ -1050,7 +1051,7 @@ class Run:
 
     # the end ----------------------------------------------------------------------------------------------------------
 
-    def finish(self):
+    def finish(self, more_figures=lambda: None):
         self.save("last.pt")
         if self.signal is not None:
             if self.board: self.board.close()
@@ -1060,6 +1061,7 @@ class Run:
         if RANK:
             return
         self.figures()
+        more_figures()
         if self.metrics and self.args.classes:
             self.score()
             self.save("last.pt")  # it now knows of the last score
