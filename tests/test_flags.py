@@ -374,25 +374,26 @@ def caches(folder):
 
 def test_folder_cache_is_used_and_follows_every_change(tmp_path, monkeypatch):
     root = tmp_path / "set"
-    for i in range(4): picture(root / f"{i}.png", (i, 0, 0))
+    for i in range(4): picture(root / f"{i}.bmp", (i, 0, 0))
     first, _ = load(root)
     assert len(caches(tmp_path)) == 1 and {p.name for p in tmp_path.iterdir()} == {*caches(tmp_path), "set"}
-    assert sorted(p.name for p in root.iterdir()) == [f"{i}.png" for i in range(4)]  # beside it, not in it
+    assert sorted(p.name for p in root.iterdir()) == [f"{i}.bmp" for i in range(4)]  # beside it, not in it
     with monkeypatch.context() as m:
         m.setattr(dcgan.Image, "open", lambda *a: pytest.fail("decoded again"))
         again, y = load(root)
         assert torch.equal(first, again) and y.tolist() == [-1] * 4
-    before = (root / "2.png").stat()
-    picture(root / "2.png", (77, 0, 0))
-    os.utime(root / "2.png", ns=(before.st_atime_ns, before.st_mtime_ns + 1_000_000))
+    before = (root / "2.bmp").stat()
+    picture(root / "2.bmp", (77, 0, 0))
+    assert (root / "2.bmp").stat().st_size == before.st_size
+    os.utime(root / "2.bmp", ns=(before.st_atime_ns, before.st_mtime_ns + 1_000_000))
     assert shades(load(root)[0]) == [0, 1, 3, 77]  # changed
-    picture(root / "9.png", (9, 0, 0))
+    picture(root / "9.bmp", (9, 0, 0))
     assert shades(load(root)[0]) == [0, 1, 3, 9, 77]  # added
-    (root / "0.png").rename(root / "8.png")
+    (root / "0.bmp").rename(root / "8.bmp")
     made = caches(tmp_path)
     assert shades(load(root)[0]) == [0, 1, 3, 9, 77]  # renamed: another order
     assert len(caches(tmp_path)) == len(made) + 1
-    (root / "1.png").unlink()
+    (root / "1.bmp").unlink()
     assert shades(load(root)[0]) == [0, 3, 9, 77]  # removed
     assert load(root, 28)[0].shape == (4, 3, 28, 28)  # another size
     made = len(caches(tmp_path))
