@@ -64,6 +64,8 @@ def drawn_weights(path):
 
 
 def report(what, results):
+    if not results["metrics.py"]:
+        return
     for name, runs in results.items():
         seconds, peaks = [r[0] for r in runs], [r[1] for r in runs]
         print(f"| {what} | {name} | {statistics.median(seconds):.1f} ({min(seconds):.1f} to {max(seconds):.1f}) "
@@ -78,7 +80,7 @@ def main():
     import metrics
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--n", type=int, default=500, help="pictures on each side")
-    p.add_argument("--rounds", type=int, default=3, help="turns of the whole command")
+    p.add_argument("--rounds", type=int, default=3, help="turns of the whole command; 0: none")
     p.add_argument("--rounds-alone", type=int, default=3, help="turns of the statistics and the distance alone")
     args = p.parse_args()
     print(f"{torch.get_num_threads()} CPU threads, torch {torch.__version__}; the ratio is the median over turns\n")
