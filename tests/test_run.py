@@ -349,7 +349,8 @@ def test_step_counts_and_cadence(w):
     ("wgan_gp", "--beta2 .5"), ("wgan_gp", "--ema 0"), ("wgan_gp", "--seed 1"), ("wgan_gp", "--prior uniform"),
     ("wgan_gp", "--d-steps 2"), ("wgan_gp", "--g-steps 2"), ("wgan_gp", "--lr-decay linear"),
     ("dcgan", "--loss minimax"), ("dcgan", "--gp .5"), ("dcgan", "--r1 1"), ("dcgan", "--d-norm batch"),
-    ("dcgan", "--upsample nearest"), ("dcgan", "--init default"), ("cdcgan", "--d-ignores-label"),
+    ("dcgan", "--upsample nearest"), ("dcgan", "--init default"), ("dcgan", "--amp"), ("cdcgan", "--amp"),
+    ("cdcgan", "--d-ignores-label"),
     ("wgan_clip", "--clip .1"), ("wgan_clip", "--optimizer adam"), ("wgan_clip", "--d-dropout .3"),
     ("wgan_clip", "--d-norm none"), ("wgan_clip", "--g-norm layer"), ("wgan_clip", "--lr-decay linear"),
     ("conditional", "--d-ignores-label"), ("conditional", "--label-embedding-dim 3")], indirect=["w"])
@@ -649,13 +650,14 @@ def test_gif_keeps_to_its_size(w):
 
 
 @EVERY
-def test_generation_from_z_and_from_a_seed(w):
-    """Labels, where there are any, in turn."""
+def test_generation_from_z_and_from_a_seed(w, monkeypatch):
+    """Labels, where there are any, in turn; the data is not needed."""
     w.main([*w.tiny, "--steps", "20", "--run-dir", "a", "--lr-g", "1e-2"])
     z = torch.randn(13, 6, generator=torch.Generator().manual_seed(7))
     np.save("z.npy", z.numpy())
     torch.save(z, "z.pt")
     before = Path("a/last.pt").read_bytes()
+    monkeypatch.setattr(w.module, "load_data", lambda *a: pytest.fail("the data was read"))
     for flags in (["--z-file", "z.npy"], ["--z-file", "z.pt"], ["--seed", "1"], ["--seed", "2"], ["--seed", "1"]):
         out = f"out{len(list(Path('.').glob('out*')))}"
         w.main(["--resume", "a/last.pt", "--generate", "12", "--generate-to", out, *flags])
@@ -697,7 +699,7 @@ def test_terminal_redraws_and_file_gets_whole_lines(w, monkeypatch, capsys):
 # the script alone -----------------------------------------------------------------------------------------------------
 
 
-@EVERY
+@over("wgan_gp", "cdcgan", "conditional")
 def test_copied_alone_it_trains_resumes_and_generates(w, tmp_path):
     """The whole chain through the shell: an empty folder, the script and nothing else. wgan_gp.py resumes there too."""
     folder = tmp_path / "empty"
@@ -839,3 +841,14 @@ def test_decay_by_fid_on_data_without_labels_is_one_line(w, monkeypatch, capsys)
         w.main([*w.tiny, "--steps", "10", "--lr-decay", "best-fid", "--eval-every", "5", "--run-dir", "a"])
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.splitlines()[-1].count("best-fid") == 1 and not Path("a").exists()
+
+
+@EVERY
+def test_dry_run_does_one_of_everything(w, monkeypatch):
+    scripted_judge(monkeypatch, [], w)
+    w.main([*w.tiny, "--dry-run", "--run-dir", "a"])
+    made = {"args.json", f"{w.name}.py", "log.csv", "last.pt", "best.pt", "samples", "samples.png", "training.gif",
+            "interpolation_latent.png", "interpolation_pixel.png", "traversal.png", "scores.json"}
+    assert set(os.listdir("a")) == made | ({"interpolation_classes.png"} if "--conditional" in w.tiny else set())
+    assert [r[0] for r in losses("a")] == ["5", "5", "10", "10"]  # two iterations, a row of losses and one of scores
+    assert sorted(p.name for p in Path("a/samples").iterdir()) == [f"step_{i:07}.png" for i in (0, 5, 10)]
