@@ -2,7 +2,6 @@
 GPU in test_cuda.py."""
 import csv
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -310,13 +309,11 @@ def test_graph_without_cuda_is_one_line(capsys):
 
 
 def test_the_rate_of_a_captured_adam_is_written_in_place():
-    wgan_gp.main([*TINY, "--steps", "5", "--run-dir", "a"])
-    shutil.rmtree("a")
     run = object.__new__(wgan_gp.Run)
-    run.args = wgan_gp.parse_args([*TINY, "--lr-g", "3e-4"])
+    run.args, run.step, run.total = wgan_gp.parse_args([*TINY, "--lr-g", "3e-4", "--lr-decay", "linear"]), 5, 10
     weight = torch.nn.Parameter(torch.zeros(1))
     run.opts = {k: torch.optim.Adam([weight], 1.0) for k in "gd"}
     rate = run.opts["g"].param_groups[0]["lr"] = torch.tensor(1.0)
-    run.set_lr(0.5)
+    run.set_lr()
     assert run.opts["g"].param_groups[0]["lr"] is rate and rate.item() == pytest.approx(1.5e-4)
     assert run.opts["d"].param_groups[0]["lr"] == pytest.approx(5e-5)
