@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_run import ROOT, TINY, losses, same, scripted_judge, small, tensors  # noqa: F401  small: a fixture
+from test_run import EVERY, ROOT, TINY, losses, same, scripted_judge, small, tensors, w  # noqa: F401  fixtures
 
 import wgan_gp
 
@@ -163,10 +163,10 @@ class FakeCuda:
     """Stands in for torch.cuda's graphs on the CPU. As with the real ones, a capture changes no tensor and no random
     state, and a replay reads and writes the memory that the tensors of step() had when it was captured."""
 
-    def __init__(self, monkeypatch):
+    def __init__(self, monkeypatch, script):
         self.step = self.values = self.memory = None
         self.replays, self.generator = 0, torch.default_generator
-        outer, real, pick = self, wgan_gp.captured, wgan_gp.pick_device
+        outer, real, pick = self, script.captured, script.pick_device
 
         class Graph:
             def replay(self):
@@ -223,8 +223,8 @@ class FakeCuda:
                             "current_stream": Stream, "stream": lambda s: s, "current_device": lambda: 0,
                             "default_generators": [Noise]}.items():
             monkeypatch.setattr(torch.cuda, name, value)
-        monkeypatch.setattr(wgan_gp, "captured", captured)
-        monkeypatch.setattr(wgan_gp, "pick_device", pick_graph)
+        monkeypatch.setattr(script, "captured", captured)
+        monkeypatch.setattr(script, "pick_device", pick_graph)
 
     def tensors(self):
         """All tensors that step() reaches, by the variables it closes over."""
@@ -241,24 +241,26 @@ class FakeCuda:
 
 
 @pytest.fixture
-def fake(monkeypatch):
-    return FakeCuda(monkeypatch)
+def fake(monkeypatch, w):  # noqa: F811
+    return FakeCuda(monkeypatch, w.module)
 
 
-def test_graph_runs_equal_eager_ones(fake):
-    flags = [*TINY, "--steps", "40", "--lr-decay", "linear"]
-    wgan_gp.main([*flags, "--run-dir", "graph"])
+@EVERY
+def test_graph_runs_equal_eager_ones(fake, w):  # noqa: F811
+    flags = [*w.tiny, "--steps", "40", "--lr-decay", "linear"]
+    w.main([*flags, "--run-dir", "graph"])
     assert fake.replays == 8 - 3  # three eager iterations count as training
-    wgan_gp.main([*flags, "--run-dir", "eager", "--no-graph"])
+    w.main([*flags, "--run-dir", "eager", "--no-graph"])
     assert fake.replays == 5
     same(tensors("graph/last.pt"), tensors("eager/last.pt"))
     assert losses("graph") == losses("eager")
 
 
-def test_graph_resumes_and_mixes_with_eager(fake):
-    wgan_gp.main([*TINY, "--steps", "60", "--run-dir", "whole", "--no-graph"])
-    wgan_gp.main([*TINY, "--steps", "30", "--run-dir", "half"])
-    wgan_gp.main(["--resume", "half/last.pt", "--steps", "60"])
+@EVERY
+def test_graph_resumes_and_mixes_with_eager(fake, w):  # noqa: F811
+    w.main([*w.tiny, "--steps", "60", "--run-dir", "whole", "--no-graph"])
+    w.main([*w.tiny, "--steps", "30", "--run-dir", "half"])
+    w.main(["--resume", "half/last.pt", "--steps", "60"])
     assert fake.replays == 2 * (6 - 3)
     same(tensors("half/last.pt"), tensors("whole/last.pt"))
 
