@@ -765,7 +765,7 @@ class Run:
         if not self.metrics:
             self.say("metrics.py is not beside this script: no scores, no curves.png")
         elif not args.classes:
-            self.say("no labels to train a classifier on, so no scores during the run: see metrics.py --features")
+            self.say("no labels to train a classifier on, so the run has no scores: see metrics.py --features")
         if args.tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter

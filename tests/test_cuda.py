@@ -1,13 +1,17 @@
 """On a CUDA GPU: python -m pytest -m cuda. Captured equals eager, through resumes and reloads. No data is needed."""
+import functools
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from test_run import ROOT, TINY, losses, scripted_judge, small, tensors  # noqa: F401  small: a fixture
+from test_run import EVERY, ROOT, TINY, losses, scripted_judge, small, tensors, w  # noqa: F401  fixtures
 from test_speed import leaves
 
+import cdcgan
+import dcgan
+import wgan_clip
 import wgan_gp
 
 pytestmark = pytest.mark.cuda
@@ -17,16 +21,15 @@ FLAGS = [*TINY, "--device", "cuda", "--batch-size", "16", "--lr-decay", "linear"
 @pytest.fixture(autouse=True)
 def exact(monkeypatch):
     """float32 throughout and the same kernels each time, so that only the graph can make a difference."""
-    pick = wgan_gp.pick_device
-
-    def strict(args):
+    def strict(pick, args):
         device = pick(args)
         torch.set_float32_matmul_precision("highest")
         torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.deterministic = True
         return device
 
-    monkeypatch.setattr(wgan_gp, "pick_device", strict)
+    for script in (wgan_gp, dcgan, cdcgan, wgan_clip):
+        monkeypatch.setattr(script, "pick_device", functools.partial(strict, script.pick_device))
     yield
     torch.backends.cudnn.deterministic = False
 
@@ -49,6 +52,15 @@ def test_captured_equals_eager(more):
     close(graph, eager)
     for a, b in zip(losses("graph"), losses("no-graph")):
         assert [float(v) for v in a[:7]] == pytest.approx([float(v) for v in b[:7]], rel=1e-4, abs=1e-5)
+
+
+@EVERY
+def test_every_script_captured_equals_eager(w):  # noqa: F811
+    for flag in ("--graph", "--no-graph"):
+        w.main([*w.tiny, "--device", "cuda", "--batch-size", "16", "--steps", "40", flag, "--run-dir", flag[2:]])
+    graph, eager = tensors("graph/last.pt"), tensors("no-graph/last.pt")
+    assert torch.equal(graph["rng"]["cuda"], eager["rng"]["cuda"])
+    close(graph, eager)
 
 
 def test_the_graph_is_the_default_and_replays(monkeypatch):
