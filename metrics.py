@@ -818,7 +818,7 @@ class Pictures:
                 data = f.read_bytes()
             except OSError as e:
                 fail(f"{f}: {e}")
-            h.update(len(data).to_bytes(8) + data)
+            h.update(len(data).to_bytes(8, "big") + data)
         return h.hexdigest()
 
     def __str__(self):
