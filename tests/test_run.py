@@ -852,3 +852,23 @@ def test_dry_run_does_one_of_everything(w, monkeypatch):
     assert set(os.listdir("a")) == made | ({"interpolation_classes.png"} if "--conditional" in w.tiny else set())
     assert [r[0] for r in losses("a")] == ["5", "5", "10", "10"]  # two iterations, a row of losses and one of scores
     assert sorted(p.name for p in Path("a/samples").iterdir()) == [f"step_{i:07}.png" for i in (0, 5, 10)]
+
+
+def test_a_higher_percentile_keeps_fewer(w, monkeypatch):
+    """By the rule: at percentile q a picture at the q-th of the burn-in's scores is kept one time in two."""
+    import metrics
+    wgan_gp.main([*TINY, "--steps", "20", "--run-dir", "a", "--lr-g", "1e-2", "--holdout", "40"])
+    with_metrics(w, monkeypatch)
+    monkeypatch.setattr(metrics, "platt", lambda real, fake: (1e8, 0.0, 0.7))  # so steep that the rule is a step
+    attempts, rejected = [], metrics.rejected
+
+    def watched(*args):
+        x, took = rejected(*args)
+        attempts.append(took["attempts"])
+        return x, took
+
+    monkeypatch.setattr(metrics, "rejected", watched)
+    for q in ("20", "90"):
+        wgan_gp.main(["--resume", "a/last.pt", "--generate", "400", "--generate-to", q, "--reject", "drs",
+                      "--drs-percentile", q])
+    assert attempts[0] == pytest.approx(400 / 0.8, rel=0.2) and attempts[1] == pytest.approx(400 / 0.1, rel=0.3)
