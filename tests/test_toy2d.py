@@ -1,0 +1,190 @@
+"""The two-dimensional study: data, scores, the objectives' maths. Oracles are closed forms and finite differences."""
+import math
+
+import pytest
+import torch
+
+import toy2d
+
+
+def args(*flags):
+    return toy2d.parse_args([*flags])
+
+
+@pytest.fixture
+def float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def test_a_ring_has_as_many_modes_as_it_says():
+    c = toy2d.mode_centres(args("--data", "ring"))
+    assert c.shape == (8, 2) and torch.pdist(c).min().item() == pytest.approx(2 * math.sin(math.pi / 8), rel=1e-6)
+    torch.testing.assert_close(c.norm(dim=1), torch.ones(8))
+
+
+def test_the_grids():
+    for n, line in (("25", [-4, -2, 0, 2, 4]), ("9", [-4, 0, 4])):
+        c = toy2d.mode_centres(args("--data", "grid", "--modes", n))
+        assert sorted(map(tuple, c.tolist())) == [(x, y) for x in line for y in line]
+
+
+@pytest.mark.parametrize("flags", [["--data", "grid", "--modes", "16"], ["--data", "ring", "--modes", "1"],
+                                   ["--seeds", "0"], ["--method", "vae"], ["--lr-g", "nan"]])
+def test_mistakes_are_one_line(flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        args(*flags)
+    assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_real_points_score_as_the_rayleigh_law_says():
+    """3 standard deviations in the plane hold 1 - exp(-9/2); the KL's mean is about (K - 1) / 2n."""
+    a = args("--data", "grid", "--seeds", "20")
+    runs = toy2d.score_real(a)
+    quality = sum(r["high_quality"] for r in runs) / 20
+    assert quality == pytest.approx(1 - math.exp(-4.5), abs=4 * math.sqrt(0.0111 * 0.9889 / 50_000))
+    assert all(r["covered"] == r["strict"] == 25 and r["near"] == 1 for r in runs)
+    assert sum(r["reverse_kl"] for r in runs) / 20 == pytest.approx(24 / 5000, rel=0.4)
+
+
+def test_a_uniform_blob_covers_every_mode_and_is_worth_nothing():
+    a = args("--data", "grid")
+    x = torch.rand(50_000, 2, generator=torch.Generator().manual_seed(0)) * 10 - 5
+    s = toy2d.coverage(x, toy2d.mode_centres(a), a.std)
+    assert s["covered"] == 25 and s["strict"] == 0
+    assert s["high_quality"] == pytest.approx(25 * math.pi * 0.15**2 / 100, rel=0.15)
+
+
+def test_coverage_by_hand():
+    c = torch.tensor([[0.0, 0.0], [1.0, 0.0]])
+    x = torch.tensor([[0.0, 0.29], [0.0, 0.31], [1.0, 0.0], [1.0, 0.1], [1.2, 0.0], [0.74, 0.0], [0.26, 0.0], [9, 9]])
+    s = toy2d.coverage(x, c, 0.1)
+    assert s["covered"] == 2 and s["strict"] == 2 and s["high_quality"] == 6 / 8 and s["near"] == 3 / 8
+    p = torch.tensor([2 / 6, 4 / 6])
+    assert s["reverse_kl"] == pytest.approx((p * (2 * p).log()).sum().item(), rel=1e-6)
+
+
+def test_runs_side_by_side_do_not_mix(float64):
+    net, x = toy2d.MLP(3, 2, 5, 1), torch.randn(3, 7, 2)
+    out = net(x)
+    for r in range(3):
+        h = x[r]
+        for i in range(3):
+            h = (h.relu() if i else h) @ net.weights[i][r] + net.biases[i][r]
+        torch.testing.assert_close(out[r], h)
+    grads = torch.autograd.grad(toy2d.mean(out[..., 0]), list(net.weights))
+    alone = torch.autograd.grad(net(x)[1, :, 0].mean(), list(net.weights))
+    for g, h in zip(grads, alone):
+        torch.testing.assert_close(g[1], h[1])
+
+
+# MD-GAN ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mixture, radius", [("published", 0.9436), ("clusters", 2.0)])
+def test_the_simplex_is_regular(mixture, radius):
+    mu = toy2d.Simplex(mixture).mu.double()
+    gram = radius**2 * (10 / 9 * torch.eye(10, dtype=torch.float64) - 1 / 9)
+    torch.testing.assert_close(mu @ mu.T, gram, atol=1e-6, rtol=0)
+
+
+def test_which_mixture_has_clusters():
+    """Published constants: one blob at 0, where the largest likelihood is .0220870751 with its normaliser; R 2: ten."""
+    published, clusters = toy2d.Simplex("published"), toy2d.Simplex("clusters")
+    assert published.end_of_corner < 1e-6 and clusters.end_of_corner > 0.99
+    lam = published.peak - math.log(10) - 4.5 * math.log(2 * math.pi * 0.25)
+    assert math.exp(lam) == pytest.approx(0.0220870751, rel=1e-3)  # R = .9436 is rounded
+    assert clusters.peak == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("mixture", ["published", "clusters"])
+def test_u_is_a_log_ratio_of_likelihoods_and_never_negative(mixture):
+    s = toy2d.Simplex(mixture)
+    e = torch.rand(100_000, 9, generator=torch.Generator().manual_seed(0)) * 5 - 2.5
+    assert s.u(e).min().item() >= 1e-6
+    law = torch.distributions.MixtureSameFamily(
+        torch.distributions.Categorical(torch.ones(10, dtype=torch.float64)),
+        torch.distributions.MultivariateNormal(s.mu.double(), 0.25 * torch.eye(9, dtype=torch.float64)))
+    e = e[:100].double()
+    top = s.peak - math.log(10) - 4.5 * math.log(2 * math.pi * 0.25)
+    torch.testing.assert_close(s.u(e), top - law.log_prob(e), atol=1e-5, rtol=1e-6)
+
+
+def test_log1mexp():
+    u = torch.tensor([1e-7, 1e-3, 0.5, math.log(2), 1.0, 20.0, 80.0], dtype=torch.float64, requires_grad=True)
+    exact = [math.log(-math.expm1(-v)) if v < 1 else math.log1p(-math.exp(-v)) for v in u.tolist()]
+    torch.testing.assert_close(toy2d.log1mexp(u), torch.tensor(exact, dtype=torch.float64), rtol=1e-12, atol=0)
+    (slope,) = torch.autograd.grad(toy2d.log1mexp(u).sum(), u)
+    torch.testing.assert_close(slope, 1 / torch.expm1(u.detach()), rtol=1e-10, atol=0)
+
+
+# looking ahead --------------------------------------------------------------------------------------------------------
+
+
+class Scalar(torch.nn.Module):
+    """D(x) = t x, with Adam's moments of three steps behind it."""
+
+    def __init__(self):
+        super().__init__()
+        self.t = torch.nn.Parameter(torch.tensor(0.7))
+
+    def forward(self, x):
+        return self.t * x[..., 0]
+
+
+def warmed(D, steps=3):
+    opt = torch.optim.Adam(D.parameters(), 0.01, (0.5, 0.999))
+    for i in range(steps):
+        opt.zero_grad()
+        D(torch.full((1, 1, 2), float(i + 1))).square().sum().backward()
+        opt.step()
+    return opt
+
+
+@pytest.mark.parametrize("k", [0, 1, 3, 5])
+def test_looking_ahead_is_adam_itself(float64, k):
+    """The parameters it arrives at are those torch's Adam arrives at; D and its optimizer do not move."""
+    torch.manual_seed(0)
+    D = toy2d.MLP(1, 2, 4, 1)
+    score = type("Squeeze", (torch.nn.Module,), {"forward": lambda self, x: self.net(x)[..., 0]})()
+    score.net = D
+    opt, real, fake = warmed(score), torch.randn(1, 6, 2), torch.randn(1, 6, 2)
+    before = [p.clone() for p in score.parameters()]
+    ahead = toy2d.look_ahead(score, opt, real, fake, k, 0.01)
+    assert all(torch.equal(p, q) for p, q in zip(score.parameters(), before))
+    for _ in range(k):
+        opt.zero_grad()
+        toy2d.d_loss("gan", score(real), score(fake)).backward()
+        opt.step()
+    for p, q in zip(score.parameters(), ahead.values()):
+        torch.testing.assert_close(q, p, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 5])
+def test_g_is_led_through_every_step_of_d(float64, k):
+    """The slope of a Dirac GAN's unrolled minimax loss against central differences; first order alone is far off."""
+    D, real = Scalar(), torch.zeros(1, 1, 2)
+    opt = warmed(D)
+
+    def loss(p, first_order=False):
+        fake = torch.stack([p, torch.zeros_like(p)]).view(1, 1, 2)
+        ahead = toy2d.look_ahead(D, opt, real, fake.detach() if first_order else fake, k, 0.05)
+        return -torch.nn.functional.softplus(torch.func.functional_call(D, ahead, (fake,))).sum()
+
+    p = torch.tensor(1.3, requires_grad=True)
+    (slope,) = torch.autograd.grad(loss(p), p)
+    h = 1e-5
+    difference = (loss(p.detach() + h) - loss(p.detach() - h)) / (2 * h)
+    assert slope.item() == pytest.approx(difference.item(), rel=1e-6)
+    (detached,) = torch.autograd.grad(loss(p, first_order=True), p)
+    assert abs(detached.item() - difference.item()) > 1e-3
+
+
+@pytest.mark.parametrize("method", toy2d.METHODS)
+def test_every_method_runs_and_draws(method, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    toy2d.main(["--data", "grid", "--modes", "9", "--method", method, "--steps", "12", "--seeds", "2",
+                "--run-dir", "a"])
+    names = {p.name for p in (tmp_path / "a").iterdir()}
+    assert {"strip.png", "training.gif", "log.csv", "scores.json", "args.json"} <= names
