@@ -603,7 +603,8 @@ def test_figures_show_what_they_say(w):
     for j in range(10):
         assert np.abs(latent[:, j] - paint(G, a + (b - a) * j / 9, y)).max() <= 1
         ends = paint(G, a, y), paint(G, b, y)
-        assert np.abs(pixel[:, j] - (ends[0] + (ends[1] - ends[0]) * j / 9)).max() <= 1
+        # either end may round the other way, by 1, and the blend is rounded once more, by half
+        assert np.abs(pixel[:, j] - (ends[0] + (ends[1] - ends[0]) * j / 9)).max() <= 1.5
     zero = torch.tensor(0) if w.told else None
     ends = [[paint(G, torch.where(torch.arange(6) == i, v, noise[2]), zero) for v in (-4.0, 4.0)] for i in range(6)]
     change = [np.abs(low - high).mean() for low, high in ends]
