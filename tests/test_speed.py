@@ -165,7 +165,7 @@ class FakeCuda:
 
     def __init__(self, monkeypatch, script):
         self.step = self.values = self.memory = None
-        self.replays, self.generator = 0, torch.default_generator
+        self.replays = 0
         outer, real, pick = self, script.captured, script.pick_device
 
         class Graph:

@@ -1,8 +1,10 @@
 """The two-dimensional study: data, scores, the objectives' maths. Oracles are closed forms and finite differences."""
+import json
 import math
 
 import pytest
 import torch
+from PIL import Image
 
 import toy2d
 
@@ -188,3 +190,8 @@ def test_every_method_runs_and_draws(method, tmp_path, monkeypatch):
                 "--run-dir", "a"])
     names = {p.name for p in (tmp_path / "a").iterdir()}
     assert {"strip.png", "training.gif", "log.csv", "scores.json", "args.json"} <= names
+    scores = json.loads((tmp_path / "a/scores.json").read_text())
+    assert [len(scores[k]) for k in ("made", "real")] == [2, 2] and scores["real"][0]["covered"] == 9
+    steps = [row.split(",")[0] for row in (tmp_path / "a/log.csv").read_text().splitlines()]
+    assert steps == ["step", "2", "4", "6", "8", "10", "12"]
+    assert Image.open(tmp_path / "a/strip.png").size == (6 * 260 - 4, 256)
