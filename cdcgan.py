@@ -223,7 +223,8 @@ def train(args):
 
 
 # --- shared: data ---
-DATASETS = {"digits": 1, "mnist": 1, "fashion": 1, "cifar10": 3, "celeba": 3, "folder": 3}  # name -> channels
+DATASETS = {"digits": 1, "mnist": 1, "fashion": 1, "cifar10": 3, "celeba": 3, "folder": 3,
+            "stacked_mnist": 3}  # name -> channels
 
 
 def fail(message):
@@ -241,6 +242,8 @@ def load_data(name, data_dir, size, split, limit=None):
         return read_files(root / "celeba" / "img_align_celeba", *list_celeba(root, split), size, limit)
     if name == "digits":
         x, y = render_digits(*((20_000, 1) if split == "train" else (10_000, 2)))
+    elif name == "stacked_mnist":
+        x, y = stack(*torchvision_data("mnist", root, split), *((128_000, 3) if split == "train" else (26_000, 4)))
     else:
         x, y = torchvision_data(name, root, split)
     return fit(x[:limit], size), y[:limit]
@@ -351,6 +354,12 @@ def render_digits(n, seed):
         grid = F.affine_grid(theta[i], [len(i), 1, 28, 28], align_corners=False)
         out.append(F.grid_sample(bank[which[i]].float(), grid, align_corners=False).round().clamp(0, 255).byte())
     return torch.cat(out), y
+
+
+def stack(x, y, n, seed):
+    """n pictures (n, 3, H, W) of three digits drawn at random, red, green and blue; labels 0..999, red the hundreds."""
+    i = torch.randint(len(x), (n, 3), generator=torch.Generator().manual_seed(seed))
+    return x[i, 0], y[i] @ torch.tensor([100, 10, 1])
 
 
 def fit(x, size):
@@ -689,7 +698,7 @@ def load_optimizer(opt, saved):
 # --- shared: run ---
 SCRIPT = Path(__file__)
 SCORES = ["fid", "fid_train", "inception_score", "mode_score", "coverage", "classes", "class_min", "class_max",
-          "label_accuracy"]
+          "label_accuracy", "modes", "modes_kl"]
 
 
 def rejection_line(took):
@@ -726,9 +735,10 @@ class Run:
         self.first_bad = torch.full((), -1, device=self.device)
         if RANK == 0:
             self.open(old)
-        # the same z in every sheet: 64 of them, or eight columns under a row for each label
-        self.z_sheet = self.noise(64, 1) if labels == 1 else self.noise(8, 1).repeat(labels, 1)
-        self.y_sheet = torch.arange(labels, device=self.device).repeat_interleave(64 if labels == 1 else 8)
+        # the same z in every sheet: 64 of them, or eight columns and a row for each label, of which 20 are shown
+        rows = min(labels, 20)
+        self.z_sheet = self.noise(64, 1) if labels == 1 else self.noise(8, 1).repeat(rows, 1)
+        self.y_sheet = torch.arange(rows, device=self.device).repeat_interleave(64 if labels == 1 else 8)
         self.clock, self.clock_step, self.paused = time.time(), self.step, 0.0
         if self.step == 0 and args.sample_every:
             self.sample()

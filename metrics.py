@@ -296,10 +296,29 @@ def train_classifier(x, y, classes, device, epochs=3, say=print):
     return net.eval()
 
 
+class Stacked(nn.Module):
+    """A classifier of single grey digits on pictures of three, red, green and blue (stacked MNIST)."""
+
+    def __init__(self, one):
+        super().__init__()
+        self.one, self.batch, self.accuracy = one, one.batch, one.accuracy
+        self.name = one.name.replace("/128", " on each of 3 channels/384")
+
+    def embed(self, x):
+        """uint8 (N, 3, H, W) -> features (N, 384), log-probabilities (N, 1000) of the triple, red the hundreds."""
+        parts = [self.one.embed(x[:, c:c + 1]) for c in range(3)]
+        r, g, b = (logits.log_softmax(1) for _, logits in parts)
+        joint = r[:, :, None, None] + g[:, None, :, None] + b[:, None, None, :]
+        return torch.cat([features for features, _ in parts], 1), joint.flatten(1)
+
+
 @torch.random.fork_rng([])  # building a network draws its first weights: not from the caller's stream
 def classifier(dataset, data_dir, device, limit=None, say=print):
     """The trained classifier of a data set, with .name ("classifier-mnist/128 HASH") and .accuracy on the test set.
-    Cached as DATA_DIR/classifier-DATASET-vN.pt, apart from a `limit`ed one, which is for trying things out."""
+    Cached as DATA_DIR/classifier-DATASET-vN.pt, apart from a `limit`ed one, which is for trying things out.
+    stacked_mnist has that of mnist, one channel at a time."""
+    if dataset == "stacked_mnist":
+        return Stacked(classifier("mnist", data_dir, device, limit, say))
     path, net = Path(data_dir) / f"classifier-{dataset}-v1.pt", None
     if not limit and path.exists():
         try:
@@ -518,6 +537,13 @@ def class_shares(logits):
             "class_max": shares.max().item()}
 
 
+def mode_coverage(labels, classes):
+    """Of the labels (N,) a classifier gives: the number of classes that occur (modes), and KL(their law || uniform),
+    in nats; 26,000 real stacked digits have about 1,000 and 999 / (2 N) = .019. Metz et al. 2017, Lin et al. 2018."""
+    p = torch.bincount(labels, minlength=classes).double() / len(labels)
+    return {"modes": int((p > 0).sum()), "modes_kl": torch.xlogy(p, p * classes).sum().item()}
+
+
 class Judge:
     """Scores pictures against a data set. judge(x, y=None) takes uint8 (N, C, H, W), and the labels (N,) that were
     asked for, if any; returns a dict of plain numbers:
@@ -527,10 +553,13 @@ class Judge:
     classes, class_min, class_max                classes with 1/(4K) of the samples or more; least and largest share
     n_real, n_fake, floor                        sizes (equal), and the FID of training against test pictures
     label_accuracy                               with y: the share that the classifier takes for what was asked
+    modes, modes_kl                              stacked_mnist: mode_coverage() of n = 26,000, and of as many real ones
+                                                 (modes_real, modes_kl_real)
 
     ValueError: fewer pictures than n, or features that are not finite."""
 
-    def __init__(self, dataset, data_dir, image_size, device="cpu", limit=None, n=10_000, say=print):
+    def __init__(self, dataset, data_dir, image_size, device="cpu", limit=None, n=None, say=print):
+        n = n or (26_000 if dataset == "stacked_mnist" else 10_000)
         device = torch.device(device)
         device = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
         self.net = classifier(dataset, data_dir, device, limit, say)
@@ -538,6 +567,7 @@ class Judge:
         self.n = min(n, len(train), len(test))
         self.train, self.real = embed(self.net, train[:self.n], False), embed(self.net, test[:self.n])
         self.floor = self.train.moments.fid(self.real.moments)
+        self.stacked = dataset == "stacked_mnist"
 
     def __call__(self, x, y=None):
         if len(x) < self.n:
@@ -545,8 +575,12 @@ class Judge:
         fake = embed(self.net, x[:self.n])
         right = {} if y is None else {
             "label_accuracy": (fake.logits.argmax(1).cpu() == y[:self.n]).double().mean().item()}
+        modes = {}
+        if self.stacked:
+            modes = mode_coverage(fake.logits.argmax(1), 1000)
+            modes |= {f"{k}_real": v for k, v in mode_coverage(self.real.logits.argmax(1), 1000).items()}
         return {**compare(fake, self.real, ("fid", "is", "mode", "coverage"), self.train),
-                **class_shares(fake.logits), **right, "n_real": self.n, "n_fake": self.n, "floor": self.floor,
+                **class_shares(fake.logits), **right, **modes, "n_real": self.n, "n_fake": self.n, "floor": self.floor,
                 "features": self.net.name, "accuracy": self.net.accuracy}
 
     @staticmethod
@@ -554,7 +588,9 @@ class Judge:
         return (f"FID[{s['features']}] {s['fid']:.1f} (floor {s['floor']:.1f}, n {s['n_real']} + {s['n_fake']})  "
                 f"IS {s['inception_score']:.2f} +- {s['inception_score_std']:.2f}  Mode Score {s['mode_score']:.2f}  "
                 f"coverage {s['coverage']:.3f}  {s['classes']} classes of {s['class_min']:.1%} to {s['class_max']:.1%}"
-                + (f"  labels right {s['label_accuracy']:.1%}" if "label_accuracy" in s else ""))
+                + (f"  labels right {s['label_accuracy']:.1%}" if "label_accuracy" in s else "")
+                + (f"  {s['modes']} of 1000 modes, KL {s['modes_kl']:.3f} (real {s['modes_real']}, "
+                   f"{s['modes_kl_real']:.3f})" if "modes" in s else ""))
 
 
 # REJECTION: which of a generator's pictures to keep, by their scores --------------------------------------------------
@@ -677,7 +713,7 @@ def rejected(kind, more, n, generator, head=None, percentile=60, burn_in=10_000,
 
 COLOURS = ("#1f5fa8", "#c8452b", "#2f8f4e", "#8a4fa3", "#b58a00", "#444444")
 PANELS = ("d_loss", "g_loss", "w_dist", "grad_norm", "penalty", "clipped", "d_acc", "fid", "inception_score",
-          "mode_score", "coverage", "label_accuracy")
+          "mode_score", "coverage", "label_accuracy", "modes", "modes_kl")
 
 
 def read_log(run):
@@ -891,7 +927,8 @@ def table(s, fake, real):
             ("Mode Score", "mode_score", ".2f", ""), ("precision", "precision", ".3f", "k 3"),
             ("recall", "recall", ".3f", "k 3"), ("density", "density", ".3f", "k 5"),
             ("coverage", "coverage", ".3f", "k 5"),
-            ("classes", "classes", "d", "of {class_min:.1%} to {class_max:.1%}")]
+            ("classes", "classes", "d", "of {class_min:.1%} to {class_max:.1%}"),
+            ("modes", "modes", "d", "of 1000, KL {modes_kl:.3f} to the uniform law")]
     accuracy = f", {s['accuracy']:.2%} of its test set right" if s["accuracy"] else ""
     lines = [f"features {s['features']}{accuracy}, n {s['n_real']} + {s['n_fake']}", f"fake     {fake}",
              f"real     {real}"]
@@ -958,6 +995,8 @@ def main(argv=None):
         scores = compare(fake_sample, real_sample, args.scores, train_sample)
         if keep and args.features == "classifier":
             scores.update(class_shares(fake_sample.logits))
+            if isinstance(net, Stacked):
+                scores.update(mode_coverage(fake_sample.logits.argmax(1), 1000))
     except ValueError as e:
         fail(f"{args.fake}, {args.real}: {e}")
     scores.update(n_real=n, n_fake=n, features=net.name, accuracy=net.accuracy,
@@ -974,7 +1013,8 @@ def main(argv=None):
 
 
 # --- shared: data ---
-DATASETS = {"digits": 1, "mnist": 1, "fashion": 1, "cifar10": 3, "celeba": 3, "folder": 3}  # name -> channels
+DATASETS = {"digits": 1, "mnist": 1, "fashion": 1, "cifar10": 3, "celeba": 3, "folder": 3,
+            "stacked_mnist": 3}  # name -> channels
 
 
 def fail(message):
@@ -992,6 +1032,8 @@ def load_data(name, data_dir, size, split, limit=None):
         return read_files(root / "celeba" / "img_align_celeba", *list_celeba(root, split), size, limit)
     if name == "digits":
         x, y = render_digits(*((20_000, 1) if split == "train" else (10_000, 2)))
+    elif name == "stacked_mnist":
+        x, y = stack(*torchvision_data("mnist", root, split), *((128_000, 3) if split == "train" else (26_000, 4)))
     else:
         x, y = torchvision_data(name, root, split)
     return fit(x[:limit], size), y[:limit]
@@ -1102,6 +1144,12 @@ def render_digits(n, seed):
         grid = F.affine_grid(theta[i], [len(i), 1, 28, 28], align_corners=False)
         out.append(F.grid_sample(bank[which[i]].float(), grid, align_corners=False).round().clamp(0, 255).byte())
     return torch.cat(out), y
+
+
+def stack(x, y, n, seed):
+    """n pictures (n, 3, H, W) of three digits drawn at random, red, green and blue; labels 0..999, red the hundreds."""
+    i = torch.randint(len(x), (n, 3), generator=torch.Generator().manual_seed(seed))
+    return x[i, 0], y[i] @ torch.tensor([100, 10, 1])
 
 
 def fit(x, size):
