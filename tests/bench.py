@@ -6,6 +6,7 @@
     python tests/bench.py --big data/animals  report B's full-width networks at 64x64 on a folder: 20 iterations
     python tests/bench.py --profile mlp       where the time of our iteration goes
     python tests/bench.py --activation        the critic's activation beside nn.LeakyReLU
+    python tests/bench.py --unroll            time and memory of unrolled.py's G update for k = 0, 1, 5, 10
     python tests/bench.py --yardstick 18760   train the textbook loop that long on MNIST, then score its samples
 
 The textbook loop is what the common single-file collections do with the same networks. The habits it copies: PIL
@@ -36,6 +37,7 @@ from torchvision import transforms
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import cdcgan
 import dcgan
+import unrolled
 import wgan_clip
 import wgan_gp
 
@@ -47,6 +49,10 @@ QUIET = ["--log-every", "0", "--sample-every", "0", "--eval-every", "0", "--chec
 CASES = {"wgan_gp mlp": (wgan_gp, ["--arch", "mlp"]), "wgan_gp 28": (wgan_gp, ["--image-size", "28"]),
          "wgan_gp": (wgan_gp, []), "dcgan mlp": (dcgan, ["--arch", "mlp"]), "dcgan": (dcgan, ["--norm-first"]),
          "cdcgan": (cdcgan, []), "wgan_clip": (wgan_clip, [])}
+
+
+MORE = {"dcgan 64": (dcgan, []), "unrolled 28": (unrolled, ["--image-size", "28"]),
+        "unrolled mlp": (unrolled, ["--arch", "mlp"])}  # not beside a textbook loop
 
 
 class Pictures(torch.utils.data.Dataset):
@@ -194,7 +200,7 @@ def print_memory(name, flags, iterations):
     def stop(n):
         if n == iterations: raise Done
 
-    our_loop(CASES[name][0], flags, stop)
+    our_loop({**CASES, **MORE}[name][0], flags, stop)
     if DEVICE == "cuda":
         print(torch.cuda.max_memory_reserved() / 2**20)
     else:  # the process's own peak; getrusage would count the parent's too
@@ -250,13 +256,13 @@ def speed(cases, blocks, iterations, data):
                   f"{row([t / o for o, t in pairs])} | {peak_memory(name, flags_now):.0f} | {busy:.0%} |", flush=True)
 
 
-def big(folder, iterations=20):
+def big(folder, modes, iterations=20):
     """Report B's networks at full width, 3 updates of D to one of G, batches of 128."""
     flags = ["--dataset", "folder", "--data-dir", folder, "--image-size", "64", "--ngf", "128", "--ndf", "128",
              "--d-steps", "3"]
     print(f"{where()}\n\n| networks | mode | ms an iteration | images/s | peak memory, MiB |\n|---|---|---|---|---|")
-    for mode, more in MODES[DEVICE].items():
-        times = []
+    for mode in modes or MODES[DEVICE]:
+        times, more = [], MODES[DEVICE][mode]
 
         def mark(n, times=times):
             times.append(now())
@@ -265,7 +271,37 @@ def big(folder, iterations=20):
         our_loop(dcgan, [*flags, *more], mark)
         ms = 1e3 * statistics.median(b - a for a, b in itertools.pairwise(times[3:]))
         print(f"| dcgan 64x64x3, ngf 128, ndf 128, batch 128 | {mode} | {ms:.4g} | {3 * 128e3 / ms:.4g} | "
-              f"{peak_memory('dcgan', [*flags, *more], 3):.0f} |", flush=True)
+              f"{peak_memory('dcgan 64', [*flags, *more], 2):.0f} |", flush=True)
+
+
+def unroll(data, turns=15):
+    """What looking ahead costs: one update of G at each k in turns, on networks whose D has stepped once; and the peak
+    of a process that trains with that k."""
+    print(f"{where()}, {turns} turns, median (min to max)\n\n| networks | inner | k | ms a G update | times k = 0 | "
+          f"peak memory, MiB |\n|---|---|---|---|---|---|")
+    for name, inner in (("unrolled 28", "adam"), ("unrolled 28", "sgd"), ("unrolled mlp", "adam")):
+        flags = [*MORE[name][1], *data, "--inner", inner]
+        args = unrolled.parse_args(flags)
+        G, D = (make(args, 1).to(DEVICE, memory_format=torch.channels_last)
+                for make in (unrolled.make_generator, unrolled.make_discriminator))
+        opt_g, opt_d = (unrolled.adam(net, 1e-4, args) for net in (G, D))
+        x_real = torch.rand(args.batch_size, 1, args.image_size, args.image_size, device=DEVICE) * 2 - 1
+        D(x_real).square().mean().backward()
+        opt_d.step()
+        times = {k: [] for k in (0, 1, 5, 10)}
+        for turn in range(turns + 2):  # two to warm up
+            for k, taken in times.items():
+                start = now()
+                x_fake = G(unrolled.sample_z(args, args.batch_size, DEVICE))
+                params = unrolled.look_ahead(D, opt_d, x_real, x_fake, k, inner, args.inner_lr)
+                loss = unrolled.generator_loss(None, unrolled.functional_call(D, params, (x_fake,)), "ns")
+                for p, grad in zip(G.parameters(), torch.autograd.grad(loss, list(G.parameters()))): p.grad = grad
+                opt_g.step()
+                if turn > 1: taken.append(1e3 * (now() - start))
+        for k, taken in times.items():
+            ratios = [a / b for a, b in zip(taken, times[0])]
+            print(f"| {name} | {inner} | {k} | {row(taken)} | {statistics.median(ratios):.3g} | "
+                  f"{peak_memory(name, [*flags, '--k', str(k)]):.0f} |", flush=True)
 
 
 def growth(data):
@@ -360,6 +396,8 @@ if __name__ == "__main__":
     p.add_argument("--growth", action="store_true")
     p.add_argument("--big", metavar="FOLDER")
     p.add_argument("--memory", help=argparse.SUPPRESS)
+    p.add_argument("--modes", nargs="+", choices=MODES[DEVICE], help="with --big; default: all")
+    p.add_argument("--unroll", action="store_true")
     p.add_argument("--profile", choices=CASES)
     p.add_argument("--activation", action="store_true")
     p.add_argument("--yardstick", type=int, metavar="STEPS")
@@ -369,7 +407,9 @@ if __name__ == "__main__":
     if a.memory:
         print_memory(*json.loads(a.memory), a.iterations)
     elif a.big:
-        big(a.big)
+        big(a.big, a.modes)
+    elif a.unroll:
+        unroll(data)
     elif a.growth:
         growth(data)
     elif a.profile:
