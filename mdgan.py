@@ -223,7 +223,7 @@ def train(args):
     run = Run(args, {"G": G, "D": D}, {"g": opt_g, "d": opt_d}, ema, draw, rate, batch)
     if args.generate:
         return run.generate()
-    run.say(D[-1])
+    run.say(str(D[-1]))
     ema_updates.fill_(run.g_updates())
     step = captured(step, args, run.nets)
     while run.training():
@@ -1029,9 +1029,14 @@ class Run:
 
     def last_scores(self):
         """scores.json: last.pt and best.pt on fresh z, and on what --reject keeps."""
-        scores, reject = {}, self.args.reject
+        scores, reject, last = {}, self.args.reject, self.step
         for name in (n for n in ("last.pt", "best.pt") if (self.dir / n).exists()):
-            self.restore(read_checkpoint(self.dir / name), weights_only=True)
+            checkpoint = read_checkpoint(self.dir / name)
+            if name == "best.pt" and checkpoint["step"] == last:  # the same networks
+                scores |= {k.replace("last", "best"): v for k, v in scores.items()}
+                self.say("best.pt is last.pt")
+                break
+            self.restore(checkpoint, weights_only=True)
             scores[name] = self.judge(self.pictures(self.noise(self.judge.n, 3)), self.asked_for(self.judge.n))
             self.say(f"{name}, fresh z: {self.judge.line(scores[name])}")
             if reject != "none":

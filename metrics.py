@@ -269,7 +269,8 @@ class Classifier(nn.Module):
         """uint8 (N, C, H, W) -> features (N, 128), logits (N, K), in eval mode whatever mode it was in."""
         self.eval()
         device = self.head.weight.device
-        parts = [self(self.prepare(b.to(device))) for b in x.split(1000)]
+        size = 100 if device.type == "cpu" else 1000  # a CPU's caches hold the maps of 100: three times as fast
+        parts = [self(self.prepare(b.to(device))) for b in x.split(size)]
         return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
 
@@ -347,7 +348,7 @@ def classifier(dataset, data_dir, device, limit=None, say=print):
             say(f"the classifier could not be kept in {path} ({e})")
     net.name, net.batch = f"classifier-{dataset}/128 {digest(net)}", 1000
     say(f"{net.name}: {net.accuracy:.2%} of the test set right")
-    return net.to(device)
+    return net.to(device, memory_format=torch.channels_last)
 
 
 def digest(net):

@@ -1006,9 +1006,14 @@ class Run:
 
     def last_scores(self):
         """scores.json: last.pt and best.pt on fresh z, and on what --reject keeps."""
-        scores, reject = {}, self.args.reject
+        scores, reject, last = {}, self.args.reject, self.step
         for name in (n for n in ("last.pt", "best.pt") if (self.dir / n).exists()):
-            self.restore(read_checkpoint(self.dir / name), weights_only=True)
+            checkpoint = read_checkpoint(self.dir / name)
+            if name == "best.pt" and checkpoint["step"] == last:  # the same networks
+                scores |= {k.replace("last", "best"): v for k, v in scores.items()}
+                self.say("best.pt is last.pt")
+                break
+            self.restore(checkpoint, weights_only=True)
             scores[name] = self.judge(self.pictures(self.noise(self.judge.n, 3)), self.asked_for(self.judge.n))
             self.say(f"{name}, fresh z: {self.judge.line(scores[name])}")
             if reject != "none":
