@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 import metrics
+import unrolled
 import wgan_gp
 
 ROOT = Path(metrics.__file__).parent
@@ -66,6 +67,55 @@ def test_mnist_from_files(tmp_path):
         assert np.array_equal(x.numpy()[:, 0], made[name][0]) and np.array_equal(y.numpy(), made[name][1])
 
 
+def test_stacked_digits_are_three_at_random_and_labelled_by_all_three():
+    x = torch.arange(20).view(20, 1, 1, 1) * 10 + torch.arange(4).view(1, 1, 2, 2)  # picture i is 10 i + its pixel
+    y = torch.arange(20) % 10
+    stacked, labels = metrics.stack(x.byte(), y, 5000, 3)
+    assert stacked.shape == (5000, 3, 2, 2) and stacked.dtype == torch.uint8
+    assert labels.shape == (5000,) and labels.dtype == torch.int64
+    which = stacked[:, :, 0, 0].long() // 10
+    assert torch.equal(stacked.long(), 10 * which[:, :, None, None] + torch.arange(4).view(2, 2))  # whole pictures
+    red, green, blue = (which % 10).T
+    assert torch.equal(labels, 100 * red + 10 * green + blue)
+    for channel in which.T:  # each independent and even: 250 of each picture, give or take five deviations
+        assert (torch.bincount(channel, minlength=20) - 250).abs().max() < 80
+    assert abs(torch.corrcoef(which.T.double()) - torch.eye(3)).max() < 0.07
+    assert len(labels.unique()) > 980 and labels.max() == 999 and labels.min() == 0
+    again, other = metrics.stack(x.byte(), y, 5000, 3), wgan_gp.stack(x.byte(), y, 5000, 4)
+    assert torch.equal(again[0], stacked) and torch.equal(again[1], labels) and not torch.equal(other[1], labels)
+
+
+@functools.cache
+def digits(split):
+    return metrics.load_data("digits", "data", 28, split)
+
+
+@pytest.fixture
+def stacked_digits(monkeypatch):
+    """stacked_mnist out of the rendered digits, a few hundred in place of 128,000; returns the sizes asked for."""
+    asked = []
+    for module in (metrics, unrolled):
+        def few(x, y, n, seed, stack=module.stack):
+            asked.append((len(x), n, seed))
+            return stack(x, y, 300, seed)
+
+        monkeypatch.setattr(module, "stack", few)
+        monkeypatch.setattr(module, "torchvision_data", lambda name, root, split: {"mnist": digits}[name](split))
+    return asked
+
+
+def test_stacked_mnist_is_drawn_from_its_own_split_of_mnist(stacked_digits):
+    (train, y), (test, y_test) = (metrics.load_data("stacked_mnist", "data", 28, s) for s in ("train", "test"))
+    assert stacked_digits == [(20_000, 128_000, 3), (10_000, 26_000, 4)]
+    for x, labels, split in ((train, y, "train"), (test, y_test, "test")):
+        known = {p.numpy().tobytes(): int(c) for p, c in zip(*digits(split))}
+        read = [[known[c.numpy().tobytes()] for c in p] for p in x]
+        assert (np.array(read) @ [100, 10, 1]).tolist() == labels.tolist()
+    ours = unrolled.load_data("stacked_mnist", "data", 32, "train", 20)
+    assert torch.equal(ours[0], metrics.fit(train[:20], 32)) and torch.equal(ours[1], y[:20])
+    assert metrics.DATASETS["stacked_mnist"] == unrolled.DATASETS["stacked_mnist"] == 3
+
+
 # the classifier -------------------------------------------------------------------------------------------------------
 
 
@@ -105,6 +155,17 @@ def test_judge_leaves_mps_for_the_cpu(monkeypatch, data_dir):
         name, folder, torch.device("cpu"), *a))
     metrics.Judge("digits", data_dir, 28, torch.device("mps:0"), n=100, say=lambda text: None)
     assert asked == [torch.device("cpu")]
+
+
+def test_classifier_of_stacked_mnist_reads_all_three_digits(data_dir, tmp_path, stacked_digits):
+    shutil.copy(data_dir / "classifier-digits-v1.pt", tmp_path / "classifier-mnist-v1.pt")
+    said = []
+    net = metrics.classifier("stacked_mnist", tmp_path, torch.device("cpu"), say=said.append)
+    assert len(said) == 1 and said[0].startswith("classifier-mnist/128 ")  # that of single digits, loaded
+    x, y = metrics.load_data("stacked_mnist", tmp_path, 32, "test")
+    features, joint = net.embed(x)
+    assert features.shape == (300, 384) and (joint.argmax(1) == y).double().mean() > 0.95
+    assert (features.shape[1], net.name.split()[-2]) == (384, "channels/384")
 
 
 @pytest.mark.skipif(not MNIST.exists(), reason="real MNIST is not under data/: the classifier's 99 % is not checked")
@@ -149,6 +210,20 @@ def test_a_folder_against_a_folder_and_noise_scores_far_off(data_dir, tmp_path, 
     same, noise = (json.loads(run(capsys, *flags, tmp_path / f)) for f in ("real.pt", "noise.pt"))
     assert same["fid"] < 1e-6 and same["coverage"] == 1 and same["mode_score"] > 9
     assert noise["fid"] > 20 * noise["floor"] and noise["coverage"] < 0.05 and noise["class_max"] > 0.3
+
+
+def test_the_command_counts_the_modes_of_stacked_digits(data_dir, tmp_path, capsys, stacked_digits):
+    shutil.copy(data_dir / "classifier-digits-v1.pt", tmp_path / "classifier-mnist-v1.pt")
+    x, y = metrics.load_data("stacked_mnist", tmp_path, 28, "test")
+    few = x[y < 500][:90]
+    torch.save(few.repeat(2, 1, 1, 1), tmp_path / "x.pt")
+    flags = ["--real", "stacked_mnist", "--fake", tmp_path / "x.pt", "--data-dir", tmp_path]
+    s = json.loads(run(capsys, *flags, "--json"))
+    read = metrics.classifier("stacked_mnist", tmp_path, torch.device("cpu"), say=str).embed(few)[1].argmax(1).numpy()
+    share = np.unique(read, return_counts=True)[1] / 90
+    assert s["modes"] == len(share) > 50 and s["modes_kl"] == pytest.approx((share * np.log(1000 * share)).sum())
+    assert s["n_real"] == s["n_fake"] == 180 and s["features"].startswith("classifier-mnist on each of 3 channels/384")
+    assert f"of 1000, KL {s['modes_kl']:.3f} to the uniform law" in run(capsys, *flags)
 
 
 @pytest.mark.parametrize("name, content, named", [
@@ -244,6 +319,21 @@ def test_scores_in_the_log_are_those_of_the_saved_samples(data_dir, tmp_path, mo
     a, b = (torch.load(f"{d}/last.pt", weights_only=True) for d in "ab")
     assert all(torch.equal(a["ema"][k], b["ema"][k]) for k in a["ema"])
     assert torch.equal(a["rng"]["cpu"], b["rng"]["cpu"])
+
+
+def test_a_run_on_stacked_digits_logs_its_modes(data_dir, tmp_path, monkeypatch, stacked_digits):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(data_dir / "classifier-digits-v1.pt", tmp_path / "classifier-mnist-v1.pt")
+    real = metrics.classifier  # a dry run would train one that cannot tell anything
+    monkeypatch.setattr(metrics, "classifier", lambda name, folder, device, *a: real(name, tmp_path, device))
+    unrolled.main(["--dataset", "stacked_mnist", "--image-size", "28", "--ngf", "4", "--ndf", "4", "--k", "1",
+                   "--device", "cpu", "--dry-run", "--run-dir", "a"])
+    scores = json.loads(Path("a/scores.json").read_text())["last.pt"]
+    assert scores["n_real"] == 256 and 1 <= scores["modes"] <= 256 and 150 < scores["modes_real"] < 256
+    rows = [r for r in csv.DictReader(open("a/log.csv")) if r["modes"]]
+    assert [r["step"] for r in rows] == ["1", "2"] and 0 < float(rows[0]["modes_kl"]) <= np.log(1000)
+    assert Image.open("a/samples.png").mode == "RGB"
+    assert torch.load("a/last.pt", weights_only=True)["args"]["classes"] > 900
 
 
 def test_without_metrics_there_are_no_scores(tmp_path, monkeypatch, capsys):

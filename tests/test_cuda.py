@@ -6,12 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_run import EVERY, ROOT, TINY, losses, scripted_judge, small, tensors, w  # noqa: F401  fixtures
+from test_run import CASES, EVERY, ROOT, TINY, losses, scripted_judge, small, tensors, w  # noqa: F401  fixtures
 from test_speed import leaves
 
-import cdcgan
-import dcgan
-import wgan_clip
 import wgan_gp
 
 pytestmark = pytest.mark.cuda
@@ -28,7 +25,7 @@ def exact(monkeypatch):
         torch.backends.cudnn.deterministic = True
         return device
 
-    for script in (wgan_gp, dcgan, cdcgan, wgan_clip):
+    for script in {case.module for case in CASES.values()}:
         monkeypatch.setattr(script, "pick_device", functools.partial(strict, script.pick_device))
     yield
     torch.backends.cudnn.deterministic = False

@@ -542,3 +542,110 @@ def test_a_table_cut_into_blocks_is_the_whole_table(monkeypatch):
     assert metrics.precision_recall(real, fake, 5) == pytest.approx((other["precision"], other["recall"]), abs=1e-12)
     got = metrics.density_coverage(real, fake)
     assert got == pytest.approx((other["density"], other["coverage"]), abs=1e-12)
+
+
+# stacked MNIST
+
+
+class Reader(torch.nn.Module):
+    """Reads a digit off a picture's brightness, 20 a unit; unsure in between."""
+
+    batch, accuracy, name = 70, 0.97, "classifier-mnist/128 abcdef12"
+
+    def embed(self, x):
+        assert x.dtype == torch.uint8 and x.shape[1] == 1
+        v = x.double().mean((1, 2, 3)) / 20
+        return torch.stack([v, v.square()], 1), -3 * (v[:, None] - torch.arange(10)).square()
+
+
+def painted(triples, size=4):
+    """Pictures (N, 3, size, size) of three digits each, for the Reader."""
+    return (20 * torch.as_tensor(triples)).byte()[:, :, None, None].expand(-1, -1, size, size)
+
+
+def test_stacked_reads_red_as_hundreds_green_as_tens_and_blue_as_ones():
+    net, rng = metrics.Stacked(Reader()), np.random.RandomState(0)
+    x = torch.from_numpy(rng.randint(0, 185, (40, 3, 1, 1), np.uint8)).expand(-1, -1, 4, 4)
+    features, joint = net.embed(x)
+    assert features.shape == (40, 6) and joint.shape == (40, 1000)
+    for i in range(40):
+        v = x[i, :, 0, 0].double().numpy() / 20
+        p = [np.exp(-3 * (c - np.arange(10.0)) ** 2) / np.exp(-3 * (c - np.arange(10.0)) ** 2).sum() for c in v]
+        assert features[i].tolist() == pytest.approx([v[0], v[0]**2, v[1], v[1]**2, v[2], v[2]**2])
+        for r, g, b in ((0, 0, 0), (7, 1, 3), (9, 9, 9), rng.randint(0, 10, 3)):
+            assert joint[i, 100 * r + 10 * g + b].item() == pytest.approx(np.log(p[0][r] * p[1][g] * p[2][b]), rel=1e-9)
+    np.testing.assert_allclose(joint.exp().sum(1), 1, rtol=1e-12)
+    triples = rng.randint(0, 10, (60, 3))
+    assert net.embed(painted(triples))[1].argmax(1).tolist() == (triples @ [100, 10, 1]).tolist()
+
+
+def test_stacked_features_are_three_times_as_wide_and_named_so():
+    one = metrics.Classifier(1, 10)
+    one.name, one.batch, one.accuracy = Reader.name, 100, 0.5
+    net = metrics.Stacked(one)
+    assert (net.name, net.batch, net.accuracy) == ("classifier-mnist on each of 3 channels/384 abcdef12", 100, 0.5)
+    x = pictures(5, 28)
+    features, joint = net.embed(x)
+    assert features.shape == (5, 384) and joint.shape == (5, 1000)
+    torch.testing.assert_close(features[:, 128:256], one.embed(x[:, 1:2])[0])
+
+
+@pytest.mark.parametrize("k", [10, 1000])
+def test_mode_coverage_in_closed_form(k):
+    """log(K / m) where m of K classes occur, as often as each other."""
+    classes = torch.randperm(k)
+    for m in (k, k // 2, k // 5, 1):
+        s = metrics.mode_coverage(classes[:m].repeat(3), k)
+        assert s == {"modes": m, "modes_kl": pytest.approx(math.log(k / m), abs=1e-12)} and type(s["modes"]) is int
+    uneven = metrics.mode_coverage(torch.tensor([3, 3, 3, 7]), k)
+    wanted = 0.75 * math.log(0.75 * k) + 0.25 * math.log(0.25 * k)
+    assert uneven == {"modes": 2, "modes_kl": pytest.approx(wanted, abs=1e-12)}
+
+
+def test_mode_coverage_of_a_finite_sample_of_all_classes():
+    """(K - 1) / (2 N) on average, to first order: .0192 of 26,000."""
+    labels = torch.randint(1000, (26_000,))
+    s = metrics.mode_coverage(labels, 1000)
+    p = np.bincount(labels, minlength=1000) / 26_000
+    assert s["modes_kl"] == pytest.approx((p * np.log(p * 1000)).sum(), abs=1e-12)
+    assert s["modes"] == 1000 and s["modes_kl"] == pytest.approx(999 / 52_000, rel=0.2)
+
+
+@pytest.fixture
+def stacked_judge(monkeypatch):
+    """A Judge of 200 stacked digits: real ones 25 triples, eight times each."""
+    real = torch.tensor([[c // 100, c // 10 % 10, c % 10] for c in range(0, 1000, 40)]).repeat(8, 1)
+    monkeypatch.setattr(metrics, "load_data", lambda name, root, size, split, limit: (
+        painted(real if split == "test" else torch.randint(10, (300, 3)), size), None))
+    monkeypatch.setattr(metrics, "classifier", lambda *a: metrics.Stacked(Reader()))
+    return metrics.Judge("stacked_mnist", "data", 28, say=lambda text: None)
+
+
+def test_judge_of_stacked_digits_counts_modes(stacked_judge):
+    assert stacked_judge.n == 200
+    made = torch.tensor([[9, c // 10 % 10, c % 10] for c in range(50)]).repeat(4, 1)
+    extra = torch.zeros(30, 3, dtype=torch.int64)  # more than were asked for: not looked at
+    scores = stacked_judge(painted(torch.cat([made, extra]), 28))
+    assert {k: v for k, v in scores.items() if "modes" in k} == {
+        "modes": 50, "modes_kl": pytest.approx(math.log(20), abs=1e-12), "modes_real": 25,
+        "modes_kl_real": pytest.approx(math.log(40), abs=1e-12)}
+    assert scores["features"] == "classifier-mnist on each of 3 channels/384 abcdef12" and scores["n_real"] == 200
+    assert "50 of 1000 modes, KL 2.996 (real 25, 3.689)" in stacked_judge.line(scores)
+    assert scores["class_max"] == 0.02 and scores["class_min"] == 0
+
+
+def test_judge_of_other_data_counts_no_modes(monkeypatch):
+    monkeypatch.setattr(metrics, "load_data", lambda *a: (painted(torch.randint(10, (50, 1)), 28), None))
+    monkeypatch.setattr(metrics, "classifier", lambda *a: Reader())
+    judge = metrics.Judge("mnist", "data", 28, say=lambda text: None)
+    scores = judge(painted(torch.randint(10, (50, 1)), 28))
+    assert not any("modes" in k for k in scores) and "modes" not in judge.line(scores)
+
+
+@pytest.mark.parametrize("name, n", [("stacked_mnist", 26_000), ("mnist", 10_000), ("digits", 10_000)])
+def test_judge_compares_as_many_as_the_papers_do(monkeypatch, name, n):
+    monkeypatch.setattr(Reader, "batch", 30_000)
+    monkeypatch.setattr(metrics, "load_data", lambda *a: (painted(torch.randint(10, (26_100, 1)), 1), None))
+    monkeypatch.setattr(metrics, "classifier", lambda *a: Reader())
+    assert metrics.Judge(name, "data", 28, say=lambda text: None).n == n
+    assert metrics.Judge(name, "data", 28, n=40, say=lambda text: None).n == 40

@@ -19,6 +19,8 @@ from PIL import Image
 
 import cdcgan
 import dcgan
+import mdgan
+import unrolled
 import wgan_clip
 import wgan_gp
 
@@ -53,7 +55,8 @@ class Case:
 
 CASES = {"wgan_gp": Case(wgan_gp), "dcgan": Case(dcgan, *LIKE_WGAN_GP, "--gp", ".1", "--d-norm", "none"),
          "cdcgan": Case(cdcgan, *LIKE_WGAN_GP, "--image-size", "32"), "wgan_clip": Case(wgan_clip, *LIKE_WGAN_GP),
-         "conditional": Case(wgan_clip, *LIKE_WGAN_GP, "--conditional", "--optimizer", "adam")}
+         "conditional": Case(wgan_clip, *LIKE_WGAN_GP, "--conditional", "--optimizer", "adam"),
+         "unrolled": Case(unrolled, *LIKE_WGAN_GP, "--k", "1"), "mdgan": Case(mdgan, *LIKE_WGAN_GP)}
 
 
 def over(*names):
@@ -75,7 +78,7 @@ rendered = functools.cache(wgan_gp.render_digits)
 def small(monkeypatch, tmp_path):
     """300 digits instead of 20,000, the script on its own (no scores), the working folder a temporary one."""
     (tmp_path / "alone").mkdir()
-    for module in (wgan_gp, dcgan, cdcgan, wgan_clip):
+    for module in {case.module for case in CASES.values()}:
         monkeypatch.setattr(module, "render_digits", lambda n, seed: rendered(300, seed))
         alone = Path(shutil.copy(module.__file__, tmp_path / "alone"))
         monkeypatch.setattr(module, "SCRIPT", alone)
@@ -156,7 +159,8 @@ def test_sigkill_after_a_checkpoint_resumes_bit_for_bit(w, whole, tmp_path):
 
 @pytest.mark.parametrize("w, number", [
     ("wgan_gp", signal.SIGINT), ("wgan_gp", signal.SIGTERM), ("dcgan", signal.SIGTERM), ("cdcgan", signal.SIGINT),
-    ("wgan_clip", signal.SIGTERM), ("conditional", signal.SIGINT)], indirect=["w"])
+    ("wgan_clip", signal.SIGTERM), ("conditional", signal.SIGINT), ("unrolled", signal.SIGTERM),
+    ("mdgan", signal.SIGINT)], indirect=["w"])
 def test_a_signal_leaves_a_checkpoint_that_resumes_bit_for_bit(w, whole, monkeypatch, number):
     record = w.Run.record
 
@@ -353,7 +357,10 @@ def test_step_counts_and_cadence(w):
     ("cdcgan", "--d-ignores-label"),
     ("wgan_clip", "--clip .1"), ("wgan_clip", "--optimizer adam"), ("wgan_clip", "--d-dropout .3"),
     ("wgan_clip", "--d-norm none"), ("wgan_clip", "--g-norm layer"), ("wgan_clip", "--lr-decay linear"),
-    ("conditional", "--d-ignores-label"), ("conditional", "--label-embedding-dim 3")], indirect=["w"])
+    ("conditional", "--d-ignores-label"), ("conditional", "--label-embedding-dim 3"),
+    ("unrolled", "--k 0"), ("unrolled", "--k 3"), ("unrolled", "--inner sgd"), ("unrolled", "--loss minimax"),
+    ("unrolled", "--amp"), ("mdgan", "--mixture published"), ("mdgan", "--embedding-dim 8"),
+    ("mdgan", "--loss saturating"), ("mdgan", "--amp")], indirect=["w"])
 def test_every_training_flag_changes_the_weights(w, ran, change, monkeypatch):
     monkeypatch.setattr(w.Run, "figures", lambda run: None)
     ran("a", "--steps", "10", "--sample-every", "0")
@@ -411,7 +418,7 @@ def test_scores_are_of_fresh_pictures_and_of_the_labels_asked_for(w, monkeypatch
     assert [r["label_accuracy"] for r in rows] == ["0.5" if w.told else ""]
 
 
-@over("wgan_gp", "dcgan", "cdcgan", "wgan_clip")
+@over("wgan_gp", "dcgan", "cdcgan", "wgan_clip", "unrolled")
 def test_best_fid_goes_back_and_halves_the_rates(w, monkeypatch):
     scripted_judge(monkeypatch, [50, 40, 45, 46, 30, 31, 32], w)
     flags = [*w.tiny, "--steps", "40", "--eval-every", "5", "--lr-decay", "best-fid", "--patience", "2"]
@@ -505,6 +512,7 @@ ERRORS = [
     (["--resume", "good/last.pt", "--generate", "2", "--generate-to", "used"], "used"),
     (["--resume", "good/last.pt", "--generate", "2", "--generate-to", "file/in"], "file/in"),
     (["--dataset", "mnist", "--data-dir", "nowhere/deep/er"], "deep/er"),
+    (["--dataset", "stacked_mnist", "--data-dir", "nowhere"], "nowhere/MNIST/raw"),
 ]
 
 
@@ -526,6 +534,19 @@ OTHERS = [
     ("conditional", ["--label-embedding-dim", "0"], "label-embedding-dim"),
     ("conditional", ["--resume", "good/last.pt", "--label-embedding-dim", "4"], "label-embedding-dim"),
     ("conditional", ["--resume", "good/last.pt", "--generate", "2", "--z-file", "wide.npy"], "wide.npy"),
+    ("unrolled", ["--k", "-1"], "--k"), ("unrolled", ["--k", "1001"], "--k"), ("unrolled", ["--k", "1.5"], "--k"),
+    ("unrolled", ["--inner", "rmsprop"], "rmsprop"), ("unrolled", ["--inner-lr", "-1"], "inner-lr"),
+    ("unrolled", ["--inner-lr", "nan"], "inner-lr"), ("unrolled", ["--loss", "saturating"], "saturating"),
+    ("unrolled", ["--image-size", "48"], "48"), ("unrolled", ["--resume", "other.pt"], "wgan_gp.py"),
+    ("unrolled", ["--resume", "good/last.pt", "--k", "3"], "--k"),
+    ("unrolled", ["--resume", "good/last.pt", "--inner", "sgd"], "--inner"),
+    ("mdgan", ["--mixture", "uniform"], "uniform"), ("mdgan", ["--embedding-dim", "0"], "embedding-dim"),
+    ("mdgan", ["--embedding-dim", "513"], "embedding-dim"), ("mdgan", ["--loss", "minimax"], "minimax"),
+    ("mdgan", ["--image-size", "48"], "48"), ("mdgan", ["--resume", "other.pt"], "wgan_gp.py"),
+    ("mdgan", ["--resume", "good/last.pt", "--mixture", "published"], "mixture"),
+    ("mdgan", ["--resume", "good/last.pt", "--embedding-dim", "4"], "embedding-dim"),
+    ("mdgan", ["--resume", "good/last.pt", "--loss", "saturating"], "--loss"),
+    ("mdgan", ["--resume", "misfit.pt"], "misfit.pt"),
 ]
 
 
@@ -680,7 +701,8 @@ def test_tensorboard_says_how_to_get_it(w, monkeypatch, capsys):
 
 
 LOGGED = {"wgan_gp": "d_loss g_loss w_dist grad_norm d_acc", "dcgan": "d_loss g_loss penalty d_acc",
-          "cdcgan": "d_loss g_loss d_acc", "wgan_clip": "d_loss g_loss w_dist clipped d_acc"}
+          "cdcgan": "d_loss g_loss d_acc", "wgan_clip": "d_loss g_loss w_dist clipped d_acc",
+          "unrolled": "d_loss g_loss d_acc", "mdgan": "d_loss g_loss d_acc"}
 
 
 @EVERY
@@ -697,10 +719,23 @@ def test_terminal_redraws_and_file_gets_whole_lines(w, monkeypatch, capsys):
     assert capsys.readouterr().out.count("\r\033[Kepoch") == 2
 
 
+@over("mdgan")
+@pytest.mark.parametrize("flags, said", [
+    ([], "mixture of 10: mean shift from a corner ends at 1.000 of the radius, 10 clusters"),
+    (["--mixture", "published"], "mixture of 10: mean shift from a corner ends at 0.000 of the radius, one blob"),
+    (["--embedding-dim", "4"], "mixture of 5: ")])
+def test_a_run_says_at_its_start_what_its_mixture_is(w, flags, said, capsys):
+    w.main([*w.tiny, *flags, "--steps", "5", "--run-dir", "a"])
+    lines = capsys.readouterr().out.splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("epoch"))
+    assert [line.startswith(said) for line in lines[:first]].count(True) == 1
+    assert sum("mixture" in line for line in lines) == 1
+
+
 # the script alone -----------------------------------------------------------------------------------------------------
 
 
-@over("wgan_gp", "cdcgan", "conditional")
+@over("wgan_gp", "cdcgan", "conditional", "unrolled", "mdgan")
 def test_copied_alone_it_trains_resumes_and_generates(w, tmp_path):
     """The whole chain through the shell: an empty folder, the script and nothing else. wgan_gp.py resumes there too."""
     folder = tmp_path / "empty"
@@ -758,9 +793,10 @@ def test_generation_by_naive_rejection_keeps_the_pictures_the_rule_keeps(w, monk
     monkeypatch.setattr(w.Run, "say", lambda run, text, redraw=False: said.append(text))
     w.main(["--resume", "a/last.pt", "--generate", "6", "--generate-to", "out", "--reject", "naive"])
     G, D = w.networks(torch.load("a/last.pt", weights_only=True))
-    z = w.sample_z(w.parse_args(w.tiny), 1000, "cpu", w.seeded(0, 6))
-    y = torch.arange(1000) % 10 if w.told else None
-    uniform = torch.rand(1000, generator=w.seeded(0, 6, 1), dtype=torch.float64)
+    of_z, of_chance, args = w.seeded(0, 6), w.seeded(0, 6, 1), w.parse_args(w.tiny)
+    z = torch.cat([w.sample_z(args, 1000, "cpu", of_z) for _ in range(20)])
+    uniform = torch.cat([torch.rand(1000, generator=of_chance, dtype=torch.float64) for _ in range(20)])
+    y = torch.arange(20_000) % 10 if w.told else None
     with torch.no_grad():
         chance = 1 / (1 + torch.exp(-(D(G(z, y), y) if w.told else D(G(z))).double()))
     wanted = (uniform < chance).nonzero().flatten()[:6]
@@ -769,7 +805,7 @@ def test_generation_by_naive_rejection_keeps_the_pictures_the_rule_keeps(w, monk
     assert f"{int(wanted[-1]) + 1} attempts" in said[-1], said
 
 
-@over("wgan_gp", "dcgan", "cdcgan", "conditional")
+@over("wgan_gp", "dcgan", "cdcgan", "conditional", "unrolled", "mdgan")
 def test_drs_is_calibrated_on_held_out_pictures_and_scored_at_the_end(w, monkeypatch):
     """The head is fitted on scores of the held-out pictures, and their labels, alone; scores.json: what it took."""
     import metrics
@@ -820,7 +856,10 @@ def test_a_discriminator_of_no_use_is_one_line(w, monkeypatch, capsys):
     ("cdcgan", "--d-ignores-label"), ("cdcgan", "--arch mlp --image-size 28"),
     ("wgan_clip", "--g-norm layer --d-dropout .3 --upsample bilinear"), ("wgan_clip", "--d-norm none --arch mlp"),
     ("conditional", "--d-ignores-label --optimizer rmsprop --g-norm none"),
-    ("conditional", "--label-embedding-dim 3 --d-norm none --amp")], indirect=["w"])
+    ("conditional", "--label-embedding-dim 3 --d-norm none --amp"),
+    ("unrolled", "--inner sgd --inner-lr .3 --loss minimax --arch mlp --k 1"), ("unrolled", "--k 3 --amp"),
+    ("unrolled", "--k 0 --g-steps 2"), ("mdgan", "--mixture published --loss saturating --arch mlp"),
+    ("mdgan", "--embedding-dim 3 --amp --g-steps 2")], indirect=["w"])
 def test_combinations_resume_bit_for_bit(w, flags):
     run = [*w.tiny, *flags.split(), "--sample-every", "0"]
     w.main([*run, "--steps", "20", "--run-dir", "whole"])
