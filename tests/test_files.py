@@ -63,6 +63,14 @@ def test_the_method_is_about_as_long_as_designed(capsys):
                 print(f"{a} -> {b}: {sum(x[0] in '+-' for x in diff)} lines")
 
 
+@pytest.mark.parametrize("path", IMAGE, ids=lambda p: p.name)
+def test_docstrings_commands_parse(path):
+    module = importlib.import_module(path.stem)
+    commands = re.findall(rf"^    python {path.name}(.*?)(?:  |$)", module.__doc__, re.M)
+    assert len(commands) >= 2
+    for flags in (c for c in commands if "--resume" not in c): module.parse_args(shlex.split(flags))
+
+
 def readme_commands():
     text = (ROOT / "README.md").read_text()
     code = "\n".join(re.findall(r"```(?:sh|bash)\n(.*?)```", text, re.S))
@@ -100,6 +108,9 @@ def test_readme_training_commands_run_dry(command, tmp_path, monkeypatch):
         flags[flags.index(width) + 1] = "8"
     for m in (module, metrics):
         monkeypatch.setattr(m, "render_digits", lambda n, seed: (x, y))
+        if name == "stacked_mnist":
+            monkeypatch.setattr(m, "torchvision_data", lambda *a: (x, y))
+            monkeypatch.setattr(m, "stack", lambda x, y, n, seed, stack=m.stack: stack(x, y, 300, seed))
         if name in ("cifar10", "celeba"):
             monkeypatch.setattr(m, "load_data", lambda name, root, size, split, limit=None: (
                 module.fit(x, size).expand(-1, 3, -1, -1)[:limit], (y if name == "cifar10" else 0 * y - 1)[:limit]))
