@@ -81,7 +81,7 @@ def test_stacked_digits_are_three_at_random_and_labelled_by_all_three():
         assert (torch.bincount(channel, minlength=20) - 250).abs().max() < 80
     assert abs(torch.corrcoef(which.T.double()) - torch.eye(3)).max() < 0.07
     assert len(labels.unique()) > 980 and labels.max() == 999 and labels.min() == 0
-    again, other = metrics.stack(x.byte(), y, 5000, 3), wgan_gp.stack(x.byte(), y, 5000, 4)
+    again, other = wgan_gp.stack(x.byte(), y, 5000, 3), metrics.stack(x.byte(), y, 5000, 4)
     assert torch.equal(again[0], stacked) and torch.equal(again[1], labels) and not torch.equal(other[1], labels)
 
 
