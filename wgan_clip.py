@@ -8,6 +8,8 @@ Arjovsky, Chintala and Bottou 2017, "Wasserstein GAN", arXiv 1701.07875, algorit
     python wgan_clip.py                                    numerals rendered at start-up, no download
     python wgan_clip.py --dataset mnist --clip 0.05 --d-steps 1 --upsample nearest --optimizer adam
 
+Expect FID[classifier] 95 on MNIST after 2,400 updates of each with the second command's flags, --lr-g 2e-4 --lr-d 2e-4
+and --amp (seed 0, README has the protocol), and 937 with 5 critic updates at that c, whose critic is all but free.
 As in the authors' code all of C's parameters are clipped, those of batch norm too. Real and fake go through C in
 separate batches where it has batch norm. G is in train mode for the critic's fakes and is sampled in eval mode with
 averaged weights.
