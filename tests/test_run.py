@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+import bigan
 import cdcgan
 import dcgan
 import mdgan
@@ -38,25 +39,32 @@ class Case:
         self.told = module is cdcgan or "--conditional" in flags  # G takes a label
         self.size = 32 if "32" in flags else 28
         self.logged = module.LOGGED
+        self.figures = {"interpolation_classes.png"} if "--conditional" in flags else (
+            {"reconstructions.png", "interpolation_real.png"} if module is bigan else set())  # beside the six
 
     def __getattr__(self, name):
         return getattr(self.module, name)
 
     def networks(self, checkpoint):
-        """The averaged G and D of a checkpoint, for use; D as a function of x and y."""
+        """The averaged G and D of a checkpoint, for use; D as a function of x and y, bigan.py's also of x's code z."""
         args = argparse.Namespace(**checkpoint["args"])
         labels = [args.classes] if self.module is cdcgan else []
         D = (self.make_discriminator if hasattr(self.module, "make_discriminator") else self.make_critic)
         G, D = self.make_generator(args, 1, *labels), D(args, 1, *labels)
+        if self.module is bigan:
+            G = bigan.Pair(G, bigan.make_encoder(args, 1))
         G.load_state_dict(checkpoint["ema"]), D.load_state_dict(checkpoint["nets"]["D"])
         D.eval()
+        if self.module is bigan:
+            return G.eval(), lambda x, y=None, z=None: D(x, G.E(x) if z is None else z)
         return G.eval(), lambda x, y=None: D(x, y) if self.told else D(x)
 
 
 CASES = {"wgan_gp": Case(wgan_gp), "dcgan": Case(dcgan, *LIKE_WGAN_GP, "--gp", ".1", "--d-norm", "none"),
          "cdcgan": Case(cdcgan, *LIKE_WGAN_GP, "--image-size", "32"), "wgan_clip": Case(wgan_clip, *LIKE_WGAN_GP),
          "conditional": Case(wgan_clip, *LIKE_WGAN_GP, "--conditional", "--optimizer", "adam"),
-         "unrolled": Case(unrolled, *LIKE_WGAN_GP, "--k", "1"), "mdgan": Case(mdgan, *LIKE_WGAN_GP)}
+         "unrolled": Case(unrolled, *LIKE_WGAN_GP, "--k", "1"), "mdgan": Case(mdgan, *LIKE_WGAN_GP),
+         "bigan": Case(bigan, *LIKE_WGAN_GP)}
 
 
 def over(*names):
@@ -360,7 +368,8 @@ def test_step_counts_and_cadence(w):
     ("conditional", "--d-ignores-label"), ("conditional", "--label-embedding-dim 3"),
     ("unrolled", "--k 0"), ("unrolled", "--k 3"), ("unrolled", "--inner sgd"), ("unrolled", "--loss minimax"),
     ("unrolled", "--amp"), ("unrolled", "--ema 0"), ("mdgan", "--mixture published"), ("mdgan", "--embedding-dim 8"),
-    ("mdgan", "--loss saturating"), ("mdgan", "--amp"), ("mdgan", "--ema 0")], indirect=["w"])
+    ("mdgan", "--loss saturating"), ("mdgan", "--amp"), ("mdgan", "--ema 0"),
+    ("bigan", "--prior uniform"), ("bigan", "--amp"), ("bigan", "--ema 0"), ("bigan", "--g-steps 2")], indirect=["w"])
 def test_every_training_flag_changes_the_weights(w, ran, change, monkeypatch):
     monkeypatch.setattr(w.Run, "figures", lambda run: None)
     ran("a", "--steps", "10", "--sample-every", "0")
@@ -547,6 +556,8 @@ OTHERS = [
     ("mdgan", ["--resume", "good/last.pt", "--embedding-dim", "4"], "embedding-dim"),
     ("mdgan", ["--resume", "good/last.pt", "--loss", "saturating"], "--loss"),
     ("mdgan", ["--resume", "misfit.pt"], "misfit.pt"),
+    ("bigan", ["--probe"], "--resume"), ("bigan", ["--image-size", "48"], "48"),
+    ("bigan", ["--resume", "other.pt"], "wgan_gp.py"), ("bigan", ["--resume", "misfit.pt"], "misfit.pt"),
 ]
 
 
@@ -702,7 +713,7 @@ def test_tensorboard_says_how_to_get_it(w, monkeypatch, capsys):
 
 LOGGED = {"wgan_gp": "d_loss g_loss w_dist grad_norm d_acc", "dcgan": "d_loss g_loss penalty d_acc",
           "cdcgan": "d_loss g_loss d_acc", "wgan_clip": "d_loss g_loss w_dist clipped d_acc",
-          "unrolled": "d_loss g_loss d_acc", "mdgan": "d_loss g_loss d_acc"}
+          "unrolled": "d_loss g_loss d_acc", "mdgan": "d_loss g_loss d_acc", "bigan": "d_loss g_loss d_acc"}
 
 
 @EVERY
@@ -735,7 +746,7 @@ def test_a_run_says_at_its_start_what_its_mixture_is(w, flags, said, capsys):
 # the script alone -----------------------------------------------------------------------------------------------------
 
 
-@over("wgan_gp", "cdcgan", "conditional", "unrolled", "mdgan")
+@over("wgan_gp", "cdcgan", "conditional", "unrolled", "mdgan", "bigan")
 def test_copied_alone_it_trains_resumes_and_generates(w, tmp_path):
     """The whole chain through the shell: an empty folder, the script and nothing else. wgan_gp.py resumes there too."""
     folder = tmp_path / "empty"
@@ -750,8 +761,7 @@ def test_copied_alone_it_trains_resumes_and_generates(w, tmp_path):
     assert (code, err) == (0, "") and "no scores" in out
     made = {"args.json", f"{w.name}.py", "log.csv", "last.pt", "samples", "samples.png", "training.gif",
             "interpolation_latent.png", "interpolation_pixel.png", "traversal.png"}
-    if "--conditional" in w.tiny: made |= {"interpolation_classes.png"}
-    assert set(os.listdir(folder / "run")) == made
+    assert set(os.listdir(folder / "run")) == made | w.figures
     if w.name == "wgan_gp":
         code, out, err = call("--resume", "run/last.pt", "--steps", "20")
         assert (code, err) == (0, "") and torch.load(folder / "run/last.pt", weights_only=True)["step"] == 20
@@ -798,14 +808,15 @@ def test_generation_by_naive_rejection_keeps_the_pictures_the_rule_keeps(w, monk
     uniform = torch.cat([torch.rand(1000, generator=of_chance, dtype=torch.float64) for _ in range(20)])
     y = torch.arange(20_000) % 10 if w.told else None
     with torch.no_grad():
-        chance = 1 / (1 + torch.exp(-(D(G(z, y), y) if w.told else D(G(z))).double()))
+        score = D(G(z, y), y) if w.told else D(G(z), z=z) if w.module is bigan else D(G(z))
+        chance = 1 / (1 + torch.exp(-score.double()))
     wanted = (uniform < chance).nonzero().flatten()[:6]
     shown = np.stack([np.asarray(Image.open(f)) for f in sorted(Path("out").iterdir())]).astype(float)
     assert np.abs(shown - paint(G, z[wanted], y[wanted] if w.told else None)).max() <= 1
     assert f"{int(wanted[-1]) + 1} attempts" in said[-1], said
 
 
-@over("wgan_gp", "dcgan", "cdcgan", "conditional", "unrolled", "mdgan")
+@over("wgan_gp", "dcgan", "cdcgan", "conditional", "unrolled", "mdgan", "bigan")
 def test_drs_is_calibrated_on_held_out_pictures_and_scored_at_the_end(w, monkeypatch):
     """The head is fitted on scores of the held-out pictures, and their labels, alone; scores.json: what it took."""
     import metrics
@@ -859,7 +870,8 @@ def test_a_discriminator_of_no_use_is_one_line(w, monkeypatch, capsys):
     ("conditional", "--label-embedding-dim 3 --d-norm none --amp"),
     ("unrolled", "--inner sgd --inner-lr .3 --loss minimax --arch mlp --k 1"), ("unrolled", "--k 3 --amp"),
     ("unrolled", "--k 0 --g-steps 2"), ("mdgan", "--mixture published --loss saturating --arch mlp"),
-    ("mdgan", "--embedding-dim 3 --amp --g-steps 2")], indirect=["w"])
+    ("mdgan", "--embedding-dim 3 --amp --g-steps 2"), ("bigan", "--arch mlp --prior uniform --g-steps 2"),
+    ("bigan", "--amp --d-steps 1")], indirect=["w"])
 def test_combinations_resume_bit_for_bit(w, flags):
     run = [*w.tiny, *flags.split(), "--sample-every", "0"]
     w.main([*run, "--steps", "20", "--run-dir", "whole"])
@@ -889,7 +901,7 @@ def test_dry_run_does_one_of_everything(w, monkeypatch):
     w.main([*w.tiny, "--dry-run", "--run-dir", "a"])
     made = {"args.json", f"{w.name}.py", "log.csv", "last.pt", "best.pt", "samples", "samples.png", "training.gif",
             "interpolation_latent.png", "interpolation_pixel.png", "traversal.png", "scores.json"}
-    assert set(os.listdir("a")) == made | ({"interpolation_classes.png"} if "--conditional" in w.tiny else set())
+    assert set(os.listdir("a")) == made | w.figures
     assert [r[0] for r in losses("a")] == ["5", "5", "10", "10"]  # two iterations, a row of losses and one of scores
     assert sorted(p.name for p in Path("a/samples").iterdir()) == [f"step_{i:07}.png" for i in (0, 5, 10)]
 
