@@ -4,15 +4,14 @@ A generator that has learned the law puts points on each mode (covered), the rig
 to its centre (high quality, within 3 standard deviations: 98.9 % of the real points are). Only together do these say
 much: a uniform blob covers all 25 modes of the grid, with 2 % of its points of high quality.
 
-    python toy2d.py --data ring --method gan --loss minimax         collapses onto a mode or two and wanders
-    python toy2d.py --data ring --method unrolled --loss minimax    Metz et al. 2017: 8 of 8
+    python toy2d.py --protocol metz --method gan         onto one mode, and on to the next
+    python toy2d.py --protocol metz --method unrolled    8 of 8
     python toy2d.py --data grid --method wgan_gp --seeds 3
-    python toy2d.py --table --quick                                 all of them beside the published figures
+    python toy2d.py --table --quick                      all of them beside the published figures
 
---seeds N trains N runs at once, as one batch of networks. Protocols: PacGAN (Lin et al. 2018, 1712.04086): ring of
-radius 1 and std .01, grid +-4 and std .05, 2,500 points; Metz et al. (1611.02163): radius 2, std .02. Runs are not
-resumed, and no points are chosen by D unless --reject is given. No figure of this file's has been measured yet: the
-rates and lengths are first guesses.
+--seeds N trains N runs at once, as one batch of networks. Protocols: pacgan (Lin et al. 2018, 1712.04086): ring of
+radius 1 and std .01, grid +-4 and std .05, 2,500 points; metz (1611.02163): ring of radius 2 and std .02. Runs are not
+resumed, and no points are chosen by D unless --reject is given.
 """
 
 import argparse
@@ -32,6 +31,15 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 METHODS = ("gan", "wgan_clip", "wgan_gp", "unrolled", "mdgan")
+# Defaults of one objective, found by trying on seed 0: a WGAN's Adam goes without its first moment. All else is the
+# same for all: networks, noise, points, decay, average. The numbers of steps are for like times.
+TUNED = {"gan": {}, "unrolled": {"loss": "minimax", "steps": 2500}, "mdgan": {"loss": "minimax"},
+         "wgan_clip": {"d_steps": 2, "beta1": 0.0, "lr_d": 2e-3, "steps": 5000},
+         "wgan_gp": {"d_steps": 2, "beta1": 0.0, "lr_g": 2e-3, "lr_d": 4e-3, "steps": 5000}}
+# Metz et al. 2017, appendix: the game in which a plain GAN collapses. D learns ten times more slowly than G, G's output
+# is linear, nothing decays, and G is scored as it is. Their batch is 512.
+METZ = {"radius": 2.0, "loss": "minimax", "layers": 2, "slope": 0.0, "bound": 0.0, "latent_dim": 256, "lr_d": 1e-4,
+        "lr_decay": "none", "ema": 0.0, "steps": 3000}
 
 
 def fail(message):
@@ -58,6 +66,8 @@ def parse_args(argv=None):
     a = p.add_argument
     a("--data", choices=("ring", "grid"), default="ring", help="centres on a circle, or on a square lattice")
     a("--modes", type=int, help="ring: any number from 2 (8 by default); grid: 9 or 25 (the default)")
+    a("--protocol", choices=("pacgan", "metz"), default="pacgan",
+      help="metz: ring of radius 2, the networks, rates and loss of the unrolled paper")
     a("--radius", type=number(float, 1e-6), help="of the ring; default 1, Metz et al. 2; of the grid: 4")
     a("--std", type=number(float, 1e-9), help="of each mode; default: a hundredth of the radius; grid: .05")
     a("--method", choices=METHODS, default="gan", help="the objective")
@@ -65,18 +75,23 @@ def parse_args(argv=None):
       help="G's in gan, unrolled and mdgan: non-saturating, or the same game that D plays")
     a("--k", type=number(int, 0, 100), default=5, help="unrolled: D's steps that G looks ahead; 0 is the plain GAN")
     a("--gp-weight", type=number(float, 0), default=0.1, help="wgan_gp: lambda; its authors' code on toys: .1")
-    a("--clip", type=number(float, 1e-6), default=0.05, help="wgan_clip: bound of each weight")
+    a("--clip", type=number(float, 1e-6), default=0.1, help="wgan_clip: bound of each weight")
     a("--mixture", choices=("published", "clusters"), default="published",
       help="mdgan: the constants of its code, one blob in truth; or R 2, sigma .5, ten clusters")
-    a("--hidden", type=number(int, 1, 4096), default=128, help="width of both networks' two ReLU layers")
-    a("--latent-dim", type=number(int, 1, 4096), default=64, help="size of z ~ N(0, I)")
+    a("--layers", type=number(int, 1, 10), default=3, help="hidden ReLU layers of both networks")
+    a("--hidden", type=number(int, 1, 4096), default=128, help="their width")
+    a("--latent-dim", type=number(int, 1, 4096), default=2, help="size of z")
+    a("--prior", choices=("normal", "uniform"), default="normal", help="of z: N(0, 1), or U(-1, 1)")
+    a("--slope", type=number(float, 0, 1), default=0.2, help="of D's leaky ReLUs below 0; 0: plain ReLUs")
+    a("--bound", type=number(float, 0, 100), default=1.5,
+      help="G's last layer is a tanh that reaches to this many radii, as MD-GAN's; 0: linear")
     a("--steps", type=number(int, 1), default=10_000, help="G updates")
     a("--batch-size", type=number(int, 2), default=256, help="points a step")
-    a("--d-steps", type=number(int, 1, 100), help="D updates to one of G; default: 5 for the WGANs, else 1")
+    a("--d-steps", type=number(int, 1, 100), default=1, help="D updates to one of G")
     a("--lr-g", type=number(float, 0, 10), default=1e-3, help="Adam's rate for G")
     a("--lr-d", type=number(float, 0, 10), default=1e-3, help="Adam's rate for D")
     a("--beta1", type=number(float, 0, 0.999), default=0.5, help="Adam's first moment; the second: .999, WGANs .9")
-    a("--lr-decay", choices=("none", "linear"), default="linear", help="linear: to 0 at the last step")
+    a("--lr-decay", choices=("none", "linear"), default="linear", help="linear: from half the steps on, to 0")
     a("--ema", type=number(float, 0, 0.99999), default=0.999, help="decay of G's averaged copy, which is scored")
     a("--seeds", type=number(int, 1, 1000), default=1, help="independent runs, trained side by side")
     a("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of all of them together")
@@ -86,16 +101,18 @@ def parse_args(argv=None):
     a("--table", action="store_true", help="every method on ring and grid with --seeds runs each; Markdown")
     a("--quick", action="store_true", help="with --table: a tenth of the steps, a few minutes on two cores")
     args = p.parse_args(argv)
-    return resolve(args)
+    p.set_defaults(**TUNED[args.method] | (METZ if args.protocol == "metz" else {}))  # what the user gives still wins
+    return resolve(p.parse_args(argv))
 
 
 def resolve(args):
+    if args.protocol == "metz" and args.data != "ring":
+        fail(f"--protocol metz is a ring, not --data {args.data}")
     args.modes = args.modes or {"ring": 8, "grid": 25}[args.data]
     if (args.data == "ring" and args.modes < 2) or (args.data == "grid" and args.modes not in (9, 25)):
         fail(f"--modes {args.modes}: a ring takes 2 or more, a grid 9 or 25")
     args.radius = args.radius or {"ring": 1.0, "grid": 4.0}[args.data]
     args.std = args.std or {"ring": args.radius / 100, "grid": 0.05}[args.data]
-    args.d_steps = args.d_steps or (5 if args.method.startswith("wgan") else 1)
     args.snapshot_every = args.snapshot_every or max(1, args.steps // 5)
     return args
 
@@ -117,6 +134,13 @@ def sample_real(centres, std, *shape):
     return centres[torch.randint(len(centres), shape)] + std * torch.randn(*shape, 2)
 
 
+def noise(args, *shape, rng=None):
+    """z (*shape, latent_dim)."""
+    if args.prior == "normal":
+        return torch.randn(*shape, args.latent_dim, generator=rng)
+    return torch.rand(*shape, args.latent_dim, generator=rng) * 2 - 1
+
+
 def coverage(points, centres, std):
     """What the tables print, for points (N, 2). covered: modes with a point of high quality, one within 3 std of its
     nearest centre; strict: modes with at least a quarter of their due share in such points; high_quality and near
@@ -135,12 +159,13 @@ def coverage(points, centres, std):
 
 
 class MLP(nn.Module):
-    """`runs` networks of two hidden ReLU layers side by side: (runs, B, n_in) -> (runs, B, n_out). A network's loss
+    """`runs` ReLU networks side by side, leaky with a slope: (runs, B, n_in) -> (runs, B, n_out). A network's loss
     depends on its own weights alone, so the gradients of the sum over runs are those of each run by itself."""
 
-    def __init__(self, runs, n_in, hidden, n_out):
+    def __init__(self, runs, n_in, hidden, n_out, layers=2, slope=0.0):
         super().__init__()
-        sizes = [n_in, hidden, hidden, n_out]
+        self.slope = slope
+        sizes = [n_in, *[hidden] * layers, n_out]
         bounds = [1 / math.sqrt(n) for n in sizes[:-1]]  # nn.Linear's own initialisation
         self.weights = nn.ParameterList(torch.empty(runs, i, o).uniform_(-b, b)
                                         for i, o, b in zip(sizes, sizes[1:], bounds))
@@ -148,7 +173,7 @@ class MLP(nn.Module):
 
     def forward(self, x):
         for i, (w, b) in enumerate(zip(self.weights, self.biases)):
-            x = torch.baddbmm(b, x if i == 0 else x.relu(), w)
+            x = torch.baddbmm(b, x if i == 0 else F.leaky_relu(x, self.slope) if self.slope else x.relu(), w)
         return x
 
 
@@ -249,7 +274,7 @@ class Score(nn.Module):
     def __init__(self, args, scale):
         super().__init__()
         self.scale, self.simplex = scale, Simplex(args.mixture) if args.method == "mdgan" else None
-        self.net = MLP(args.seeds, 2, args.hidden, 9 if self.simplex else 1)
+        self.net = MLP(args.seeds, 2, args.hidden, 9 if self.simplex else 1, args.layers, args.slope)
 
     def forward(self, x):
         out = self.net(x / self.scale)
@@ -262,22 +287,22 @@ def train(args, on_snapshot=lambda step, G, D: None):
     centres, R, B = mode_centres(args), args.seeds, args.batch_size
     scale = centres.square().mean().sqrt().item()  # the networks see coordinates of size 1
     D = Score(args, scale)
-    net = MLP(R, args.latent_dim, args.hidden, 2)
+    net = MLP(R, args.latent_dim, args.hidden, 2, args.layers)
     average = copy.deepcopy(net).requires_grad_(False)
     betas = (args.beta1, 0.9 if args.method.startswith("wgan") else 0.999)
     opt_g = torch.optim.Adam(net.parameters(), args.lr_g, betas, fused=True)
     opt_d = torch.optim.Adam(D.parameters(), args.lr_d, betas, fused=True)
 
     def G(z, of=net):
-        return of(z) * scale
+        return of(z).tanh() * (args.bound * args.radius) if args.bound else of(z) * scale
 
     for step in range(1, args.steps + 1):
-        decay = 1 - (step - 1) / args.steps if args.lr_decay == "linear" else 1.0
+        decay = min(1.0, 2 - 2 * (step - 1) / args.steps) if args.lr_decay == "linear" else 1.0
         opt_g.param_groups[0]["lr"], opt_d.param_groups[0]["lr"] = args.lr_g * decay, args.lr_d * decay
         for _ in range(args.d_steps):
             real = sample_real(centres, args.std, R, B)
             with torch.no_grad():
-                fake = G(torch.randn(R, B, args.latent_dim))
+                fake = G(noise(args, R, B))
             loss = d_loss(args.method, D(real), D(fake))
             if args.method == "wgan_gp":
                 loss = loss + args.gp_weight * gradient_penalty(D, real, fake)
@@ -289,7 +314,7 @@ def train(args, on_snapshot=lambda step, G, D: None):
                     for p in D.parameters(): p.clamp_(-args.clip, args.clip)
 
         D.requires_grad_(args.method == "unrolled")  # looking ahead needs D's own slopes
-        fake = G(torch.randn(R, B, args.latent_dim))
+        fake = G(noise(args, R, B))
         if args.method == "unrolled":
             ahead = look_ahead(D, opt_d, real, fake, args.k, args.lr_d * decay)
             loss = g_loss("gan", args.loss, functional_call(D, ahead, (fake,)))
@@ -315,7 +340,7 @@ def train(args, on_snapshot=lambda step, G, D: None):
 @torch.no_grad()
 def score(args, G, n=2500):
     """coverage() of n points of each run: a list of dicts."""
-    z = torch.randn(args.seeds, n, args.latent_dim, generator=torch.Generator().manual_seed(args.seed + 1))
+    z = noise(args, args.seeds, n, rng=torch.Generator().manual_seed(args.seed + 1))
     centres = mode_centres(args)
     return [coverage(points, centres, args.std) for points in G(z)]
 
@@ -355,8 +380,8 @@ def picture(args, G, D, side=256):
     low, high = value.quantile(0.02), value.quantile(0.98)
     shade = ((value - low) / (high - low).clamp(min=1e-12)).clamp(0, 1) * 95 + 160
     image = Image.fromarray(shade.byte().numpy()).convert("RGB")
-    draw, noise = ImageDraw.Draw(image), torch.Generator().manual_seed(args.seed + 1)
-    points = torch.randn(args.seeds, 500, args.latent_dim, generator=noise)
+    draw = ImageDraw.Draw(image)
+    points = noise(args, args.seeds, 500, rng=torch.Generator().manual_seed(args.seed + 1))
     rng = np.random.default_rng(args.seed)
     centres = mode_centres(args).numpy()
     real = centres[rng.integers(len(centres), size=300)] + args.std * rng.normal(size=(300, 2))
@@ -407,7 +432,7 @@ def chosen(args, G, D, n=2500):
     torch.manual_seed(args.seed + 4)
     for r in range(args.seeds):
         def more(k, r=r):
-            x = G(torch.randn(args.seeds, k, args.latent_dim, generator=rng))
+            x = G(noise(args, args.seeds, k, rng=rng))
             return x[r], D(x)[r]
 
         real = sample_real(centres, args.std, 10_000)
@@ -429,35 +454,33 @@ PUBLISHED = {"ring": (("GAN", "6.3 +- .5", "98.2%", ".45", "Lin et al. 2018, 10 
                       ("PacGAN4", "24.8 +- .2", "93.6%", ".04", "Lin et al. 2018, 10 runs"),
                       ("Unrolled", "23.6", "16%", "", "Srivastava et al. 2017"),
                       ("VEEGAN", "24.6", "40%", "", "Srivastava et al. 2017"))}
-# what each method needs beyond the defaults, found by trying; every other setting is the same
-TUNED = {"gan": ["--loss", "minimax"], "unrolled": ["--loss", "minimax"], "wgan_clip": [], "wgan_gp": [], "mdgan": []}
-SHARE = {"gan": 1.0, "unrolled": 0.25, "wgan_clip": 0.5, "wgan_gp": 0.5, "mdgan": 1.0}  # of --steps: like times
 
 
-def table(args):
-    """F1: every method on ring and grid, as Markdown; real points first, published figures last."""
+def table(argv, shorter):
+    """F1: every method on ring and grid, as Markdown; real points first, published figures last. Flags given beside
+    --table hold for every row; `shorter` divides each number of steps."""
     for data in ("ring", "grid"):
-        most = args.steps // (10 if args.quick else 1)
-        print(f"\n{data}: 2,500 points, {args.seeds} runs each, up to {most} G updates\n\n"
-              f"| method | G updates | {' | '.join(COLUMNS)} | seconds |\n|---|---|{'---|' * len(COLUMNS)}---|")
         for method in ("real", *METHODS):
-            steps = int(args.steps * SHARE.get(method, 1)) // (10 if args.quick else 1)
-            objective = [] if method == "real" else ["--method", method, *TUNED[method]]
-            now = parse_args(["--data", data, "--seeds", str(args.seeds), "--seed", str(args.seed),
-                              "--steps", str(max(1, steps)), *objective])
-            start = time.time()
-            runs = score_real(now) if method == "real" else run(now, say=lambda text: None)[0]
-            took = f"{steps} | {' | '.join(line(runs))} | {time.time() - start:.0f}" if method != "real" else \
-                f" | {' | '.join(line(runs))} | "
-            print(f"| {method} | {took} |", flush=True)
+            now = parse_args([*argv, "--data", data, *(["--method", method] if method != "real" else [])])
+            now.steps = max(1, now.steps // shorter)
+            if method == "real":
+                print(f"\n{data}: 2,500 points, {now.seeds} runs each\n\n"
+                      f"| method | G updates | {' | '.join(COLUMNS)} | seconds | of its own |\n"
+                      f"|---|---|{'---|' * (len(COLUMNS) + 2)}\n"
+                      f"| real | | {' | '.join(line(score_real(now)))} | | |", flush=True)
+                continue
+            start, runs = time.time(), run(now, say=lambda text: None)[0]
+            own = ", ".join(f"{k.replace('_', '-')} {v}" for k, v in TUNED[method].items() if k != "steps")
+            print(f"| {method} | {now.steps} | {' | '.join(line(runs))} | {time.time() - start:.0f} | {own} |",
+                  flush=True)
         for name, modes, quality, kl, source in PUBLISHED[data]:
-            print(f"| {name}, published | | {modes} | | {quality} | | {kl} | {source} |")
+            print(f"| {name}, published | | {modes} | | {quality} | | {kl} | | {source} |")
 
 
 def main(argv=None):
     args = parse_args(argv)
     if args.table:
-        return table(args)
+        return table(sys.argv[1:] if argv is None else argv, 10 if args.quick else 1)
     name = f"toy2d-{args.data}-{args.method}-s{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     out = Path(args.run_dir or Path("runs") / name)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from PIL import Image
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import toy2d
 
@@ -33,7 +34,8 @@ def test_the_grids():
 
 
 @pytest.mark.parametrize("flags", [["--data", "grid", "--modes", "16"], ["--data", "ring", "--modes", "1"],
-                                   ["--seeds", "0"], ["--method", "vae"], ["--lr-g", "nan"]])
+                                   ["--seeds", "0"], ["--method", "vae"], ["--lr-g", "nan"],
+                                   ["--protocol", "metz", "--data", "grid"], ["--slope", "2"], ["--bound", "-1"]])
 def test_mistakes_are_one_line(flags, capsys):
     with pytest.raises(SystemExit) as stop:
         args(*flags)
@@ -195,3 +197,78 @@ def test_every_method_runs_and_draws(method, tmp_path, monkeypatch):
     steps = [row.split(",")[0] for row in (tmp_path / "a/log.csv").read_text().splitlines()]
     assert steps == ["step", "2", "4", "6", "8", "10", "12"]
     assert Image.open(tmp_path / "a/strip.png").size == (6 * 260 - 4, 256)
+
+
+# G, its noise, D's slope and the rates --------------------------------------------------------------------------------
+
+
+def test_g_is_bounded_by_a_tanh_or_not_at_all():
+    """With rates of 0 both runs end with the same network y(z): G is 1.5 * 4 tanh y, or y in units of the grid."""
+    flags = ["--data", "grid", "--lr-g", "0", "--lr-d", "0", "--steps", "1"]
+    (bounded, _), (linear, _) = (toy2d.train(args(*flags, *more)) for more in ([], ["--bound", "0"]))
+    z = torch.randn(1, 50, 2) * 3
+    y = linear(z) / 8 ** 0.5  # of {-4, -2, 0, 2, 4} the root mean square is the root of 8
+    torch.testing.assert_close(bounded(z), 6 * torch.tanh(y))
+    assert linear(100 * z).abs().max() > 6 >= bounded(100 * z).abs().max()
+
+
+@pytest.mark.parametrize("slope", [0.0, 0.2])
+def test_layers_and_slope(float64, slope):
+    net, x = toy2d.MLP(1, 2, 5, 1, 3, slope), torch.randn(1, 40, 2)
+    theirs = []
+    for w, b in zip(net.weights, net.biases):
+        theirs += [torch.nn.Linear(*w.shape[1:]), torch.nn.LeakyReLU(slope)]
+        theirs[-2].weight.data, theirs[-2].bias.data = w.data[0].T, b.data[0, 0]
+    assert len(theirs) == 8
+    torch.testing.assert_close(net(x)[0], torch.nn.Sequential(*theirs[:-1])(x[0]))
+    a = args("--layers", "3", "--slope", str(slope))
+    assert toy2d.Score(a, 1.0).net.slope == slope and len(toy2d.Score(a, 1.0).net.weights) == 4
+
+
+def test_noise():
+    torch.manual_seed(0)
+    for prior, variance, most in (("normal", 1, 5.5), ("uniform", 1 / 3, 1)):
+        z = toy2d.noise(args("--prior", prior, "--latent-dim", "3"), 2, 50_000)
+        assert z.shape == (2, 50_000, 3) and z.abs().max() <= most
+        assert z.var().item() == pytest.approx(variance, rel=0.02) and z.mean().abs() < 0.01
+
+
+def test_rates_are_kept_for_half_the_steps_and_then_fall_to_nothing():
+    seen = []
+    hook = register_optimizer_step_pre_hook(lambda opt, *_: seen.append(opt.param_groups[0]["lr"]))
+    try:
+        toy2d.train(args("--lr-g", "0.5", "--lr-d", "0.25", "--steps", "10", "--batch-size", "2"))
+    finally:
+        hook.remove()
+    wanted = [1, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2]
+    assert seen[::2] == pytest.approx([0.25 * w for w in wanted]) and seen[1::2] == pytest.approx(
+        [0.5 * w for w in wanted])
+
+
+def test_what_is_given_wins_over_what_was_tuned():
+    assert args("--method", "gan").lr_d == 1e-3 and args("--method", "wgan_gp").lr_d == 4e-3
+    assert args("--method", "wgan_gp", "--lr-d", "1e-3").lr_d == 1e-3
+    a = args("--protocol", "metz", "--method", "unrolled")
+    assert (a.radius, a.std, a.lr_d, a.lr_g, a.loss) == (2, 0.02, 1e-4, 1e-3, "minimax")
+    assert (a.bound, a.slope, a.layers, a.ema, a.steps) == (0, 0, 2, 0, 3000)
+    a = args("--protocol", "metz", "--radius", "1", "--lr-d", "1e-3")
+    assert (a.radius, a.std, a.lr_d) == (1, 0.01, 1e-3)
+
+
+def test_table(tmp_path, monkeypatch, capsys):
+    """A row for the real points, one a method with its mean and spread over runs, then the published ones; nothing is
+    written."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(toy2d, "run", lambda a, say: ([
+        {"covered": 3 + i, "strict": 2, "high_quality": 0.25, "near": 0.5, "reverse_kl": 0.125}
+        for i in range(a.seeds)],))
+    toy2d.main(["--table", "--seeds", "3", "--steps", "500", "--quick"])
+    ring, grid = capsys.readouterr().out.split("\ngrid: ")
+    for part in (ring, grid):
+        rows = [[c.strip() for c in line.strip("| ").split("|")] for line in part.splitlines() if line.startswith("| ")]
+        names = [r[0] for r in rows]
+        assert names[:7] == ["method", "real", *toy2d.METHODS] and all("published" in n for n in names[7:])
+        assert {len(line.split("|")) for line in part.splitlines() if line.startswith("|")} == {len(rows[0]) + 2}
+        for r in rows[2:7]:
+            assert r[1:7] == ["50", "4.0 +- 1.0", "2.0 +- 0.0", "25.0% +- 0.0%", "50.0% +- 0.0%", "0.125 +- 0.000"]
+    assert list(tmp_path.iterdir()) == []
