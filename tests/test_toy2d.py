@@ -233,14 +233,14 @@ def test_noise():
         assert z.var().item() == pytest.approx(variance, rel=0.02) and z.mean().abs() < 0.01
 
 
-def test_rates_are_kept_for_half_the_steps_and_then_fall_to_nothing():
+@pytest.mark.parametrize("decay, wanted", [("linear", [1, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2]), ("none", [1] * 10)])
+def test_rates_are_kept_for_half_the_steps_and_then_fall_to_nothing(decay, wanted):
     seen = []
     hook = register_optimizer_step_pre_hook(lambda opt, *_: seen.append(opt.param_groups[0]["lr"]))
     try:
-        toy2d.train(args("--lr-g", "0.5", "--lr-d", "0.25", "--steps", "10", "--batch-size", "2"))
+        toy2d.train(args("--lr-g", "0.5", "--lr-d", "0.25", "--steps", "10", "--batch-size", "2", "--lr-decay", decay))
     finally:
         hook.remove()
-    wanted = [1, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2]
     assert seen[::2] == pytest.approx([0.25 * w for w in wanted]) and seen[1::2] == pytest.approx(
         [0.5 * w for w in wanted])
 
