@@ -418,6 +418,36 @@ def test_interpolation_runs_between_real_pictures_through_their_codes(trained):
             close(sheet[i, 1 + k], bigan.to_uint8(G((z[i] * (9 - k) + z[8 + i] * k)[None] / 9))[0, 0])
 
 
+class Halves(torch.nn.Module):
+    """E takes the mean grey of the left and of the right half, G paints them."""
+
+    def E(self, x):
+        return x.unflatten(3, (2, 14)).mean((1, 2, 4))
+
+    def forward(self, z):
+        return z[:, None, None, :, None].expand(-1, 1, 28, 2, 14).flatten(3)
+
+
+def test_figures_of_a_known_pair(monkeypatch, tmp_path):
+    """What is nearest lies past the first thousand training pictures; a row of the interpolation is two ramps."""
+    torch.manual_seed(0)
+    z = torch.randint(0, 256, (16, 2))
+    x = (z[:, None, None, :, None] + torch.zeros(1, 1, 28, 2, 14, dtype=torch.long)).flatten(3).byte()
+    monkeypatch.setattr(bigan, "load_data", lambda name, root, size, split, limit: (x[:limit], None))
+    x_train = torch.randint(0, 256, (1100, 1, 28, 28)).byte()
+    x_train[1050:1066] = x
+    x_train[1050:1066, :, 0, 0] = 7  # near, not equal
+    bigan.real_figures(bigan.parse_args(["--image-size", "28"]), Halves(), x_train, tmp_path)
+    sheet = tiles(tmp_path / "reconstructions.png", 16)
+    assert torch.equal(sheet[2], x_train[1050:1066, 0])
+    close(sheet[1], x[:, 0])
+    sheet = tiles(tmp_path / "interpolation_real.png", 12).float()
+    for i in range(8):
+        ramps = torch.lerp(z[i].double(), z[i + 8].double(), torch.linspace(0, 1, 10, dtype=torch.float64)[:, None])
+        for side in (0, 1):
+            assert (sheet[i, 1:11, 5, 20 * side].double() - ramps[:, side]).abs().max() <= 1
+
+
 # the probe's classifiers ----------------------------------------------------------------------------------------------
 
 
