@@ -1,3 +1,4 @@
+import os
 import sys
 from pathlib import Path
 
@@ -5,6 +6,9 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):  # -n: the workers, and the runs that they start,
+    os.environ["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // workers))  # share the cores
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 def pytest_configure(config):
