@@ -8,15 +8,16 @@ Donahue, Krahenbuhl and Darrell 2017, arXiv 1605.09782, eq. (3); Dumoulin et al.
     python bigan.py                                    numerals rendered at start-up, no download
     python bigan.py --dataset mnist --arch mlp --latent-dim 50 --prior uniform --epochs 400 --lr-decay linear
 
-The two never meet, but the best D is at a loss only where they undo each other. E ends as the prior does, linear for a
-normal z, in tanh for a uniform one: else D would know by z alone. One optimizer moves both. D has no batch norm. G and
-E are in train mode for D's pairs, and are used in eval mode with averaged weights. A column of reconstructions.png is a
-test picture x, G(E(x)), and the training picture nearest to that; a row of interpolation_real.png is x, G along the
-line from E(x) to E(x'), and x'.
+Neither is trained on what the other makes, but the best D is at a loss only if they undo each other. E's last layer has
+the prior's range, linear for a normal z, tanh for a uniform one: else D could tell by z alone. One optimizer moves
+both. D has no batch norm. G and E are in train mode for D's pairs, and are used in eval mode with averaged weights.
 
---resume FILE --probe fits three classifiers to the training split and scores them on the test split: on E(x), on the
-layer before it, on both of the E that the run began with, and on pixels. The reconstruction ratio is the mean distance
-|x - G(E(x))| over that of mismatched pairs, |x - G(E(x'))|: 1 where E tells nothing, 0 where G undoes it.
+A column of reconstructions.png is a test picture x, G(E(x)), and the training picture nearest to that; a row of
+interpolation_real.png is x, G along the line from E(x) to E(x'), and x'.
+
+--resume FILE --probe fits three classifiers to the training split and scores them on the test split. Features: E(x);
+the layer before it; the same two of the E that the run began with; pixels. The reconstruction ratio is the mean
+distance |x - G(E(x))| over that of mismatched pairs, |x - G(E(x'))|: 1 where E tells nothing, 0 where G undoes it.
 """
 
 import argparse
@@ -246,7 +247,7 @@ def real_figures(args, ema, x_train, folder):
     made = ema(z := ema.E(from_uint8(x)))
     far = torch.cat([torch.cdist(made.flatten(1), from_uint8(b).flatten(1)) for b in x_train.split(1000)], 1)
     save_sheet(torch.cat([x, to_uint8(made), x_train[far.argmin(1)]]).cpu(), folder / "reconstructions.png", len(x))
-    (xa, za), (xb, zb) = ((t[:8, None] for t in (x.roll(-k, 0), z.roll(-k, 0))) for k in (0, 8))
+    (xa, za), (xb, zb) = ((t[:8, None] for t in (x.roll(-k, 0), z.roll(-k, 0))) for k in (0, len(x) // 2))
     between = torch.lerp(za, zb, torch.linspace(0, 1, 10, device=z.device).view(1, 10, 1))
     between = to_uint8(ema(between.flatten(0, 1))).unflatten(0, (-1, 10))
     save_sheet(torch.cat([xa, between, xb], 1).flatten(0, 1).cpu(), folder / "interpolation_real.png", 12)

@@ -9,10 +9,11 @@ computed is u(x) = log lambda - log lk(D(x)) >= 0:
 
     python mdgan.py                                    numerals rendered at start-up, no download
     python mdgan.py --dataset mnist --image-size 28 --steps 5000
+    python mdgan.py --dataset mnist --image-size 28 --mixture published --loss saturating    as published
 
-The paper's constants, --mixture published, make one blob of ten Gaussians; a line at the start says what a mixture is.
-The paper's loss for G has the slope 1 / (exp(u) - 1), next to none where D is sure, and G starts late. Scores are -u.
-D has no batch norm. G is in train mode for D's fakes and is sampled in eval mode with averaged weights.
+--mixture published takes the authors' constants: at d = 9 the ten Gaussians melt into one blob. A run's first lines say
+whether its mixture has clusters. The paper's loss for G has the slope 1 / (exp(u) - 1), next to none where D is sure,
+so G starts late. Scores are -u, no logits: --reject naive means nothing. G is sampled in eval mode, averaged weights.
 """
 
 import argparse
@@ -40,8 +41,8 @@ from torch.nn import functional as F
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--mixture", choices=("clusters", "published"), default="clusters",
-                   help="clusters: radius 2, sigma .5; published: radius .9436, sigma .5, which has a single maximum")
-    p.add_argument("--embedding-dim", type=number(int, 1, 512), default=9, help="d; the paper: 9, so ten centres")
+                   help="clusters: radius 2, sigma .5; published: radius .9436, sigma .5: one blob at d = 9")
+    p.add_argument("--embedding-dim", type=number(int, 1, 512), default=9, help="d; the authors: 9, so ten centres")
     p.add_argument("--loss", choices=("ns", "saturating"), default="ns", help="G's: non-saturating, or the paper's")
     add_run_flags(p)
     p.set_defaults(batch_size=32, d_steps=1, lr_g=5e-4, lr_d=5e-4, beta1=0.5, beta2=0.999, ngf=16, ndf=16)
@@ -90,7 +91,7 @@ class Mixture(nn.Module):
 
     def __init__(self, kind, d):
         super().__init__()
-        # published: the paper's code takes a root once a corner, so its simplex has this radius instead of 1
+        # published: the authors' code takes a root inside the loop over corners, which at d = 9 leaves this radius
         self.radius, self.sigma = (0.9436, 0.5) if kind == "published" else (2.0, 0.5)
         mu = simplex(d, self.radius)
         self.from_corner, self.from_middle = (ascend(e, mu, self.sigma) for e in (mu[0], torch.zeros_like(mu[0])))
@@ -106,14 +107,13 @@ class Mixture(nn.Module):
         at = [log_sum(e, mu, self.sigma).item() for e in (self.from_corner, self.from_middle)]
         end = self.from_corner.norm().item() / self.radius
         return (f"mixture of {len(mu)}: mean shift from a corner ends at {end:.3f} of the radius, "
-                + (f"{len(mu)} clusters; log likelihood there less that of the middle's maximum: {at[0] - at[1]:.3f}"
+                + (f"{len(mu)} clusters; log likelihood there less that in the middle: {at[0] - at[1]:.3f}"
                    if end > 1e-3 else "one blob, no clusters"))
 
 
 def simplex(d, radius):
     """(d + 1, d) float64: the corners of a regular simplex around 0, each `radius` from it."""
-    ones = torch.ones(1, d + 1, dtype=torch.float64)
-    across = torch.linalg.svd(ones).Vh[1:]  # an orthonormal basis of what is orthogonal to (1, ..., 1)
+    across = torch.linalg.svd(torch.ones(1, d + 1, dtype=torch.float64)).Vh[1:]  # orthonormal, and orthogonal to ones
     return radius * math.sqrt((d + 1) / d) * across.T
 
 
@@ -123,7 +123,7 @@ def log_sum(e, mu, sigma):
 
 
 def ascend(e, mu, sigma):
-    """The maximum of the likelihood that mean shift climbs to from e (d,)."""
+    """The stationary point of the likelihood that mean shift climbs to from e (d,); 0 stays at 0, maximum or not."""
     for _ in range(100_000):
         new = torch.softmax(-(e - mu).square().sum(-1) / (2 * sigma**2), 0) @ mu
         if (new - e).abs().max() < 1e-13:

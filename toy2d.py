@@ -36,10 +36,10 @@ METHODS = ("gan", "wgan_clip", "wgan_gp", "unrolled", "mdgan")
 TUNED = {"gan": {}, "unrolled": {"loss": "minimax", "steps": 2500}, "mdgan": {"loss": "minimax"},
          "wgan_clip": {"d_steps": 2, "beta1": 0.0, "lr_d": 2e-3, "steps": 5000},
          "wgan_gp": {"d_steps": 2, "beta1": 0.0, "lr_g": 2e-3, "lr_d": 4e-3, "steps": 5000}}
-# Metz et al. 2017, appendix: the game in which a plain GAN collapses. D learns ten times more slowly than G, G's output
-# is linear, nothing decays, and G is scored as it is. Their batch is 512.
-METZ = {"radius": 2.0, "loss": "minimax", "layers": 2, "slope": 0.0, "bound": 0.0, "latent_dim": 256, "lr_d": 1e-4,
-        "lr_decay": "none", "ema": 0.0, "steps": 3000}
+# The toy game of Metz et al. 2017 (rates and z as in their demo), in which a plain GAN collapses: D learns ten times
+# more slowly than G, G's output is linear, nothing decays, G is scored as it is. Their batch is 512.
+METZ = {"radius": 2.0, "loss": "minimax", "layers": 2, "slope": 0.0, "bound": 0.0, "latent_dim": 256, "d_steps": 1,
+        "lr_g": 1e-3, "lr_d": 1e-4, "beta1": 0.5, "lr_decay": "none", "ema": 0.0, "steps": 3000}
 
 
 def fail(message):
@@ -59,22 +59,27 @@ def number(kind, low, high=2**40):
     return parse
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help, add_help=False)
     p.error = fail
     a = p.add_argument
+    a("-h", "--help", action="store_true", help="print this, with the defaults of the --method and --protocol given")
     a("--data", choices=("ring", "grid"), default="ring", help="centres on a circle, or on a square lattice")
     a("--modes", type=int, help="ring: any number from 2 (8 by default); grid: 9 or 25 (the default)")
     a("--protocol", choices=("pacgan", "metz"), default="pacgan",
-      help="metz: ring of radius 2, the networks, rates and loss of the unrolled paper")
+      help="points and their number as in PacGAN, the rest ours; metz: the ring and the game of the unrolled paper")
     a("--radius", type=number(float, 1e-6), help="of the ring; default 1, Metz et al. 2; of the grid: 4")
     a("--std", type=number(float, 1e-9), help="of each mode; default: a hundredth of the radius; grid: .05")
     a("--method", choices=METHODS, default="gan", help="the objective")
     a("--loss", choices=("ns", "minimax"), default="ns",
-      help="G's in gan, unrolled and mdgan: non-saturating, or the same game that D plays")
+      help="G's in gan, unrolled and mdgan: non-saturating, or the same game that D plays (mdgan.py: saturating)")
     a("--k", type=number(int, 0, 100), default=5, help="unrolled: D's steps that G looks ahead; 0 is the plain GAN")
-    a("--gp-weight", type=number(float, 0), default=0.1, help="wgan_gp: lambda; its authors' code on toys: .1")
+    a("--gp-weight", type=number(float, 0), default=0.1, help="wgan_gp: lambda, on the slope in the data's own units")
     a("--clip", type=number(float, 1e-6), default=0.1, help="wgan_clip: bound of each weight")
     a("--mixture", choices=("published", "clusters"), default="published",
       help="mdgan: the constants of its code, one blob in truth; or R 2, sigma .5, ten clusters")
@@ -97,18 +102,29 @@ def parse_args(argv=None):
     a("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of all of them together")
     a("--snapshot-every", type=number(int, 1), help="G updates between pictures; default: five in all")
     a("--reject", choices=("none", "drs"), default="none", help="drs: keep points by D (Azadi et al. 2019)")
+    a("--drs-percentile", type=number(float, 0, 100), default=60.0, help="higher keeps fewer; see metrics.py")
     a("--run-dir", help="default: runs/toy2d-DATA-METHOD-sSEED-TIME")
     a("--table", action="store_true", help="every method on ring and grid with --seeds runs each; Markdown")
     a("--quick", action="store_true", help="with --table: a tenth of the steps, a few minutes on two cores")
     args = p.parse_args(argv)
     p.set_defaults(**TUNED[args.method] | (METZ if args.protocol == "metz" else {}))  # what the user gives still wins
-    return resolve(p.parse_args(argv))
+    if args.help:
+        p.print_help()
+        raise SystemExit
+    unset = argparse.Namespace(**dict.fromkeys(vars(args)))  # argparse leaves alone what is there already
+    given = {k for k, v in vars(p.parse_args(argv, unset)).items() if v is not None}
+    return resolve(p.parse_args(argv), given)
 
 
-def resolve(args):
+def resolve(args, given):
     if args.protocol == "metz" and args.data != "ring":
         fail(f"--protocol metz is a ring, not --data {args.data}")
-    args.modes = args.modes or {"ring": 8, "grid": 25}[args.data]
+    if args.reject == "drs" and not Path(__file__).with_name("metrics.py").exists():
+        fail("--reject drs needs metrics.py beside the script")
+    own = given & {"data", "modes", "radius", "std", "method", "protocol", "reject", "run_dir", "snapshot_every"}
+    if args.table and own:
+        fail(f"--table goes without --{min(own).replace('_', '-')}: it trains every method on both data sets")
+    args.modes = {"ring": 8, "grid": 25}[args.data] if args.modes is None else args.modes
     if (args.data == "ring" and args.modes < 2) or (args.data == "grid" and args.modes not in (9, 25)):
         fail(f"--modes {args.modes}: a ring takes 2 or more, a grid 9 or 25")
     args.radius = args.radius or {"ring": 1.0, "grid": 4.0}[args.data]
@@ -376,7 +392,8 @@ def picture(args, G, D, side=256):
     reach = 1.5 * args.radius
     axis = torch.linspace(-reach, reach, side)
     grid = torch.stack([axis.expand(side, side), -axis[:, None].expand(side, side)], -1).reshape(1, -1, 2)
-    value = D(grid.expand(args.seeds, -1, -1))[0].reshape(side, side)
+    first = {name: p[:1] for name, p in D.named_parameters()}
+    value = functional_call(D, first, (grid,)).reshape(side, side)
     low, high = value.quantile(0.02), value.quantile(0.98)
     shade = ((value - low) / (high - low).clamp(min=1e-12)).clamp(0, 1) * 95 + 160
     image = Image.fromarray(shade.byte().numpy()).convert("RGB")
@@ -391,7 +408,9 @@ def picture(args, G, D, side=256):
     return image
 
 
-def strip(images):
+def strip(images, most=10):
+    """Side by side; of more than `most`, as many evenly spaced ones, the last among them."""
+    images = [images[round(i)] for i in np.linspace(0, len(images) - 1, min(most, len(images)))]
     sheet = Image.new("RGB", (sum(i.width + 4 for i in images) - 4, images[0].height), "white")
     for k, image in enumerate(images):
         sheet.paste(image, (k * (image.width + 4), 0))
@@ -399,7 +418,7 @@ def strip(images):
 
 
 def run(args, out=None, say=print):
-    """One training with its figures and scores; returns the scores of each run and, under --reject, after it."""
+    """One training with its figures; returns the scores of each run, G and D."""
     images, rows, start = [], [], time.time()
 
     def on_snapshot(step, G, D):
@@ -409,24 +428,23 @@ def run(args, out=None, say=print):
         if out:
             images.append(picture(args, G, D))
             images[-1].save(out / f"step_{step:07}.png")
+            with open(out / "log.csv", "a", newline="") as f:
+                writer = csv.DictWriter(f, list(rows[0]), lineterminator="\n")
+                if len(rows) == 1: writer.writeheader()
+                writer.writerow(rows[-1])
 
     G, D = train(args, on_snapshot)
-    runs = score(args, G)
     if out:
         strip(images).save(out / "strip.png")
         images[0].save(out / "training.gif", save_all=True, append_images=images[1:] + images[-1:] * 3, duration=300,
                        loop=0)
-        with open(out / "log.csv", "w", newline="") as f:
-            writer = csv.DictWriter(f, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-    return runs, chosen(args, G, D) if args.reject == "drs" else None
+    return score(args, G), G, D
 
 
 @torch.no_grad()
 def chosen(args, G, D, n=2500):
-    """Scores of n points of each run that discriminator rejection sampling keeps, and the share it kept. The head is
-    fitted on 10,000 fresh real points: no two are the same, so D has seen none of them."""
+    """Scores of n points of each run that discriminator rejection sampling keeps, and the share it kept; a run whose D
+    is of no use for it says why and is left out. The head is fitted on 10,000 fresh real points, which D never saw."""
     import metrics
     centres, rng, kept = mode_centres(args), torch.Generator().manual_seed(args.seed + 3), []
     torch.manual_seed(args.seed + 4)
@@ -436,8 +454,13 @@ def chosen(args, G, D, n=2500):
             return x[r], D(x)[r]
 
         real = sample_real(centres, args.std, 10_000)
-        head = metrics.platt(D(real.expand(args.seeds, -1, -1))[r], more(10_000)[1])
-        x, took = metrics.rejected("drs", more, n, rng, head)
+        try:
+            head = metrics.platt(D(real.expand(args.seeds, -1, -1))[r], more(10_000)[1])
+            x, took = metrics.rejected("drs", more, n, rng, head, args.drs_percentile)
+        except ValueError as e:
+            print(f"run {r}: no points are chosen: {e}")
+            continue
+        if took["warning"]: print(f"run {r}: {took['warning']}")
         kept.append({**coverage(x, centres, args.std), "acceptance": took["acceptance"], "auc": took["auc"]})
     return kept
 
@@ -461,7 +484,8 @@ def table(argv, shorter):
     --table hold for every row; `shorter` divides each number of steps."""
     for data in ("ring", "grid"):
         for method in ("real", *METHODS):
-            now = parse_args([*argv, "--data", data, *(["--method", method] if method != "real" else [])])
+            flags = [f for f in argv if f not in ("--table", "--quick")]
+            now = parse_args([*flags, "--data", data, *(["--method", method] if method != "real" else [])])
             now.steps = max(1, now.steps // shorter)
             if method == "real":
                 print(f"\n{data}: 2,500 points, {now.seeds} runs each\n\n"
@@ -470,7 +494,7 @@ def table(argv, shorter):
                       f"| real | | {' | '.join(line(score_real(now)))} | | |", flush=True)
                 continue
             start, runs = time.time(), run(now, say=lambda text: None)[0]
-            own = ", ".join(f"{k.replace('_', '-')} {v}" for k, v in TUNED[method].items() if k != "steps")
+            own = ", ".join(f"{k.replace('_', '-')} {getattr(now, k)}" for k in TUNED[method] if k != "steps")
             print(f"| {method} | {now.steps} | {' | '.join(line(runs))} | {time.time() - start:.0f} | {own} |",
                   flush=True)
         for name, modes, quality, kl, source in PUBLISHED[data]:
@@ -495,12 +519,19 @@ def main(argv=None):
         simplex = Simplex(args.mixture)
         print(f"mean shift from a corner ends at {simplex.end_of_corner:.3f} of its radius: "
               f"{'clusters' if simplex.end_of_corner > 0.01 else 'one blob, no clusters'}")
-    runs, after = run(args, out)
+    try:
+        runs, G, D = run(args, out)
+    except KeyboardInterrupt:
+        print(f"stopped: {out} holds what there is")
+        raise SystemExit(130) from None
     print(f"real:  {headed(score_real(args))}\nmade:  {headed(runs)}")
+    after = chosen(args, G, D) if args.reject == "drs" else None
     if after:
         print(f"kept:  {headed(after)}  acceptance {np.mean([r['acceptance'] for r in after]):.1%}  "
               f"AUC {np.mean([r['auc'] for r in after]):.3f}")
-    (out / "scores.json").write_text(json.dumps({"made": runs, "kept": after, "real": score_real(args)}, indent=1))
+    scores = {"made": runs, "kept": after, "real": score_real(args)}
+    text = json.dumps(scores, indent=1).replace("Infinity", "null")  # reverse KL where no point is near a mode
+    (out / "scores.json").write_text(text)
     print(f"done: {out}")
 
 

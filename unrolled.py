@@ -1,7 +1,7 @@
-"""Unrolled GAN: G plays against the D that k more of D's own steps would make of it, and its slope runs through them.
+"""Unrolled GAN: G plays against D as k more steps would make it, and G's gradient is taken through those k steps.
 
 Metz, Poole, Pfau and Sohl-Dickstein 2017, "Unrolled Generative Adversarial Networks", arXiv 1611.02163, eq. (7)-(10);
-f_k is D's logit after k steps on one batch, taken from where D stands, as functions of G:
+f_k is D's logit after k further updates on one batch, starting from the current D, so that it depends on G:
 
     discriminator  min_D  L(f_0) = E[softplus(-f_0(x))] + E[softplus(f_0(G(z)))]                     one plain step
     generator      min_G  E[softplus(-f_k(G(z)))], non-saturating; or -L(f_k), the game of the paper
@@ -10,9 +10,9 @@ f_k is D's logit after k steps on one batch, taken from where D stands, as funct
     python unrolled.py --dataset mnist --image-size 28 --k 5 --steps 5000
 
 The steps that were looked ahead are thrown away: D and its optimizer stay as they are, bit for bit. D moves first; G
-then looks ahead from the new D on D's last pictures and a fresh z, so --k 0 is dcgan.py's --d-norm none. D has no batch
-norm: its statistics would have to be unrolled too. G is in train mode for D's fakes and is sampled in eval mode with
-averaged weights. Under torchrun each rank looks ahead on its own rows of the batch.
+then looks ahead from the new D on D's last pictures and a fresh z; so with the same other flags --k 0 is dcgan.py's
+--d-norm none. D has no batch norm: its statistics would have to be unrolled too. G is in train mode for D's fakes and
+is sampled in eval mode with averaged weights. Under torchrun each rank looks ahead on its own rows of the batch.
 """
 
 import argparse
@@ -43,9 +43,9 @@ def parse_args(argv=None):
     p.add_argument("--k", type=number(int, 0, 1000), default=5,
                    help="D's steps that G looks ahead; 0: the plain GAN. Time and memory of a G step grow with k")
     p.add_argument("--inner", choices=("adam", "sgd"), default="adam",
-                   help="how it looks ahead: D's own Adam, from its moments and at its rate; or plain gradient descent")
+                   help="optimizer of the k steps: D's own Adam, from its moments and at its rate; or gradient descent")
     p.add_argument("--inner-lr", type=number(float, 0), default=0.05,
-                   help="rate of --inner sgd; at Adam's usual 1e-4 it would look nowhere")
+                   help="rate of --inner sgd, constant; at 1e-4, usual for Adam, k steps would hardly move D")
     p.add_argument("--loss", choices=("ns", "minimax"), default="ns", help="G's: non-saturating, or the paper's game")
     add_run_flags(p)
     p.set_defaults(batch_size=32, d_steps=1, lr_g=1e-3, lr_d=2e-4, beta1=0.5, beta2=0.999, ngf=16, ndf=16)

@@ -2,6 +2,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -272,3 +273,109 @@ def test_table(tmp_path, monkeypatch, capsys):
         for r in rows[2:7]:
             assert r[1:7] == ["50", "4.0 +- 1.0", "2.0 +- 0.0", "25.0% +- 0.0%", "50.0% +- 0.0%", "0.125 +- 0.000"]
     assert list(tmp_path.iterdir()) == []
+
+
+def fails(capsys, *flags, words=()):
+    with pytest.raises(SystemExit) as stop:
+        toy2d.main([*flags])
+    out = capsys.readouterr()
+    assert stop.value.code == 2 and out.err.count("\n") == 1 and all(w in out.err for w in words), out.err
+
+
+@pytest.mark.parametrize("flags", [["--data", "grid"], ["--method=gan"], ["--protocol", "metz"], ["--reject", "drs"],
+                                   ["--modes", "8"], ["--run-dir", "a"], ["--snapshot-every", "5"]])
+def test_a_table_refuses_what_it_would_not_heed(flags, capsys):
+    fails(capsys, "--table", *flags, words=["--table", flags[0].split("=")[0]])
+
+
+def test_a_table_says_what_ran(monkeypatch, capsys):
+    seen = []
+    score = {"covered": 3, "strict": 2, "high_quality": 0.25, "near": 0.5, "reverse_kl": 0.125}
+    monkeypatch.setattr(toy2d, "run", lambda a, say: seen.append(a) or ([score] * a.seeds,))
+    toy2d.main(["--table", "--seeds", "2", "--lr-d", "1e-4", "--loss", "ns"])
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("| mdgan", "| wgan_gp"))]
+    assert len(rows) == 4 and all("lr-d 0.0001" in r if "gp" in r else "loss ns" in r for r in rows)
+    assert [(a.data, a.method) for a in seen] == [(d, m) for d in ("ring", "grid") for m in toy2d.METHODS]
+    assert {(a.lr_d, a.loss, a.seeds) for a in seen} == {(1e-4, "ns", 2)}
+
+
+def test_help_prints_the_defaults_of_the_method(capsys):
+    for flags, wanted in ((["--method", "wgan_gp"], "0.004"), (["--protocol", "metz"], "0.0001"), ([], "0.001")):
+        with pytest.raises(SystemExit) as stop:
+            toy2d.main([*flags, "--help"])
+        text = " ".join(capsys.readouterr().out.split())
+        assert stop.value.code in (None, 0) and f"Adam's rate for D (default: {wanted})" in text and "None" not in text
+
+
+def test_rejection_needs_metrics(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(toy2d, "__file__", str(tmp_path / "toy2d.py"))
+    fails(capsys, "--reject", "drs", words=["metrics.py"])
+
+
+def test_a_run_whose_d_cannot_choose_is_left_out(monkeypatch, tmp_path, capsys):
+    """The scores are written all the same; the other run's points are those the rule keeps."""
+    import metrics
+    calls = []
+
+    def platt(real, fake):
+        calls.append((real, fake))
+        if len(calls) == 1:
+            raise ValueError("AUC .4")
+        return 1.0, 0.0, 0.7
+
+    def rejected(kind, more, n, rng, head, percentile):
+        assert (kind, n, head, percentile) == ("drs", 2500, (1.0, 0.0, 0.7), 95)
+        return more(n)[0], {"acceptance": 0.25, "auc": 0.7, "warning": "weak"}
+
+    monkeypatch.setattr(metrics, "platt", platt)
+    monkeypatch.setattr(metrics, "rejected", rejected)
+    toy2d.main(["--data", "grid", "--steps", "2", "--seeds", "2", "--reject", "drs", "--drs-percentile", "95",
+                "--run-dir", str(tmp_path / "a")])
+    out = capsys.readouterr().out
+    assert "run 0: no points are chosen: AUC .4" in out and "run 1: weak" in out and "acceptance 25.0%" in out
+    scores = json.loads((tmp_path / "a/scores.json").read_text())
+    assert len(scores["made"]) == 2 and len(scores["kept"]) == 1
+    assert all(len(real) == len(fake) == 10_000 for real, fake in calls) and not torch.equal(*calls[1])
+
+
+def test_a_score_without_points_is_null_and_the_log_is_written_as_it_goes(monkeypatch, tmp_path):
+    """Before training G makes no point of high quality; Ctrl-C at the second snapshot leaves the first one's row."""
+    flags = ["--steps", "4", "--snapshot-every", "1", "--lr-g", "0", "--lr-d", "0", "--radius", "50", "--bound", "0.1"]
+    toy2d.main([*flags, "--run-dir", str(tmp_path / "a")])
+    text = (tmp_path / "a/scores.json").read_text()
+    assert json.loads(text, parse_constant=lambda name: pytest.fail(name))["made"][0]["reverse_kl"] is None
+    calls, picture = [], toy2d.picture
+
+    def stopped(*a):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return picture(*a)
+
+    monkeypatch.setattr(toy2d, "picture", stopped)
+    with pytest.raises(SystemExit) as stop:
+        toy2d.main([*flags, "--run-dir", str(tmp_path / "b")])
+    assert stop.value.code == 130
+    assert (tmp_path / "b/log.csv").read_text() == "".join((tmp_path / "a/log.csv").read_text().splitlines(True)[:2])
+
+
+def test_a_strip_shows_ten_and_the_last():
+    images = [Image.new("RGB", (8, 8), (i, 0, 0)) for i in range(101)]
+    sheet = toy2d.strip(images)
+    assert sheet.size == (10 * 12 - 4, 8)
+    assert [sheet.getpixel((12 * k, 0))[0] for k in range(10)] == [0, 11, 22, 33, 44, 56, 67, 78, 89, 100]
+    assert toy2d.strip(images[:3]).size == (3 * 12 - 4, 8)
+
+
+def test_the_shading_is_the_first_runs(monkeypatch):
+    """D's score is the first coordinate in run 0, the second in run 1: run 0's picture is lighter to the right."""
+    a = args("--seeds", "2", "--layers", "1", "--hidden", "2")
+    D = toy2d.Score(a, 1.0)
+    for w, b in zip(D.net.weights, D.net.biases):
+        w.data.zero_(), b.data.zero_()
+    D.net.weights[0].data[0, 0, 0] = D.net.weights[0].data[1, 1, 0] = 1.0
+    D.net.biases[0].data += 5  # no ReLU is at its end
+    D.net.weights[1].data[:, 0] = 1.0
+    shade = np.asarray(toy2d.picture(a, lambda z: z + 100, D, side=64).convert("L"), dtype=float)
+    assert shade[:10, 60].mean() > shade[:10, 30].mean() + 20 > shade[:10, 3].mean() + 40
+    assert abs(shade[5, 20] - shade[60, 20]) < 3
