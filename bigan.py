@@ -18,6 +18,10 @@ interpolation_real.png is x, G along the line from E(x) to E(x'), and x'.
 --resume FILE --probe fits three classifiers to the training split and scores them on the test split. Features: E(x);
 the layer before it; the same two of the E that the run began with; pixels. The reconstruction ratio is the mean
 distance |x - G(E(x))| over that of mismatched pairs, |x - G(E(x'))|: 1 where E tells nothing, 0 where G undoes it.
+
+Expect of the second command with --epochs 80 and --amp: FID[classifier] 36, 97 % by 1-NN on the layer before (pixels
+have that too, the untrained E 96.4 %), reconstruction ratio .57; seed 0, README has the table. On MNIST the probe takes
+four minutes and 2.7 GB.
 """
 
 import argparse
