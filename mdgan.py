@@ -13,7 +13,8 @@ computed is u(x) = log lambda - log lk(D(x)) >= 0:
 
 --mixture published takes the authors' constants: at d = 9 the ten Gaussians melt into one blob. A run's first lines say
 whether its mixture has clusters. The paper's loss for G has the slope 1 / (exp(u) - 1), next to none where D is sure,
-so G starts late. Scores are -u, no logits: --reject naive means nothing. G is sampled in eval mode, averaged weights.
+so G starts late. Scores are -u, no logits: --reject naive means nothing. Expect FID[classifier] 118 after 10,000
+updates on MNIST, 132 after 3,000 with --arch mlp (README).
 """
 
 import argparse

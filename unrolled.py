@@ -13,6 +13,9 @@ The steps that were looked ahead are thrown away: D and its optimizer stay as th
 then looks ahead from the new D on D's last pictures and a fresh z; so with the same other flags --k 0 is dcgan.py's
 --d-norm none. D has no batch norm: its statistics would have to be unrolled too. G is in train mode for D's fakes and
 is sampled in eval mode with averaged weights. Under torchrun each rank looks ahead on its own rows of the batch.
+
+Expect FID[classifier] 150 after 10,000 updates on MNIST at 28 pixels, --k 5 --lr-decay linear, and 112 with --k 0 (seed
+0, README has the protocol): looking ahead is for games that collapse, such as toy2d.py --protocol metz.
 """
 
 import argparse
