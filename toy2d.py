@@ -32,7 +32,7 @@ from torch.nn import functional as F
 
 METHODS = ("gan", "wgan_clip", "wgan_gp", "unrolled", "mdgan")
 # Defaults of one objective, found by trying on seed 0: a WGAN's Adam goes without its first moment; MD-GAN has its
-# authors' two layers (with three, one run in three lost modes). All else is the same for all: width, noise, points,
+# authors' two layers (with three, one ring of three lost modes). All else is the same for all: width, noise, points,
 # decay, average. The numbers of steps are for like times.
 TUNED = {"gan": {}, "unrolled": {"loss": "minimax", "lr_d": 3e-4, "steps": 2000},
          "mdgan": {"loss": "minimax", "layers": 2, "steps": 12_000},
