@@ -107,7 +107,7 @@ def parse_args(argv=None):
     a("--drs-percentile", type=number(float, 0, 100), default=60.0, help="higher keeps fewer; see metrics.py")
     a("--run-dir", help="default: runs/toy2d-DATA-METHOD-sSEED-TIME")
     a("--table", action="store_true", help="every method on ring and grid with --seeds runs each; Markdown")
-    a("--quick", action="store_true", help="with --table: a tenth of the steps, a few minutes on two cores")
+    a("--quick", action="store_true", help="with --table: a quarter of the steps, a few minutes")
     args = p.parse_args(argv)
     p.set_defaults(**TUNED[args.method] | (METZ if args.protocol == "metz" else {}))  # what the user gives still wins
     if args.help:
@@ -506,7 +506,7 @@ def table(argv, shorter):
 def main(argv=None):
     args = parse_args(argv)
     if args.table:
-        return table(sys.argv[1:] if argv is None else argv, 10 if args.quick else 1)
+        return table(sys.argv[1:] if argv is None else argv, 4 if args.quick else 1)
     name = f"toy2d-{args.data}-{args.method}-s{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     out = Path(args.run_dir or Path("runs") / name)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

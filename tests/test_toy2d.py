@@ -271,7 +271,7 @@ def test_table(tmp_path, monkeypatch, capsys):
         assert names[:7] == ["method", "real", *toy2d.METHODS] and all("published" in n for n in names[7:])
         assert {len(line.split("|")) for line in part.splitlines() if line.startswith("|")} == {len(rows[0]) + 2}
         for r in rows[2:7]:
-            assert r[1:7] == ["50", "4.0 +- 1.0", "2.0 +- 0.0", "25.0% +- 0.0%", "50.0% +- 0.0%", "0.125 +- 0.000"]
+            assert r[1:7] == ["125", "4.0 +- 1.0", "2.0 +- 0.0", "25.0% +- 0.0%", "50.0% +- 0.0%", "0.125 +- 0.000"]
     assert list(tmp_path.iterdir()) == []
 
 
