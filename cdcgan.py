@@ -1,24 +1,28 @@
 """Conditional DCGAN: G is told which class to make, D is told which class it should be looking at.
 
-Mirza and Osindero 2014, arXiv 1411.1784, eq. (2), with the convolutional networks of report C; f is D's logit:
+Mirza and Osindero 2014, arXiv 1411.1784, eq. (2); f is D's logit. Noise, pictures and labels, as one-hot maps, go
+through a first layer each and are joined along the channels.
 
     discriminator  min_D  E[softplus(-f(x, y))] + E[softplus(f(G(z, y), y))]
     generator      min_G  E[softplus(-f(G(z, y), y))]              x, y from the data; z ~ N(0, I) or U[-1, 1]
 
-    python cdcgan.py                                    numerals rendered at start-up, no download
+    python cdcgan.py                                     numerals rendered at start-up, no download
     python cdcgan.py --dataset mnist --steps 3000
 
 Every sheet has a row for each label and a column for each z; label_accuracy in log.csv is the share of made pictures
-that the scores' classifier takes for the label asked for. --d-ignores-label shows who enforces it: D does. Real and
-fake go through D in separate batches where it has batch norm. G is in train mode for D's fakes and is sampled in eval
-mode with averaged weights.
+that the scores' classifier takes for the label asked for. --d-ignores-label shows who enforces it: D does.
+
+Where D has batch norm, real and fake go through it in separate batches. G is in train mode for D's fakes and is sampled
+in eval mode with averaged weights.
 """
 
 import argparse
+import contextlib
 import copy
-import csv
+import functools
 import hashlib
-import io
+import importlib
+import itertools
 import json
 import math
 import os
@@ -26,11 +30,14 @@ import shutil
 import signal
 import sys
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+import torchvision
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 from torch import nn
 from torch.nn import functional as F
@@ -43,18 +50,18 @@ def parse_args(argv=None):
     p.set_defaults(batch_size=128, d_steps=1, lr_g=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999, ngf=128, ndf=64)
     args = resolve(p, argv)
     if args.arch == "dcgan" and args.image_size != 32:
-        fail(f"--arch dcgan is report C's figure 5, for 32 pixels, not --image-size {args.image_size}")
+        fail(f"--arch dcgan makes pictures of 32 pixels here, not --image-size {args.image_size}")
     return args
 
 
 # MODEL ----------------------------------------------------------------------------------------------------------------
 
 
-def make_generator(args, channels, classes):
+def make_generator(args, channels):
     """z (B, latent_dim), y (B,) -> picture (B, channels, S, S) in [-1, 1]."""
-    S, nz, w = args.image_size, args.latent_dim, args.ngf
+    S, nz, classes, w = args.image_size, args.latent_dim, args.classes, args.ngf
     if args.arch == "mlp":
-        layers, width = [Join(nn.Identity(), OneHot(classes))], nz + classes
+        layers, width = [Join({"left": nn.Identity(), "right": OneHot(classes)})], nz + classes
         for w in (256, 512, 1024):
             layers += [nn.Linear(width, w, bias=False), nn.BatchNorm1d(w), nn.LeakyReLU(negative_slope=0.2)]
             width = w
@@ -64,44 +71,40 @@ def make_generator(args, channels, classes):
         return nn.ConvTranspose2d(w_in, w_out, 4, stride, padding, bias=False), nn.BatchNorm2d(w_out), nn.ReLU()
 
     return Net(
-        Join(nn.Sequential(nn.Unflatten(1, (nz, 1, 1)), *block(nz, 2 * w, 1, 0)),  # (B, 256, 4, 4) each
-             nn.Sequential(OneHot(classes, 1), *block(classes, 2 * w, 1, 0))),
+        Join({"left": nn.Sequential(nn.Unflatten(1, (nz, 1, 1)), *block(nz, 2 * w, 1, 0)),  # (B, 2 w, 4, 4) each
+              "right": nn.Sequential(OneHot(classes, 1), *block(classes, 2 * w, 1, 0))}),
         *block(4 * w, 2 * w, 2, 1), *block(2 * w, w, 2, 1), nn.ConvTranspose2d(w, channels, 4, 2, 1), nn.Tanh(),
     ).apply(dcgan_init)
 
 
-def make_discriminator(args, channels, classes):
+def make_discriminator(args, channels):
     """Picture (B, channels, S, S), y (B,) -> logit (B,), larger for more like a real picture of that class."""
-    S, w = args.image_size, args.ndf
+    S, classes, w = args.image_size, args.classes, args.ndf
     if args.arch == "mlp":
-        picture, width = nn.Flatten(), channels * S * S
-        layers = [picture] if args.d_ignores_label else [Join(picture, OneHot(classes))]
-        width += 0 if args.d_ignores_label else classes
+        layers, width = [nn.Flatten()], channels * S * S
+        if not args.d_ignores_label:
+            layers, width = [Join({"left": nn.Flatten(), "right": OneHot(classes)})], width + classes
         for w in (1024, 512, 256):
             layers += [nn.Linear(width, w), nn.LeakyReLU(negative_slope=0.2)]
             width = w
         return Net(*layers, nn.Linear(width, 1), nn.Flatten(0))
     picture = [nn.Conv2d(channels, w, 4, 2, 1), nn.LeakyReLU(negative_slope=0.2)]
     label = [OneHot(classes, S), nn.Conv2d(classes, w, 4, 2, 1), nn.LeakyReLU(negative_slope=0.2)]
-    first = picture if args.d_ignores_label else [Join(nn.Sequential(*picture), nn.Sequential(*label))]
-    width = w if args.d_ignores_label else 2 * w
+    both, width = [Join({"left": nn.Sequential(*picture), "right": nn.Sequential(*label)})], 2 * w
+    if args.d_ignores_label: both, width = picture, w
     return Net(
-        *first,
+        *both,
         nn.Conv2d(width, 4 * w, 4, 2, 1, bias=False), nn.BatchNorm2d(4 * w), nn.LeakyReLU(negative_slope=0.2),
         nn.Conv2d(4 * w, 8 * w, 4, 2, 1, bias=False), nn.BatchNorm2d(8 * w), nn.LeakyReLU(negative_slope=0.2),
         nn.Conv2d(8 * w, 1, 4, 1, 0), nn.Flatten(0),
     ).apply(dcgan_init)
 
 
-class Join(nn.Module):
-    """A pair of inputs, each through its own layers, joined along the channels."""
-
-    def __init__(self, left, right):
-        super().__init__()
-        self.left, self.right = left, right
+class Join(nn.ModuleDict):
+    """A pair of inputs, each through layers of its own, joined along the channels."""
 
     def forward(self, pair):
-        return torch.cat([self.left(pair[0]), self.right(pair[1])], 1)
+        return torch.cat([layers(x) for layers, x in zip(self.values(), pair)], 1)
 
 
 class OneHot(nn.Module):
@@ -118,11 +121,11 @@ class OneHot(nn.Module):
 
 
 def dcgan_init(m):
-    """Radford et al. 2016, section 3: convolutions N(0, .02), batch norm's scale N(1, .02)."""
-    if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)):
-        nn.init.normal_(m.weight, 0.0, 0.02)
-    elif isinstance(m, nn.BatchNorm2d):
-        nn.init.normal_(m.weight, 1.0, 0.02)
+    """Radford et al. 2016, section 4: weights N(0, .02); as in its code, batch norm's scale N(1, .02)."""
+    if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)):
+        for name, p in m.named_parameters():
+            if "weight" in name:  # under spectral norm it is called parametrizations.weight.original
+                nn.init.normal_(p, 1.0 if isinstance(m, nn.BatchNorm2d) else 0.0, 0.02)
 
 
 # LOSS -----------------------------------------------------------------------------------------------------------------
@@ -138,38 +141,32 @@ def generator_loss(logit_fake):
     return F.softplus(-logit_fake).mean()
 
 
-# SCHEDULE -------------------------------------------------------------------------------------------------------------
-
-LOGGED = ("d_loss", "g_loss", "d_acc")  # what step() returns, in this order
+# TRAINING -------------------------------------------------------------------------------------------------------------
 
 
 def train(args):
     device, channels = pick_device(args), DATASETS[args.dataset]
-    batch = Batches(args, device) if not args.generate or args.reject == "drs" else None
+    batch = Batches(args, device)
     if args.classes < 2:
         fail(f"--dataset {args.dataset} has no labels to condition on: a folder needs a subfolder for each class")
     torch.manual_seed(args.seed)
-    G, D = (make(args, channels, args.classes) for make in (make_generator, make_discriminator))  # drawn on the CPU
+    G, D = make_generator(args, channels), make_discriminator(args, channels)  # drawn on the CPU
     G, D = (net.to(device, memory_format=torch.channels_last) for net in (G, D))
     G.amp = D.amp = args.amp
-    ema = copy.deepcopy(G).eval().requires_grad_(False)
+    ema = averaged(G)
     opt_g, opt_d = adam(G, args.lr_g, args), adam(D, args.lr_d, args)
-
-    # step() reads nothing but x, y and the random stream, takes nothing and waits for nothing: what a CUDA graph needs.
-    # Under torchrun every rank draws the whole batch's noise and uses its own rows of it.
-    S, B = args.image_size, args.batch_size
-    x = torch.empty((args.d_steps, B // WORLD, channels, S, S), dtype=torch.uint8, device=device)
-    y = torch.empty((args.d_steps, B // WORLD), dtype=torch.long, device=device)
-    ema_updates = torch.zeros((), device=device)
+    x = batch.buffer  # uint8 (d_steps, B, C, S, S), filled before each step()
+    y = torch.empty(x.shape[:2], dtype=torch.long, device=device)  # and its labels (d_steps, B)
 
     def judged(x, y):
         return D(x) if args.d_ignores_label else D(x, y)
 
     def step():
+        """One iteration. It takes nothing, reads x, y and the random stream, and never waits, as a CUDA graph needs."""
         for x_uint8, labels in zip(x, y):
             x_real = from_uint8(x_uint8)
             with torch.no_grad():  # D's backward ends at the picture
-                x_fake = G(own(sample_z(args, B, device)), labels)
+                x_fake = G(sample_z(args, len(x_real), device), labels)
             if args.arch == "dcgan":
                 score_real, score_fake = judged(x_real, labels), judged(x_fake, labels)
             else:
@@ -181,335 +178,312 @@ def train(args):
             opt_d.step()
 
         D.requires_grad_(False)  # G's step wants the slope of D in x, not in its weights
-        for _ in range(args.g_steps):
-            labels = y[-1]  # the data's mix of classes, with a fresh z
-            g_loss = generator_loss(judged(G(own(sample_z(args, B, device)), labels), labels))
+        for _ in range(args.g_steps):  # a fresh z, and the last labels: the data's mix of classes
+            g_loss = generator_loss(judged(G(sample_z(args, len(x_real), device), labels), labels))
             opt_g.zero_grad(set_to_none=True)
             g_loss.backward()
             average_gradients(G)
             opt_g.step()
-            update_ema(ema, G, args.ema, ema_updates)
+            update_ema(ema, G, args.ema)
         D.requires_grad_(True)
-        return torch.stack([d_loss.detach(), g_loss.detach(), pair_accuracy(score_real, score_fake)])
+        return {"d_loss": d_loss, "g_loss": g_loss, "d_acc": pair_accuracy(score_real, score_fake)}  # log.csv's columns
 
-    def draw(n, z=None, y=None):
-        y = torch.arange(n, device=device) % args.classes if y is None else y
-        x_fake = ema(sample_z(args, n, device) if z is None else z, y)
-        return x_fake, judged(x_fake, y)
+    # Run calls these two in eval mode without gradients: draw for every sheet, score, figure and --generate,
+    # rate to calibrate --reject drs on pictures that D has not seen.
+    def draw(z, y):
+        x_fake = ema(z, y)
+        return to_uint8(x_fake), judged(x_fake, y)
 
-    def rate(x, y):
-        return judged(x, y)
+    def rate(x_uint8, y):
+        return judged(from_uint8(x_uint8), y)
 
     run = Run(args, {"G": G, "D": D}, {"g": opt_g, "d": opt_d}, ema, draw, rate, batch, labels=args.classes)
-    if args.generate:
-        return run.generate()
-    ema_updates.fill_(run.g_updates())
-    step = captured(step, args, run.nets)
+    step = captured(step, args)
     while run.training():
-        run.set_lr()
         for i in range(args.d_steps):
             x[i], y[i] = batch()
         run.record(step())
-        if run.due(args.log_every): run.log()
-        if run.due(args.sample_every): run.sample()
-        if run.due(args.eval_every): run.evaluate()
-        if run.due(args.checkpoint_every): run.save("last.pt")
     run.finish()
 
 
 # ======================================================================================================================
-# The method ends here. Below is plumbing: each block between "shared" marks is byte-identical in every script.
+# The method ends here. Below is the plumbing, the same in all seven scripts: FLAGS, DATA, STEP, RUN, in the order in
+# which a run uses them. Its home is wgan_gp.py; after a change there `python tests/sync.py` copies it to the others.
 # ======================================================================================================================
+SCRIPT = Path(__file__)
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun: one process for each GPU
 
-
-# --- shared: data ---
-DATASETS = {"digits": 1, "mnist": 1, "fashion": 1, "cifar10": 3, "celeba": 3, "folder": 3,
-            "stacked_mnist": 3}  # name -> channels
-
+# FLAGS ----------------------------------------------------------------------------------------------------------------
 
 def fail(message):
     """A user's mistake: one line on stderr, exit code 2, no traceback."""
     sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}\n")
     raise SystemExit(2)
 
-
-def load_data(name, data_dir, size, split, limit=None):
-    """The "train" or "test" pictures of a data set: uint8 (N, C, size, size) in 0..255, int64 labels (N,) or -1."""
-    root = Path(data_dir)
-    if name == "folder":
-        return read_files(root, *list_folder(root, split), size, limit)
-    if name == "celeba":
-        return read_files(root / "celeba" / "img_align_celeba", *list_celeba(root, split), size, limit)
-    if name == "digits":
-        x, y = render_digits(*((20_000, 1) if split == "train" else (10_000, 2)))
-    elif name == "stacked_mnist":
-        x, y = stack(*torchvision_data("mnist", root, split), *((128_000, 3) if split == "train" else (26_000, 4)))
-    else:
-        x, y = torchvision_data(name, root, split)
-    return fit(x[:limit], size), y[:limit]
-
-
-def torchvision_data(name, root, split):
-    """Pictures (N, C, H, W) as they come, and labels: files under `root` are used, missing ones downloaded."""
-    from torchvision import datasets
-    kind, place, files = {"mnist": (datasets.MNIST, "MNIST/raw", "the four *-ubyte files"),
-                          "fashion": (datasets.FashionMNIST, "FashionMNIST/raw", "the four *-ubyte files"),
-                          "cifar10": (datasets.CIFAR10, "cifar-10-batches-py", "the files of that archive")}[name]
-    ours = [d for d in (root / place, *(root / place).parents) if not d.exists()]
+@contextlib.contextmanager
+def or_fail(message):
+    """Around a line or two whose exceptions are a user's mistake; around more it would hide ours."""
     try:
-        data = kind(str(root), train=split == "train", download=True)
-    except Exception as e:  # no network, a damaged or cut file: torchvision raises a different kind for each
-        for d in ours:
-            if d.is_dir() and not any(d.iterdir()): d.rmdir()
-        fail(f"--dataset {name}: no usable files in {root / place} and no download ({e}). Offline: put {files} there, "
-             f"or name a folder that has them by --data-dir, or use --dataset digits")
-    x = torch.as_tensor(data.data)
-    return x[:, None] if x.dim() == 3 else x.permute(0, 3, 1, 2), torch.as_tensor(data.targets).long()
+        yield
+    except Exception as e:
+        fail(f"{message} ({type(e).__name__}: {e})")
 
-
-def list_folder(root, split):
-    """Picture files below `root`, and labels by the first folder on the way, -1 without. Its train/ and test/ are the
-    split; where it has none, every tenth file is for testing. In the order of their names' hashes, which mixes classes:
-    the first n files are a fair sample."""
-    apart = (root / "train").is_dir() and (root / "test").is_dir()
-    kinds = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
-    found = [p.relative_to(root) for p in root.rglob("*") if p.suffix.lower() in kinds]
-    found.sort(key=lambda p: hashlib.sha256(p.as_posix().encode()).digest())
-    names = sorted({p.parts[apart] for p in found if len(p.parts) > 1 + apart})  # of both splits: labels mean the same
-    files = ([p for p in found if p.parts[0] == split] if apart else
-             [p for i, p in enumerate(found) if (i % 10 == 9) == (split == "test")])
-    if not files:
-        fail(f"--dataset folder: no png, jpg, bmp or webp in {root / split if apart else root}: name the folder of "
-             f"pictures by --data-dir")
-    return [root / p for p in files], [names.index(p.parts[apart]) if len(p.parts) > 1 + apart else -1 for p in files]
-
-
-def list_celeba(root, split):
-    """The aligned faces of CelebA, split as its list says; no labels."""
-    base = root / "celeba"
-    try:
-        if not (base / "list_eval_partition.txt").exists():
-            from torchvision import datasets
-            datasets.CelebA(str(root), download=True)  # by the package gdown
-        parts = dict(line.split() for line in (base / "list_eval_partition.txt").read_text().splitlines())
-        files = sorted(p for p in (base / "img_align_celeba").glob("*.jpg")
-                       if parts.get(p.name) == {"train": "0", "test": "2"}[split])
-        if not files:
-            raise ValueError("no pictures")
-    except Exception as e:  # no network, no gdown, Google's quota
-        fail(f"--dataset celeba: {e}. Put img_align_celeba/ and list_eval_partition.txt into {base}")
-    return files, [-1] * len(files)
-
-
-def read_files(root, files, labels, size, limit):
-    """uint8 (N, 3, size, size): the middle square, resized with antialiasing. Decoded once, by threads, and kept beside
-    `root` as one array, whose name changes with the files (names, sizes, dates) and with `size`."""
-    def read(path):
-        try:
-            with Image.open(path) as im:
-                if im.mode.startswith("I"):  # 16 bits a pixel, which convert would clip
-                    im = Image.fromarray((np.asarray(im).clip(0, 65535) / 257).round().astype(np.uint8))
-                upright = ImageOps.exif_transpose(im).convert("RGB")
-                return np.asarray(ImageOps.fit(upright, (size, size), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
-        except Exception as e:  # Pillow raises a different kind for each kind of damage
-            return f"{path}: {e}"
-
-    files, labels = files[:limit], labels[:limit]
-    stamp = [(p.relative_to(root).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-    key = hashlib.sha256(json.dumps([size, stamp]).encode()).hexdigest()[:12]
-    cache = root.resolve().parent / f"{root.resolve().name}-{size}-{key}.npy"
-    if cache.exists():
-        return torch.from_numpy(np.load(cache)), torch.tensor(labels)
-    with ThreadPoolExecutor() as pool:
-        pictures = list(pool.map(read, files))
-    for problem in (p for p in pictures if isinstance(p, str)):
-        fail(f"unreadable picture {problem}")
-    x = np.stack(pictures)
-    try:
-        if not limit:
-            temporary = cache.with_name(f"{cache.name}.{os.getpid()}.tmp.npy")
-            np.save(temporary, x)
-            os.replace(temporary, cache)
-    except OSError as e:
-        sys.stderr.write(f"not kept for the next run: {cache} ({e})\n")
-    return torch.from_numpy(x), torch.tensor(labels)
-
-
-def render_digits(n, seed):
-    """n numerals (n, 1, 28, 28), labels 0..9 in turn: Pillow's own font, two stroke widths, two blurs, a random
-    affine map each. The same for the same seed, so every run and every metric sees the same data."""
-    glyphs = []
-    for digit, stroke, blur in ((d, s, b) for d in range(10) for s in (1, 2) for b in (1.2, 1.8)):
-        im = Image.new("L", (64, 64))
-        ImageDraw.Draw(im).text((32, 32), str(digit), 255, ImageFont.load_default(54), anchor="mm", stroke_width=stroke)
-        glyphs.append(torch.from_numpy(np.array(im.filter(ImageFilter.GaussianBlur(blur)))))
-    rng, y = torch.Generator().manual_seed(seed), torch.arange(n) % 10
-    which = y * 4 + torch.randint(4, (n,), generator=rng)
-    angle, shear, sx, sy, tx, ty = (torch.rand(6, n, generator=rng) * 2 - 1) * torch.tensor(
-        [[0.18], [0.2], [0.12], [0.1], [0.08], [0.08]])  # +-10 degrees, shear .2, scales, shifts of a pixel
-    c, s = angle.cos(), angle.sin()
-    theta = torch.stack([torch.stack([c * (1.05 + sx), shear - s, tx], 1), torch.stack([s, c * (1.05 + sy), ty], 1)], 1)
-    bank, out = torch.stack(glyphs)[:, None], []
-    for i in torch.arange(n).split(2000):
-        grid = F.affine_grid(theta[i], [len(i), 1, 28, 28], align_corners=False)
-        out.append(F.grid_sample(bank[which[i]].float(), grid, align_corners=False).round().clamp(0, 255).byte())
-    return torch.cat(out), y
-
-
-def stack(x, y, n, seed):
-    """n pictures (n, 3, H, W) of three digits drawn at random, red, green and blue; labels 0..999, red the hundreds."""
-    i = torch.randint(len(x), (n, 3), generator=torch.Generator().manual_seed(seed))
-    return x[i, 0], y[i] @ torch.tensor([100, 10, 1])
-
-
-def fit(x, size):
-    """uint8 (N, C, H, W) -> side `size`: 28 to 32 by 2 pixels of zeros, everything else resized with antialiasing."""
-    if x.shape[-1] == 28 and size >= 32:
-        x = F.pad(x, (2, 2, 2, 2))
-    if x.shape[-2:] != (size, size):
-        x = torch.cat([F.interpolate(b.float(), (size, size), mode="bilinear", antialias=True).round().byte()
-                       for b in x.split(1000)])
-    return x
-# --- end shared ---
-
-
-# --- shared: flags ---
 def number(kind, low, high=2**40):
     """An argparse type: an int or a float in [low, high]; NaN and infinity are out."""
     def parse(text):
-        value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not in {low}..{high}")
-        return value
+        if low <= kind(text) <= high: return kind(text)
+        raise argparse.ArgumentTypeError(f"{text} is not in {low}..{high}")
     parse.__name__ = kind.__name__
     return parse
 
-
 def add_run_flags(p):
-    """The flags every image script has. A script sets its own defaults with p.set_defaults."""
+    """The flags of every image script. Its own stand before them, and its defaults follow by p.set_defaults."""
     p.error, p.formatter_class = fail, argparse.ArgumentDefaultsHelpFormatter
-    count, share = number(int, 0), number(float, 0, 0.999999)
-    a = p.add_argument
+    a, count, share, rate = p.add_argument, number(int, 0), number(float, 0, 0.999999), number(float, 0, 10)
     a("--dataset", choices=DATASETS, default="digits", help="digits: rendered here, no download")
-    a("--data-dir", default="data", help="folder of the data sets, and of the trained classifier that scores")
     a("--image-size", type=number(int, 8, 1024), help="dcgan: 28, 32 (its default) or 64; mlp: 28 (its default)")
-    a("--arch", choices=("dcgan", "mlp"), default="dcgan", help="networks")
-    a("--ngf", type=number(int, 1, 4096), default=32, help="dcgan: width of G's largest map, doubled by each smaller")
-    a("--ndf", type=number(int, 1, 4096), default=32, help="dcgan: width of D's largest map, doubled by each smaller")
+    a("--arch", choices=("dcgan", "mlp"), default="dcgan", help="convolutional or fully connected networks")
+    a("--ngf", type=number(int, 1, 4096), default=32, help="dcgan: channels of G's largest map; each smaller has twice")
+    a("--ndf", type=number(int, 1, 4096), default=32, help="dcgan: channels of D's largest map; each smaller has twice")
     a("--latent-dim", type=number(int, 1, 65536), default=100, help="size of z")
     a("--prior", choices=("normal", "uniform"), default="normal", help="law of z: N(0, I) or U[-1, 1]")
-    a("--epochs", type=number(int, 1), default=20, help="of N // batch D updates")
-    a("--steps", type=number(int, 1), help="D updates in all; overrides --epochs")
     a("--batch-size", type=number(int, 2), help="pictures a step")
     a("--d-steps", "--n-critic", type=number(int, 1, 1000), help="D updates an iteration; WGAN-GP's paper: 5")
     a("--g-steps", type=number(int, 1, 1000), default=1, help="G updates an iteration")
-    a("--lr-g", type=number(float, 0, 10), help="Adam's rate for G")
-    a("--lr-d", type=number(float, 0, 10), help="Adam's rate for D")
-    a("--lr-decay", choices=("none", "linear", "best-fid"), default="none",
-      help="linear: to 0 at the last step. best-fid: when the FID has not improved for --patience evaluations, go back "
-           "to the best checkpoint and halve both rates")
-    a("--patience", type=number(int, 1), default=5, help="evaluations without a better FID, for best-fid")
     a("--beta1", type=share, help="Adam's first moment")
     a("--beta2", type=share, help="Adam's second moment")
     a("--ema", type=share, default=0.999, help="decay of G's averaged copy, which makes every picture; 0: no averaging")
+    a("--flip", action="store_true", help="mirror pictures at random: for faces and animals, not for digits")
+    a("--holdout", type=count, default=0, help="training pictures that D never sees, for --reject drs: 1000, say")
     a("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of the networks, the order of the data, and all noise")
-    a("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="mps is written for but untested")
+    a("--dry-run", action="store_true", help="two iterations and one of everything else, on tiny data")
+    p.fixed = vars(p.parse_args([])).keys()  # a resumed run has these of its checkpoint: its networks and its data
+    a("--lr-g", type=rate, help="learning rate of G")
+    a("--lr-d", type=rate, help="learning rate of D")
+    a("--lr-decay", choices=("none", "linear", "best-fid"), default="none", help="linear: to 0 at the last step; "
+      "best-fid: after --patience evaluations without a better FID go back to the best checkpoint and halve both rates")
     a("--amp", action="store_true", help="matrix products and convolutions of training in bfloat16")
-    a("--graph", action=argparse.BooleanOptionalAction, help="replay the iteration as one CUDA graph; default: on CUDA")
+    p.named = vars(p.parse_args([])).keys() - {"dataset", "seed"}  # where they differ, they stand in the run's name
+    a("--patience", type=number(int, 1), default=5, help="evaluations without a better FID, for best-fid")
+    a("--epochs", type=number(int, 1), default=20, help="of N // batch D updates")
+    a("--steps", type=number(int, 1), help="D updates in all; overrides --epochs")
+    a("--data-dir", default="data", help="folder of the data sets, and of the trained network that scores")
     a("--log-every", type=count, default=100, help="D updates between rows of log.csv; 0: never")
     a("--sample-every", type=count, default=1000, help="D updates between sheets of samples")
     a("--eval-every", type=count, default=5000, help="D updates between scores of 10,000 samples; 0: only the last")
     a("--checkpoint-every", type=count, default=2000, help="D updates between writes of last.pt")
-    a("--run-dir", help="default: runs/SCRIPT-DATASET-sSEED-TIME")
+    a("--reject", choices=("none", "naive", "drs"), default="none", help="choose pictures by D's score. naive: "
+      "keep with chance sigmoid(score), which a critic's is not for; drs: Azadi et al. 2019, calibrated on --holdout")
+    a("--drs-percentile", type=number(float, 0, 100), default=60.0, help="of D's scores, kept half; the paper: 80, 95")
+    a("--tensorboard", action="store_true", help="also write the log for TensorBoard, if it is installed")
+    p.kept = vars(p.parse_args([])).keys()  # what a checkpoint gives to the run that resumes it
+    a("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="mps is written for but untested")
+    a("--graph", action=argparse.BooleanOptionalAction, default=False, help="CUDA: replay the iteration as one graph")
+    a("--run-dir", help="default: runs/SCRIPT-DATASET-FLAGS-sSEED-TIME, FLAGS those that are not the default")
     a("--resume", metavar="FILE", help="a checkpoint: go on from it, with its flags unless given here")
     a("--generate", type=number(int, 1), metavar="N", help="with --resume: train nothing, write N pictures as PNG")
     a("--generate-to", metavar="DIR", help="where to; default: RUN/generated")
     a("--z-file", metavar="FILE", help="with --generate: z from a .npy or .pt (N, latent-dim)")
-    a("--reject", choices=("none", "naive", "drs"), default="none",
-      help="keep pictures by D's score, in --generate and the last scores. naive: with chance sigmoid(score), so not "
-           "for a critic; drs: Azadi et al. 2019, calibrated on --holdout")
-    a("--drs-percentile", type=number(float, 0, 100), default=60.0, help="of D's scores that drs keeps half of: the "
-      "higher, the fewer and better; the paper: 80 on ImageNet, 95 on a 2-D grid (as recalled)")
-    a("--holdout", type=count, default=0, help="training pictures that D never sees, for --reject drs: 1000, say")
-    a("--traverse", type=number(int, 1), default=10, help="rows of traversal.png: the strongest coordinates of z")
-    a("--tensorboard", action="store_true", help="also write the log for TensorBoard, if it is installed")
-    a("--dry-run", action="store_true", help="two iterations and one of everything else, on tiny data")
-
-
-OF_ONE_CALL = {"resume", "run_dir", "generate", "generate_to", "z_file", "device", "graph"}  # never from a checkpoint
-# what a resumed run may change; the rest would make another network, other data or another order of it
-MAY_CHANGE = OF_ONE_CALL | {"steps", "epochs", "lr_g", "lr_d", "lr_decay", "patience", "log_every", "sample_every",
-                            "eval_every", "checkpoint_every", "data_dir", "traverse", "tensorboard", "amp", "reject",
-                            "drs_percentile"}
-
 
 def resolve(p, argv):
     """Flags, with those not given taken from --resume's checkpoint, and the defaults that depend on others."""
-    args = p.parse_args(argv)
+    args, defaults = p.parse_args(argv), vars(p.parse_args([]))
     if args.resume:
-        absent = argparse.Namespace(**dict.fromkeys(vars(args), ...))
-        given = {k: v for k, v in vars(p.parse_args(argv, absent)).items() if v is not ...}
         checkpoint = read_checkpoint(args.resume)
-        old, script = checkpoint["args"], checkpoint["script"]
-        if script != Path(__file__).stem:
-            fail(f"{args.resume} is a checkpoint of {script}.py")
-        for k, v in given.items():
-            if k in old and v != old[k] and k not in MAY_CHANGE | ({"seed"} if args.generate else set()):
-                fail(f"--{k.replace('_', '-')} is {old[k]} in {args.resume}: a resumed run cannot change it to {v}")
-        vars(args).update({k: v for k, v in old.items() if k not in given and k not in OF_ONE_CALL})
-        if "epochs" in given and "steps" not in given:
-            args.steps = None
-    if (args.generate and not args.resume) or (args.z_file and not args.generate):
-        fail("--generate N needs --resume FILE, the checkpoint to draw from, and --z-file needs --generate N")
-    if args.lr_decay == "best-fid" and not args.eval_every:
-        fail("--lr-decay best-fid needs evaluations: give --eval-every")
-    if args.reject == "drs" and args.holdout < 2:
-        fail("--reject drs is calibrated on pictures that D has never seen: train with --holdout 1000, say")
-    if args.z_file and args.reject != "none":
-        fail("--z-file names the pictures, --reject would choose among them: give one of the two")
+        if checkpoint["script"] != SCRIPT.stem: fail(f"{args.resume} is a checkpoint of {checkpoint['script']}.py")
+        old = {k: v for k, v in checkpoint["args"].items() if k in p.kept | {"classes", "data"}}
+        p.set_defaults(**old | ({"epochs": None} if old["steps"] else {}))
+        args = p.parse_args(argv)
+        if args.epochs and args.steps == old["steps"]: args.steps = None  # --epochs was given, to go further
+        for k in p.fixed & old.keys() - ({"seed"} if args.generate and args.reject != "drs" else set()):
+            if vars(args)[k] != old[k]: fail(f"--{k.replace('_', '-')} is {old[k]} in {args.resume}: it cannot change")
+    if args.generate and not args.resume: fail("--generate N needs --resume FILE, the checkpoint to draw from")
+    if args.z_file and not args.generate: fail("--z-file needs --generate N")
+    if args.z_file and args.reject != "none": fail("--z-file names the pictures, --reject would choose among them")
+    if args.lr_decay == "best-fid" and not args.eval_every: fail("--lr-decay best-fid needs --eval-every")
+    if args.reject == "drs" and args.holdout < 2: fail("--reject drs needs pictures D never saw: --holdout 1000, say")
+    changed = [f"{k}{v}".removesuffix("True") for k, v in vars(args).items() if k in p.named and v != defaults[k]]
+    while len("-".join(changed)) > 60: changed.pop()  # what a legend can hold
+    args.name = "-".join([SCRIPT.stem, args.dataset, *changed, f"s{args.seed}"])
     args.image_size = args.image_size or {"dcgan": 32, "mlp": 28}[args.arch]
     if args.dry_run:
         args.steps, args.batch_size, args.holdout = 2 * args.d_steps, min(args.batch_size, 16), min(args.holdout, 64)
         args.log_every = args.sample_every = args.eval_every = args.checkpoint_every = args.d_steps
     return args
 
-
 def pick_device(args):
-    """The device, this rank's own under torchrun; also settles --graph."""
-    name = args.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if (name == "cuda" and not torch.cuda.is_available()) or (name == "mps" and not torch.backends.mps.is_available()):
-        fail(f"--device {name}: this PyTorch finds no such device")
-    if args.graph and (name != "cuda" or WORLD > 1):
-        fail("--graph needs CUDA and a process of its own: an all_reduce between ranks is not captured")
-    args.graph = name == "cuda" and WORLD == 1 if args.graph is None else args.graph
+    """The device, this rank's own under torchrun; fails where --device, --graph or --amp ask for what is not there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = next(k for k in there if there[k]) if args.device == "auto" else args.device
+    if not there[name]: fail(f"--device {name}: this PyTorch finds no such device")
+    if args.graph and (name != "cuda" or WORLD > 1): fail("--graph needs CUDA, and one process: ranks are not captured")
+    if args.amp and name == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        fail("--amp: this GPU has no bfloat16 of its own")
+    if args.batch_size % WORLD: fail(f"--batch-size {args.batch_size} does not divide among {WORLD} ranks")
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA
     torch.backends.cudnn.benchmark = True
-    if WORLD > 1:
-        if args.batch_size % WORLD:
-            fail(f"--batch-size {args.batch_size} does not divide among {WORLD} ranks")
-        if name == "cuda": torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        torch.distributed.init_process_group("nccl" if name == "cuda" else "gloo")
+    if name == "cuda": torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if WORLD > 1:  # the others wait while rank 0 downloads, decodes and scores
+        torch.distributed.init_process_group("nccl" if name == "cuda" else "gloo", timeout=timedelta(hours=12))
     return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
-# --- end shared ---
 
+# DATA -----------------------------------------------------------------------------------------------------------------
 
-# --- shared: step ---
+# name: channels
+DATASETS = {"digits": 1, "mnist": 1, "fashion": 1, "cifar10": 3, "celeba": 3, "folder": 3, "stacked_mnist": 3}
+TORCHVISION = {"mnist": ("MNIST", "MNIST/raw"), "fashion": ("FashionMNIST", "FashionMNIST/raw"),
+               "cifar10": ("CIFAR10", "cifar-10-batches-py")}  # class, and its folder under --data-dir
+
+def load_data(name, data_dir, size, split, limit=None):
+    """The "train" or "test" pictures of a data set: uint8 (N, C, size, size) in 0..255, int64 labels (N,) or -1."""
+    root, train = Path(data_dir), split == "train"
+    if name == "folder":
+        return read_files(root, *list_folder(root, split), size, limit)
+    if name == "celeba":
+        with or_fail(f"--dataset celeba: put torchvision's files of it into {root / 'celeba'}, or pip install gdown"):
+            names = torchvision.datasets.CelebA(str(root), split=split, download=True).filename
+        faces = root / "celeba" / "img_align_celeba"
+        return read_files(faces, [faces / n for n in names], [-1] * len(names), size, limit)
+    if name == "digits":
+        x, y = render_digits(*((20_000, 1) if train else (10_000, 2)))
+    elif name == "stacked_mnist":
+        x, y = stack(*torchvision_data("mnist", root, train), *((128_000, 3) if train else (26_000, 4)))
+    else:
+        x, y = torchvision_data(name, root, train)
+    return fit(x[:limit], size), y[:limit]
+
+def torchvision_data(name, root, train):
+    """Pictures (N, C, H, W) as they come, and labels (N,): files under `root` are used, missing ones downloaded."""
+    kind, place = TORCHVISION[name]
+    ours = [d for d in (root / place, *(root / place).parents) if not d.exists()]
+    try:
+        data = getattr(torchvision.datasets, kind)(str(root), train=train, download=True)
+    except Exception as e:  # no network, a damaged or cut file: torchvision raises a different kind for each
+        for d in (d for d in ours if d.is_dir() and not any(d.iterdir())): d.rmdir()
+        fail(f"--dataset {name}: no usable files in {root / place} and no download ({e}). Offline: put torchvision's "
+             f"{kind} there, name a folder that has it by --data-dir, or use --dataset digits")
+    x = torch.as_tensor(data.data)
+    return x[:, None] if x.dim() == 3 else x.permute(0, 3, 1, 2), torch.as_tensor(data.targets).long()
+
+def list_folder(root, split):
+    """Picture files below `root`, and labels by the first folder on the way, -1 without. Its train/ and test/ are the
+    split, or else every tenth file is for testing. In the order of their names' hashes, so the first n are a sample."""
+    apart, kinds = (root / "train").is_dir() and (root / "test").is_dir(), "png jpg jpeg bmp webp gif tif tiff"
+    found = [p.relative_to(root) for p in root.rglob("[!.]*") if p.suffix[1:].lower() in kinds.split()]
+    found.sort(key=lambda p: hashlib.sha256(p.as_posix().encode()).digest())
+    names = sorted({p.parts[apart] for p in found if len(p.parts) > 1 + apart})  # of both splits: labels mean the same
+    files = ([p for p in found if p.parts[0] == split] if apart else
+             [p for i, p in enumerate(found) if (i % 10 == 9) == (split == "test")])
+    if not files: fail(f"--dataset folder: no {kinds} in {root / split if apart else root}: name one by --data-dir")
+    return [root / p for p in files], [names.index(p.parts[apart]) if len(p.parts) > 1 + apart else -1 for p in files]
+
+def read_files(root, files, labels, size, limit):
+    """uint8 (N, 3, size, size) and labels (N,) of the files that can be read. Decoded once, by threads, and kept beside
+    `root` under a name that changes with the files (names, sizes, dates) and with `size`."""
+    files, y = files[:limit], torch.tensor(labels[:limit])
+    stamp = [size, *((p.relative_to(root).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in files)]
+    key = hashlib.sha256(json.dumps(stamp).encode()).hexdigest()[:12]
+    cache = root.resolve().parent / f"{root.resolve().name}-{size}-{key}.npz"
+    if cache.exists():
+        with np.load(cache) as saved: return torch.from_numpy(saved["x"]), y[saved["good"]]
+    with ThreadPoolExecutor() as pool: pictures = list(pool.map(lambda path: read_picture(path, size), files))
+    good, bad = ([i for i, p in enumerate(pictures) if isinstance(p, kind)] for kind in (np.ndarray, str))
+    if bad: sys.stderr.write(f"left out {len(bad)} of {len(files)} files: {'; '.join(pictures[i] for i in bad[:3])}\n")
+    if not good: fail(f"no picture in {root} can be read")
+    x = np.stack([pictures[i] for i in good])
+    try:
+        if not limit: write_whole(cache, lambda f: np.savez(f, x=x, good=good))
+    except OSError as e:
+        sys.stderr.write(f"not kept for the next run: {cache} ({e})\n")
+    return torch.from_numpy(x), y[good]
+
+def read_picture(path, size):
+    """uint8 (3, size, size), upright, the middle square, resized with antialiasing; or a line on why there is none."""
+    try:
+        with Image.open(path) as im:
+            if im.mode.startswith("I"):  # 16 bits a pixel, which convert would clip
+                im = Image.fromarray((np.asarray(im).clip(0, 65535) / 257).round().astype(np.uint8))
+            im = ImageOps.exif_transpose(im)
+            if im.has_transparency_data:  # what is see-through becomes white
+                im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im.convert("RGBA"))
+            im = ImageOps.fit(im.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
+            return np.asarray(im).transpose(2, 0, 1)
+    except Exception as e:  # Pillow raises a different kind for each kind of damage
+        return f"{path} ({e})"
+
+def render_digits(n, seed):
+    """n numerals (n, 1, 28, 28), labels 0..9 in turn: Pillow's own font, strokes, blurs and affine maps at random."""
+    bank, rng, y, out = [], torch.Generator().manual_seed(seed), torch.arange(n) % 10, []
+    for digit, stroke, blur in itertools.product("0123456789", (1, 2), (1.2, 1.8)):
+        im = Image.new("L", (64, 64))
+        ImageDraw.Draw(im).text((32, 32), digit, 255, ImageFont.load_default(54), anchor="mm", stroke_width=stroke)
+        bank.append(torch.from_numpy(np.array(im.filter(ImageFilter.GaussianBlur(blur)))))
+    glyphs = torch.stack(bank)[y * 4 + torch.randint(4, (n,), generator=rng), None]
+    angle, shear, sx, sy, tx, ty = (torch.rand(6, n, generator=rng) * 2 - 1) * torch.tensor(
+        [[0.18], [0.2], [0.12], [0.1], [0.08], [0.08]])  # +-10 degrees, shear .2, scales, shifts of a pixel
+    c, s = angle.cos(), angle.sin()
+    theta = torch.stack([c * (1.05 + sx), shear - s, tx, s, c * (1.05 + sy), ty], 1).view(n, 2, 3)
+    for part, t in zip(glyphs.split(2000), theta.split(2000)):
+        grid = F.affine_grid(t, [len(t), 1, 28, 28], align_corners=False)
+        out.append(F.grid_sample(part.float(), grid, align_corners=False).round().clamp(0, 255).byte())
+    return torch.cat(out), y
+
+def stack(x, y, n, seed):
+    """n pictures (n, 3, H, W) of three digits drawn at random, red, green and blue; labels 0..999, red the hundreds."""
+    i = torch.randint(len(x), (n, 3), generator=torch.Generator().manual_seed(seed))
+    return x[i, 0], y[i] @ torch.tensor([100, 10, 1])
+
+def fit(x, size):
+    """uint8 (N, C, H, W) -> side `size`: 28 to 32 by 2 pixels of zeros, everything else resized with antialiasing."""
+    x = F.pad(x, (2, 2, 2, 2)) if x.shape[-1] == 28 and size >= 32 else x
+    return x if x.shape[-2:] == (size, size) else torch.cat([
+        F.interpolate(b.float(), (size, size), mode="bilinear", antialias=True).round().byte() for b in x.split(1000)])
+
+class Batches:
+    """batch() -> uint8 (B, C, S, S), labels (B,), from one tensor on the device; B is a rank's own share of the batch.
+    Epoch e's order is a pure function of (seed, e): there is nothing to checkpoint but the step."""
+
+    def __init__(self, args, device):
+        self.args, self.device, self.step, self.epoch, self.held = args, device, 0, None, None
+        shape = args.d_steps, args.batch_size // WORLD, DATASETS[args.dataset], args.image_size, args.image_size
+        self.buffer = torch.empty(shape, dtype=torch.uint8, device=device)  # for an iteration's, at one place in memory
+        if args.generate and args.reject != "drs": return  # the data is not needed
+        if RANK: from_rank_0()  # which may have to download or decode
+        x, y = load_data(args.dataset, args.data_dir, args.image_size, "train", 256 if args.dry_run else None)
+        if not RANK: from_rank_0()
+        crc = zlib.crc32(x.contiguous().numpy()) if args.dataset == "folder" else 0  # others stay the same
+        data = f"{len(x)} pictures of CRC {crc:08x}"
+        if vars(args).setdefault("data", data) != data: fail(f"{args.resume} saw {args.data}, the data is {data}")
+        args.classes = int(y.max()) + 1 if y.min() >= 0 else 0
+        if args.holdout:
+            held, kept = torch.randperm(len(x), generator=seeded(args.seed, 7)).tensor_split([args.holdout])
+            self.held, x, y = (x[held], y[held]), x[kept], y[kept]
+        self.x, self.y, self.per_epoch = x.to(device), y.to(device), len(x) // args.batch_size
+        if not self.per_epoch: fail(f"--batch-size {args.batch_size} is larger than the data: {len(x)} pictures")
+
+    def __call__(self):
+        (epoch, i), a, n = divmod(self.step, self.per_epoch), self.args, len(self.x)
+        if epoch != self.epoch:
+            self.epoch, self.order = epoch, torch.randperm(n, generator=seeded(a.seed, 0, epoch)).to(self.device)
+            self.mirror = torch.randint(2, (n, 1, 1, 1), generator=seeded(a.seed, 11, epoch)).bool().to(self.device)
+        self.step += 1
+        index = self.order[i * a.batch_size:(i + 1) * a.batch_size].chunk(WORLD)[RANK]
+        x = self.x[index]
+        return torch.where(self.mirror[index], x.flip(3), x) if a.flip else x, self.y[index]
+
+# STEP -----------------------------------------------------------------------------------------------------------------
+
 def to_uint8(x):
     """[-1, 1] -> uint8 0..255: the one way out, for files and for metrics alike."""
     return ((x + 1) * 127.5).round().clamp(0, 255).byte()
-
 
 def from_uint8(x):
     """uint8 0..255 -> float [-1, 1]."""
     return x.to(torch.get_default_dtype()) / 127.5 - 1
 
-
 class Net(nn.Sequential):
     """nn.Sequential (several inputs go to its first layer as a tuple) that under --amp trains with its products in
-    bfloat16. What comes out, losses and penalties stay float32, and in eval mode all of it. No cache of cast weights:
-    filled under no_grad, it would cut their gradients."""
+    bfloat16; what comes out stays float32. No cache of cast weights: filled under no_grad, it would cut gradients."""
     amp = False
 
     def forward(self, *inputs):
@@ -517,18 +491,20 @@ class Net(nn.Sequential):
         with torch.autocast(first.device.type, torch.bfloat16, self.amp and self.training, cache_enabled=False):
             return super().forward(inputs if len(inputs) > 1 else first).to(first.dtype)
 
+def rand(n, *shape, like):
+    """U[0, 1) of shape (n, *shape), device and dtype of `like`. Ranks draw for the whole batch and keep their rows."""
+    return torch.rand(WORLD * n, *shape, device=like.device, dtype=like.dtype).chunk(WORLD)[RANK]
 
 def sample_z(args, n, device, generator=None):
-    """z (n, latent_dim) from the prior."""
-    if args.prior == "normal":
-        return torch.randn(n, args.latent_dim, device=device, generator=generator)
-    return torch.rand(n, args.latent_dim, device=device, generator=generator) * 2 - 1
-
+    """z (n, latent_dim) from the prior. Without a generator as in training: ranks draw all and keep their own rows."""
+    shape = n if generator else WORLD * n, args.latent_dim
+    z = (torch.randn(shape, device=device, generator=generator) if args.prior == "normal" else
+         torch.rand(shape, device=device, generator=generator) * 2 - 1)
+    return z if generator else z.chunk(WORLD)[RANK]
 
 def seeded(*key):
     """A CPU generator, a pure function of whole numbers: hashed, as torch keeps only 32 bits of a seed."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
-
 
 def adam(net, lr, args):
     device = next(net.parameters()).device
@@ -536,592 +512,334 @@ def adam(net, lr, args):
     return torch.optim.Adam(net.parameters(), torch.tensor(lr, device=device) if cuda else lr, (args.beta1, args.beta2),
                             fused=cuda or device.type == "cpu", capturable=cuda)
 
+def averaged(G):
+    """The copy of G that update_ema averages into and that every picture comes from."""
+    ema = copy.deepcopy(G).eval().requires_grad_(False)
+    ema.register_buffer("updates", torch.zeros((), device=next(G.parameters()).device), persistent=False)
+    return ema
 
 @torch.no_grad()
-def update_ema(ema, G, decay, updates):
-    """ema <- d ema + (1 - d) G with d = min(decay, (1 + t) / (10 + t)), t = `updates` on the device; buffers copied."""
-    updates += 1
-    weight = 1 - ((1 + updates) / (10 + updates)).clamp(max=decay)
-    for e, p in zip(ema.parameters(), G.parameters()):
-        e.lerp_(p, weight)
-    for e, b in zip(ema.buffers(), G.buffers()):
-        e.copy_(b)
-
+def update_ema(ema, G, decay):
+    """ema <- d ema + (1 - d) G with d = min(decay, (1 + t) / (10 + t)) at its t-th update; buffers are copied."""
+    ema.updates += 1
+    weight = 1 - ((1 + ema.updates) / (10 + ema.updates)).clamp(max=decay)
+    for e, p in zip(ema.parameters(), G.parameters()): e.lerp_(p, weight)
+    for name, b in G.named_buffers(): ema.get_buffer(name).copy_(b)
 
 def pair_accuracy(score_real, score_fake):
-    """The share of all pairs with score(real) > score(fake): .5 to 1, comparable across all losses."""
+    """The share (0 to 1) of all pairs with score(real) > score(fake), comparable across all losses."""
     return (score_real.detach()[:, None] > score_fake.detach()).float().mean()
-
-
-class Batches:
-    """batch() -> uint8 (B, C, H, W), labels (B,), from one tensor on the device. Epoch e's order is a pure function of
-    (seed, e): there is nothing to checkpoint but the step."""
-
-    def __init__(self, args, device):
-        if RANK: over_ranks(torch.zeros(1, device=device))  # rank 0 may have to download
-        x, y = load_data(args.dataset, args.data_dir, args.image_size, "train", 256 if args.dry_run else None)
-        if not RANK: over_ranks(torch.zeros(1, device=device))
-        self.size, self.seed, self.step, self.epoch, self.held = args.batch_size, args.seed, 0, None, None
-        if args.holdout:
-            shuffled = torch.randperm(len(x), generator=seeded(args.seed, 7))
-            held, kept = shuffled[:args.holdout], shuffled[args.holdout:]
-            self.held, x, y = (x[held], y[held]), x[kept], y[kept]
-        self.per_epoch = len(x) // args.batch_size
-        if not self.per_epoch:
-            fail(f"--batch-size {args.batch_size} is larger than the data: {len(x)} pictures")
-        args.classes = int(y.max()) + 1 if y.min() >= 0 else 0
-        self.x, self.y = x.to(device), y.to(device)
-
-    def __call__(self):
-        epoch, i = divmod(self.step, self.per_epoch)
-        if epoch != self.epoch:
-            self.epoch = epoch
-            self.order = torch.randperm(len(self.x), generator=seeded(self.seed, 0, epoch)).to(self.x.device)
-        self.step += 1
-        index = own(self.order[i * self.size:(i + 1) * self.size])
-        return self.x[index], self.y[index]
-# --- end shared ---
-
-
-# --- shared: ranks ---
-RANK, WORLD = 0, 1
-if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun: one process a GPU, which train as one process would
-    RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-
-
-def own(whole):
-    """This rank's rows of a batch that every rank has drawn whole, from the same stream."""
-    n = len(whole) // WORLD
-    return whole[RANK * n:(RANK + 1) * n]
-
-
-def over_ranks(x, operation="SUM"):
-    """x reduced over all ranks, in place."""
-    if WORLD > 1:
-        try:
-            torch.distributed.all_reduce(x, getattr(torch.distributed.ReduceOp, operation))
-        except RuntimeError as e:
-            fail(f"rank {RANK} has lost another rank: {e}")
-    return x
-
 
 def average_gradients(net):
     """Their mean over ranks, by one flat all_reduce."""
     if WORLD > 1:
-        params = list(net.parameters())
-        flat = over_ranks(torch.cat([p.grad.flatten() for p in params])) / WORLD
-        for p, mean in zip(params, flat.split([p.numel() for p in params])):
-            p.grad.copy_(mean.view_as(p))
+        grads = [p.grad for p in net.parameters()]
+        flat = torch.cat([g.flatten() for g in grads])
+        torch.distributed.all_reduce(flat)
+        for g, mean in zip(grads, (flat / WORLD).split([g.numel() for g in grads])): g.copy_(mean.view_as(g))
 
-
-def as_rank_0(value):
-    """What rank 0 passes."""
+def from_rank_0(value=None):
+    """What rank 0 passes; the others wait for it."""
     box = [value]
     if WORLD > 1: torch.distributed.broadcast_object_list(box)
     return box[0]
-# --- end shared ---
 
-
-# --- shared: graph ---
-def captured(step, args, nets, warm_up=3):
+def captured(step, args):
     """step() replayed as one CUDA graph: to launch its hundreds of small kernels one by one takes longer than to run
     them. The first calls run eagerly and count as training; they let cuDNN choose kernels and Adam make its moments,
-    on the stream that then captures. After that a tensor of step() may be written to, never replaced.
-    A capture executes nothing: where it fails, the run goes on eagerly from the state it had."""
-    if not args.graph:
-        return step
-    side, graph, calls, values = torch.cuda.Stream(), torch.cuda.CUDAGraph(), 0, None
-
-    def call():
-        nonlocal graph, calls, values
-        calls += 1
-        if calls == warm_up + 1:
-            noise = torch.cuda.default_generators[torch.cuda.current_device()]
-            before = noise.clone_state()
-            try:
-                with torch.cuda.graph(graph, stream=side):
-                    values = step()
-            except Exception as e:
-                graph, values = None, None
-                noise.graphsafe_set_state(before)  # a broken capture leaves the generator unusable
-                for net in nets.values(): net.requires_grad_(True)
-                sys.stderr.write(f"no CUDA graph, so slower: {type(e).__name__}: {' '.join(str(e).split())[:200]}\n")
-        if values is not None:
+    on the stream that then captures. After that a tensor of step() may be written to, never replaced."""
+    def calls():
+        side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        for _ in range(1 if args.dry_run else 3):
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side): values = {k: v.detach() for k, v in step().items()}
+            torch.cuda.current_stream().wait_stream(side)
+            yield values
+        with or_fail("step() cannot be captured: give --no-graph"), torch.cuda.graph(graph, stream=side):
+            values = {k: v.detach() for k, v in step().items()}  # a capture executes nothing
+        while True:
             graph.replay()
-            return values
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            eager = step()
-        torch.cuda.current_stream().wait_stream(side)
-        return eager
+            yield values
+    return functools.partial(next, calls()) if args.graph else step
 
-    return call
-# --- end shared ---
+# RUN ------------------------------------------------------------------------------------------------------------------
 
-
-# --- shared: checkpoint ---
 def write_whole(path, write):
     """write(file) into a temporary file beside `path`, flush, rename: a kill at any moment leaves the old file."""
-    temporary = Path(path).with_name(Path(path).name + ".tmp")
+    temporary = path.with_name(f"{path.name}.tmp")
     with open(temporary, "wb") as f:
         write(f)
         f.flush()
         os.fsync(f.fileno())
     os.replace(temporary, path)
 
-
 def read_checkpoint(path):
-    try:
+    with or_fail(f"{path} is not a whole checkpoint of these scripts"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if {"script", "args", "step", "nets", "ema", "opts", "rng", "state", "window"} <= set(checkpoint):
-            return checkpoint
-        raise ValueError("parts are missing")
-    except FileNotFoundError:
-        fail(f"no checkpoint at {path}")
-    except Exception as e:  # cut short, not ours, or a folder: torch raises a different kind for each
-        fail(f"{path} is not a whole checkpoint of these scripts ({type(e).__name__})")
+        for k in ("script", "args", "step", "nets", "ema", "opts", "rng", "state", "window"): checkpoint[k]
+    return checkpoint
 
+def to_image(x):
+    """uint8 (C, H, W) -> a grey or a colour Pillow image."""
+    return Image.fromarray(x[0].numpy() if len(x) == 1 else x.permute(1, 2, 0).contiguous().numpy())
 
-def load_optimizer(opt, saved):
-    params = [p for group in opt.param_groups for p in group["params"]]
-    if opt.state:  # in place: a captured step reads these tensors
-        for i, moments in saved["state"].items():
-            for k, v in moments.items():
-                opt.state[params[i]][k].copy_(v)
-        return
-    for now, old in zip(opt.param_groups, saved["param_groups"]):  # another device may want other kernels
-        old.update({k: now[k] for k in ("fused", "capturable", "foreach", "lr") if k in now})
-    opt.load_state_dict(saved)
-# --- end shared ---
+def save_sheet(x, path, columns):
+    """uint8 (N, C, H, W) as one PNG, row by row, two pixels of white between pictures."""
+    to_image(torchvision.utils.make_grid(x.cpu(), columns, padding=2, pad_value=255)[:x.shape[1]]).save(path)
 
+def say(text, redraw=False):
+    """A line on stdout, rank 0's; on a terminal the next one is written over a `redraw` line."""
+    if RANK: return
+    live = sys.stdout.isatty()
+    if live: text = "\r\033[K" + (text[:shutil.get_terminal_size().columns - 1] if redraw else text + "\n")
+    print(text, end="" if live else "\n", flush=True)
 
-# --- shared: run ---
-SCRIPT = Path(__file__)
-SCORES = ["fid", "fid_train", "inception_score", "mode_score", "coverage", "classes", "class_min", "class_max",
-          "label_accuracy", "modes", "modes_kl"]
+def on_signals(handler=signal.default_int_handler):
+    for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, handler)
 
+def make_folder(args):
+    """The run's folder: that of the checkpoint, or a new one. Fails before it leaves anything behind."""
+    old = Path(args.resume).parent if args.resume else None
+    folder = Path(args.run_dir or old or f"runs/{args.name}-{datetime.now():%Y%m%d-%H%M%S-%f}")
+    if args.generate: return folder
+    fresh = not old or folder.resolve() != old.resolve()
+    if fresh and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        fail(f"--run-dir {folder} is in use: name another, or go on with --resume {folder / 'last.pt'}")
+    with or_fail(f"--run-dir {folder}"): (folder / "samples").mkdir(parents=True, exist_ok=True)
+    if fresh: shutil.copy(SCRIPT, folder / SCRIPT.name)
+    (folder / "args.json").write_text(json.dumps(vars(args), indent=1))
+    return folder
 
-def rejection_line(took):
-    return (f"{took['attempts']} attempts, {took['acceptance']:.1%} kept"
-            + (f", calibrated at AUC {took['auc']:.3f}" if took["auc"] else "")
-            + (f". {took['warning']}" if took["warning"] else ""))
+class Log:
+    """log.csv, the progress line and TensorBoard: rank 0's."""
 
+    def __init__(self, args, folder, step, total, per_epoch, seconds):
+        self.args, self.path, self.total, self.per_epoch, self.board = args, folder / "log.csv", total, per_epoch, None
+        self.start, self.mark = time.time() - seconds, (time.time(), step)
+        self.header, *rows = (self.path.read_text() if self.path.exists() else "").splitlines() or [""]
+        # a resumed run leaves what an unbroken one would: rows past its step go, and one that a kill cut
+        self.rows = [r for r in rows if r.count(",") == self.header.count(",") and int(r.split(",")[0]) <= step]
+        if self.rows != rows and not RANK: self.write()
+        if args.tensorboard and not RANK: self.board = torch.utils.tensorboard.SummaryWriter(folder, purge_step=step)
+
+    def write(self):
+        """All of it, since a small file is soon written: a column that is new is empty in the rows before."""
+        rows = [r + "," * (self.header.count(",") - r.count(",")) for r in self.rows]
+        write_whole(self.path, lambda f: f.write("\n".join([self.header, *rows, ""]).encode()))
+
+    def row(self, step, row):
+        """One more row, {column: number}."""
+        row = {"step": step, "epoch": step / self.per_epoch, "g_updates": g_updates(self.args, step),
+               "seconds": time.time() - self.start, **row}
+        cells = {k: f"{v:.6g}" if isinstance(v, float) else str(v) for k, v in row.items()}
+        columns = list(dict.fromkeys([*filter(None, self.header.split(",")), *row]))
+        self.header, self.rows = ",".join(columns), [*self.rows, ",".join(cells.get(k, "") for k in columns)]
+        self.write()
+        for k, v in row.items() if self.board else (): self.board.add_scalar(k, v, step)
+
+    def progress(self, step, means, rates):
+        """A row of mean losses and learning rates, and the line on how far the run is and when it will end."""
+        speed = (step - self.mark[1]) / max(time.time() - self.mark[0], 1e-9)  # D updates a second
+        self.mark, images = (time.time(), step), speed * self.args.batch_size
+        self.row(step, {**means, "images_per_s": images, **rates})
+        say(f"epoch {step / self.per_epoch:.1f}/{self.total / self.per_epoch:.4g}  "
+            f"D {step} G {g_updates(self.args, step)}  " + "".join(f"{k} {v:.3f}  " for k, v in means.items())
+            + f"{images:.0f} images/s  ETA {timedelta(seconds=int(max(0, self.total - step) / speed))}", redraw=True)
 
 class Run:
-    """The run directory, progress, checkpoints, scores and figures; sees the method only through these arguments.
-    Under torchrun every rank has one and calls the same methods, and that of rank 0 writes."""
+    """Drives a training: its cadence, log, checkpoints, scores and end. It sees the method only through these
+    arguments. Every rank has one and calls the same methods, and that of rank 0 writes."""
 
     def __init__(self, args, nets, opts, ema, draw, rate, batch, labels=1):
         """labels: the number of classes that draw's y can ask for; 1: it has no y."""
         self.args, self.nets, self.opts, self.ema, self.batch, self.labels = args, nets, opts, ema, batch, labels
-        self.draw, self.rate = self.apart(draw), self.apart(rate)
-        self.device, self.step = next(ema.parameters()).device, 0
+        self.draw, self.rate = (apart(f, nets, batch.device, labels) for f in (draw, rate))
+        self.step, self.sums, self.count = 0, torch.zeros((), device=batch.device), 0
+        self.signal = self.leaving = self.study = None
         self.state = {"best_fid": math.inf, "stale": 0, "scored": -1, "seconds": 0.0}
-        self.sums, self.count = torch.zeros(len(LOGGED), device=self.device), 0
-        old = Path(args.resume).parent if args.resume else None
-        name = f"{SCRIPT.stem}-{args.dataset}-s{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-        self.dir = Path(as_rank_0(args.run_dir) or old or Path("runs") / as_rank_0(name))
-        if old:
-            self.restore(read_checkpoint(args.resume))
-        self.metrics = self.board = self.judge = self.asked = self.signal = None
-        if SCRIPT.with_name("metrics.py").exists() and RANK == 0:
+        if args.resume: restore(self, args.resume)
+        alone = not SCRIPT.with_name("metrics.py").exists()
+        if alone and (args.reject != "none" or args.lr_decay == "best-fid"):
+            fail("--reject and --lr-decay best-fid need metrics.py beside the script")
+        if args.tensorboard:
+            with or_fail("--tensorboard: pip install tensorboard"): importlib.import_module("torch.utils.tensorboard")
+        self.folder = from_rank_0(None if RANK else make_folder(args))
+        if alone:
+            say("metrics.py is not beside this script: no scores, and of the figures only the sheets")
+        elif not RANK:
             import metrics
-            self.metrics = metrics
-        elif args.reject != "none" and RANK == 0:
-            fail(f"--reject {args.reject} needs metrics.py beside the script")
-        if args.generate:
-            return
+            load = functools.partial(load_data, args.dataset, args.data_dir, args.image_size)
+            self.study = metrics.Study(args, self.folder, load, self.draw, self.rate, self.noise, batch.held, labels,
+                                       say)
+        if args.generate: return
+        if not (self.folder / "best.pt").exists(): self.state.update(best_fid=math.inf, stale=0)
         self.total = args.steps or args.epochs * batch.per_epoch
-        self.first_bad = torch.full((), -1, device=self.device)
-        if RANK == 0:
-            self.open(old)
-        # the same z in every sheet: 64 of them, or eight columns and a row for each label, of which 20 are shown
-        rows = min(labels, 20)
-        self.z_sheet = self.noise(64, 1) if labels == 1 else self.noise(8, 1).repeat(rows, 1)
-        self.y_sheet = torch.arange(rows, device=self.device).repeat_interleave(64 if labels == 1 else 8)
-        self.clock, self.clock_step, self.paused = time.time(), self.step, 0.0
-        if self.step == 0 and args.sample_every:
-            self.sample()
-        for s in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(s, self.on_signal)
-        self.say(f"{self.dir}: {self.total} D updates of {args.batch_size} pictures on {self.device}"
-                 + (f" and {WORLD - 1} more" if WORLD > 1 else ""))
-
-    def apart(self, f):
-        """draw or rate outside of training: no gradients, networks in eval mode, and back."""
-        @torch.no_grad()
-        def call(*args, **kwargs):
-            for net in self.nets.values(): net.eval()
-            try:
-                return f(*args, **kwargs)
-            finally:
-                for net in self.nets.values(): net.train()
-        return call
-
-    def open(self, old):
-        """The run directory; `old` is that of the checkpoint to resume."""
-        args, fresh = self.args, not old or self.dir.resolve() != old.resolve()
-        if fresh and self.dir.exists() and (not self.dir.is_dir() or any(self.dir.iterdir())):
-            fail(f"--run-dir {self.dir} is in use: name another, or go on with --resume {self.dir / 'last.pt'}")
-        if args.lr_decay == "best-fid" and not (self.metrics and args.classes):
-            fail("--lr-decay best-fid needs scores: metrics.py beside the script, and labels to train on")
-        if not self.metrics:
-            self.say("metrics.py is not beside this script: no scores, no curves.png")
-        elif not args.classes:
-            self.say("no labels to train a classifier on, so the run has no scores: see metrics.py --features")
-        if args.tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                fail("--tensorboard needs a package of its own: pip install tensorboard")
-        try:
-            (self.dir / "samples").mkdir(parents=True, exist_ok=not fresh)
-        except OSError as e:
-            fail(f"--run-dir {self.dir}: {e}")
-        if args.tensorboard:
-            self.board = SummaryWriter(self.dir, purge_step=self.step)
-        if fresh:
-            shutil.copy(SCRIPT, self.dir / SCRIPT.name)
-        if not (self.dir / "best.pt").exists():
-            self.state.update(best_fid=math.inf, stale=0)
-        (self.dir / "args.json").write_text(json.dumps(vars(args), indent=1))
-        self.drop_later()
-
-    def on_signal(self, signum, frame):
-        """Stop at the end of this iteration, with a checkpoint; a second signal stops at once."""
-        self.asked = signum
-        default_signals()
-
-    def training(self):
-        if WORLD == 1:
-            self.signal = self.asked
-        elif self.step // self.args.d_steps % 10 == 0:  # all ranks leave after the same iteration
-            self.signal = int(over_ranks(torch.tensor(self.asked or 0, device=self.device), "MAX")) or None
-        return self.step < self.total and self.signal is None
-
-    def due(self, every):
-        """True at the first iteration boundary at or past each multiple of `every`."""
-        return every > 0 and self.step // every > (self.step - self.args.d_steps) // every
-
-    def g_updates(self):
-        return self.step // self.args.d_steps * self.args.g_steps
-
-    def set_lr(self):
-        scale = 1 - self.step / self.total if self.args.lr_decay == "linear" else 1
-        for key, lr in (("g", self.args.lr_g), ("d", self.args.lr_d)):
-            for group in self.opts[key].param_groups:
-                if torch.is_tensor(group["lr"]):
-                    group["lr"].fill_(lr * scale)
-                else:
-                    group["lr"] = lr * scale
-
-    def record(self, values):
-        """Once an iteration: sums stay on the device, and so does the first step with a loss that is not finite."""
-        self.step += self.args.d_steps
-        self.sums, self.count = self.sums + values, self.count + 1
-        self.first_bad = torch.where((self.first_bad < 0) & ~values.isfinite().all(), self.step, self.first_bad)
-
-    def check_finite(self):
-        """Before anything is written: a NaN stops the run and leaves the last good checkpoint."""
-        bad = int(self.first_bad)
-        if bad >= 0 or not all(p.isfinite().all() for net in self.nets.values() for p in net.parameters()):
-            kept = self.dir / "last.pt"
-            fail(f"a loss or weight is not finite at step {bad if bad >= 0 else self.step}: try lower --lr-d, --lr-g"
-                 + (f"; {kept} is from before" if kept.exists() else ""))
-
-    # the log ----------------------------------------------------------------------------------------------------------
-
-    def log(self):
-        self.check_finite()  # waits for the device
-        means = dict(zip(LOGGED, (over_ranks(self.sums.clone()) / WORLD / self.count).tolist()))
-        rate = (self.step - self.clock_step) / max(time.time() - self.clock - self.paused, 1e-9)
-        self.state["seconds"], self.sums, self.count = self.seconds(), torch.zeros_like(self.sums), 0
-        self.clock, self.clock_step, self.paused = time.time(), self.step, 0.0
-        self.write_row({**means, "images_per_s": rate * self.args.batch_size,
-                        **{f"lr_{k}": float(opt.param_groups[0]["lr"]) for k, opt in self.opts.items()}})
-        losses, eta = "  ".join(f"{k} {v:.3f}" for k, v in means.items()), max(0, int((self.total - self.step) / rate))
-        self.say(f"epoch {self.step / self.batch.per_epoch:.1f}/{self.total / self.batch.per_epoch:.4g}  D {self.step} "
-                 f"G {self.g_updates()}  {losses}  {rate * self.args.batch_size:.0f} images/s  "
-                 f"ETA {eta // 3600}:{eta // 60 % 60:02}:{eta % 60:02}", redraw=True)
-
-    def say(self, text, redraw=False):
-        """A line of its own; on a terminal the next one is written over a `redraw` line."""
-        if RANK:
-            return
-        if sys.stdout.isatty():
-            text = "\r\033[K" + (text[:shutil.get_terminal_size().columns - 1] if redraw else text + "\n")
-        print(text, end="" if sys.stdout.isatty() else "\n", flush=True)
-
-    def seconds(self):
-        return self.state["seconds"] + time.time() - self.clock
-
-    def write_row(self, row):
-        if RANK:
-            return
-        row = {"step": self.step, "epoch": self.step / self.batch.per_epoch, "g_updates": self.g_updates(),
-               "seconds": self.seconds(), **row}
-        columns = ["step", "epoch", "g_updates", "seconds", *LOGGED, "images_per_s", "lr_g", "lr_d", *SCORES]
-        with open(self.dir / "log.csv", "a", newline="") as f:
-            writer = csv.DictWriter(f, columns, extrasaction="ignore", lineterminator="\n")
-            if not f.tell(): writer.writeheader()
-            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
-        for k in columns if self.board else ():
-            if k in row: self.board.add_scalar(k, row[k], self.step)
-
-    def drop_later(self):
-        """Rows and sheets past this step go: a resumed run leaves what an unbroken one would."""
-        path = self.dir / "log.csv"
-        if path.exists() and path.stat().st_size:
-            header, *rows = path.read_text().splitlines()
-            rows = [r for r in rows if r.count(",") == header.count(",") and int(r.split(",")[0]) <= self.step]
-            write_whole(path, lambda f: f.write("\n".join([header, *rows, ""]).encode()))
-        for sheet in (self.dir / "samples").glob("step_*.png"):
-            if int(sheet.stem[5:]) > self.step: sheet.unlink()
-
-    # samples and scores -----------------------------------------------------------------------------------------------
+        self.log = Log(args, self.folder, self.step, self.total, batch.per_epoch, self.state["seconds"])
+        if self.step == 0 and args.sample_every: self.sheet("samples/step_0000000.png")
+        on_signals(self.stop)
+        say(f"{self.folder}: {self.total} D updates of {args.batch_size} pictures on {WORLD} x {batch.device}")
 
     def noise(self, n, *key):
         """z (n, latent_dim) for figures and scores: a pure function of the seed and a key; 0 is the data's."""
-        return sample_z(self.args, n, "cpu", seeded(self.args.seed, *key)).to(self.device)
+        return sample_z(self.args, n, "cpu", seeded(self.args.seed, *key))
 
-    def pictures(self, z, y=None):
-        """uint8 (N, C, H, W) on the CPU, of labels y (N,) or each in turn."""
-        y = torch.arange(len(z), device=z.device) % self.labels if y is None else y
-        return torch.cat([to_uint8(self.draw(len(b), z=b, y=c)[0]).cpu() for b, c in zip(z.split(500), y.split(500))])
+    def stop(self, number, frame):
+        """At the end of this iteration, with a checkpoint; a second signal stops at once."""
+        self.signal = number
+        on_signals()
 
-    def sample(self):
-        self.check_finite()
-        if RANK:
-            return
-        start = time.time()
-        save_sheet(self.pictures(self.z_sheet, self.y_sheet), self.dir / "samples" / f"step_{self.step:07}.png", 8)
-        self.paused += time.time() - start
+    def training(self):
+        """Whether to go on; sets the learning rates of the iteration that follows."""
+        if self.args.generate: return False
+        if WORLD == 1 or self.step // self.args.d_steps % 10 == 0:
+            self.leaving = from_rank_0(self.signal)  # all ranks after the same iteration, when rank 0 is told to
+        scale = 1 - self.step / self.total if self.args.lr_decay == "linear" else 1
+        for opt, lr in ((self.opts["g"], self.args.lr_g * scale), (self.opts["d"], self.args.lr_d * scale)):
+            for group in opt.param_groups:
+                group["lr"] = group["lr"].fill_(lr) if torch.is_tensor(group["lr"]) else lr
+        return self.step < self.total and self.leaving is None
 
-    def evaluate(self):
-        """Scores of fresh samples. best.pt is chosen by the FID against training pictures, so that the FID against the
-        test set stays a measurement."""
-        self.check_finite()
-        if self.metrics and self.args.classes:
-            self.score()
-        self.state["stale"] = as_rank_0(self.state["stale"])
+    def record(self, values):
+        """Once an iteration: its losses go onto sums that stay on the device; then whatever is due."""
+        a, self.step, self.count = self.args, self.step + self.args.d_steps, self.count + 1
+        self.sums = self.sums + torch.stack([v.detach() for v in values.values()])
+        log, sheet, score, save = (every > 0 and self.step // every > (self.step - a.d_steps) // every for every in
+                                   (a.log_every, a.sample_every, a.eval_every, a.checkpoint_every))
+        if log: self.write_means(list(values))
+        if sheet: self.sheet(f"samples/step_{self.step:07}.png")
+        if score: self.evaluate()
+        if save: self.save("last.pt")
+        if sheet or score or save: self.log.mark = time.time(), self.step  # images_per_s is of training alone
+
+    def write_means(self, names):
+        check_finite(self)  # waits for the device
+        sums, count, self.sums, self.count = self.sums.clone(), self.count, torch.zeros_like(self.sums), 0
+        if WORLD > 1: torch.distributed.all_reduce(sums)
+        rates = {f"lr_{k}": float(opt.param_groups[0]["lr"]) for k, opt in self.opts.items()}
+        if not RANK: self.log.progress(self.step, dict(zip(names, (sums / WORLD / count).tolist())), rates)
+
+    def sheet(self, name):
+        """Of one fixed z: 64 pictures, or eight columns and a row for each label, of which 20 are shown."""
+        check_finite(self)
+        if RANK: return
+        n, rows = (64, 1) if self.labels == 1 else (8, min(self.labels, 20))
+        x, _ = self.draw(self.noise(n, 1).repeat(rows, 1), torch.arange(rows).repeat_interleave(n))
+        save_sheet(x, self.folder / name, 8)
+
+    def evaluate(self, last=False):
+        """Scores of fresh samples; best.pt by the FID to training pictures: that to the test set stays a measure."""
+        check_finite(self)
+        if self.study and self.state["scored"] != self.step:  # a resumed run may know of it
+            self.save("last.pt")  # what scores may be missing: that must not cost the run
+            if scores := self.study.evaluate(self.step):
+                self.state.update(scored=self.step, stale=self.state["stale"] + 1)
+                if scores["fid_train"] < self.state["best_fid"]:
+                    self.state.update(best_fid=scores["fid_train"], stale=0)
+                    self.save("best.pt")
+                self.log.row(self.step, scores)
+                self.save("last.pt")  # it now knows of the score
+        if last: return
+        self.state["stale"] = from_rank_0(self.state["stale"])
         if self.args.lr_decay == "best-fid" and self.state["stale"] >= self.args.patience:
-            self.back_to_best()
-
-    def score(self):
-        start = time.time()
-        if not self.judge:
-            self.save("last.pt")  # a data set or a classifier that cannot be had must not cost the run
-            self.judge = self.metrics.Judge(self.args.dataset, self.args.data_dir, self.args.image_size, self.device,
-                                            limit=256 if self.args.dry_run else None, say=self.say)
-        if self.state["scored"] == self.step:  # a resumed run knows of it
-            return
-        scores = self.judge(self.pictures(self.noise(self.judge.n, 2, self.step)), self.asked_for(self.judge.n))
-        self.state.update(stale=self.state["stale"] + 1, scored=self.step)
-        if scores["fid_train"] < self.state["best_fid"]:
-            self.state.update(best_fid=scores["fid_train"], stale=0)
-            self.save("best.pt")
-        self.write_row(scores)
-        self.say(f"step {self.step}: {self.judge.line(scores)}")
-        self.paused += time.time() - start
-
-    def asked_for(self, n):
-        """The labels of n pictures, where G is told one."""
-        return torch.arange(n) % self.labels if self.labels > 1 else None
-
-    def kept(self, n, *key):
-        """n pictures uint8 (n, C, H, W) that --reject keeps, and what it took; ValueError where D is of no use."""
-        args, rng = self.args, seeded(self.args.seed, *key)
-
-        def more(k):
-            x, score = self.draw(k, z=sample_z(args, k, "cpu", rng).to(self.device))
-            return to_uint8(x).cpu(), score
-
-        head = None
-        if args.reject == "drs":
-            x, y = (t.to(self.device).split(500) for t in self.batch.held)
-            real = torch.cat([self.rate(from_uint8(x), y) for x, y in zip(x, y)])
-            head = self.metrics.platt(real, torch.cat([more(len(b))[1] for b in x]))
-        return self.metrics.rejected(args.reject, more, n, seeded(args.seed, *key, 1), head, args.drs_percentile)
-
-    # checkpoints ------------------------------------------------------------------------------------------------------
+            restore(self, self.folder / "best.pt", weights_only=True)
+            self.state["stale"], self.args.lr_g, self.args.lr_d = 0, self.args.lr_g / 2, self.args.lr_d / 2
 
     def save(self, name):
-        self.check_finite()
-        if RANK:
-            return
-        rng = {"cpu": torch.get_rng_state()}
-        if self.device.type != "cpu":
-            rng[self.device.type] = getattr(torch, self.device.type).get_rng_state()
-        checkpoint = {"script": SCRIPT.stem, "args": dict(vars(self.args)), "step": self.step, "rng": rng,
-                      "state": {**self.state, "seconds": self.seconds()},
-                      "window": {"sums": self.sums, "count": self.count},
-                      "nets": {k: net.state_dict() for k, net in self.nets.items()}, "ema": self.ema.state_dict(),
-                      "opts": {k: opt.state_dict() for k, opt in self.opts.items()}}
-        write_whole(self.dir / name, lambda f: torch.save(checkpoint, f))
-
-    def restore(self, checkpoint, weights_only=False):
-        """Networks, average and optimizers; unless `weights_only` also the step, the noise and the schedule."""
-        try:
-            for k, net in self.nets.items():
-                net.load_state_dict(checkpoint["nets"][k])
-            self.ema.load_state_dict(checkpoint["ema"])
-            for k, opt in self.opts.items():
-                load_optimizer(opt, checkpoint["opts"][k])
-        except (KeyError, RuntimeError, ValueError) as e:
-            fail(f"{self.args.resume} does not fit these networks ({e})")
-        if not weights_only:
-            self.step, rng, window = checkpoint["step"], checkpoint["rng"], checkpoint["window"]
-            self.sums, self.count = window["sums"].to(self.device), window["count"]
-            self.state.update(checkpoint["state"])
-            torch.set_rng_state(rng["cpu"])
-            if self.device.type != "cpu" and self.device.type in rng:
-                getattr(torch, self.device.type).set_rng_state(rng[self.device.type])
-            if self.batch: self.batch.step = self.step
-
-    def back_to_best(self):
-        """Networks and moments of the best checkpoint, and half the rates from here on."""
-        self.restore(read_checkpoint(self.dir / "best.pt"), weights_only=True)
-        self.state["stale"] = 0
-        self.args.lr_g, self.args.lr_d = self.args.lr_g / 2, self.args.lr_d / 2
-
-    # the end ----------------------------------------------------------------------------------------------------------
+        check_finite(self)
+        if not RANK: write_whole(self.folder / name, functools.partial(torch.save, snapshot(self)))
 
     def finish(self, more_figures=lambda: None):
+        """The last checkpoint, figures and scores; with --generate the pictures asked for."""
+        if self.args.generate: return None if RANK else generate(self)
         self.save("last.pt")
-        if self.signal is not None:
-            if self.board: self.board.close()
-            self.say(f"stopped at step {self.step}: go on with --resume {self.dir / 'last.pt'}")
-            raise SystemExit(128 + self.signal)
-        default_signals()
-        if RANK:
-            return
-        self.figures()
+        if self.leaving is not None:
+            say(f"stopped at step {self.step}: go on with --resume {self.folder / 'last.pt'}")
+            raise SystemExit(128 + self.leaving)
+        on_signals()
+        if RANK: return
+        self.sheet("samples.png")
         more_figures()
-        if self.metrics and self.args.classes:
-            self.score()
-            self.save("last.pt")  # it now knows of the last score
-            self.last_scores()
-        if self.metrics:
-            self.metrics.plot([self.dir], self.dir / "curves.png")
-        if self.board: self.board.close()
-        self.say(f"done: {self.dir}")
+        if self.study:
+            self.study.figures()
+            self.evaluate(last=True)
+            self.study.last_scores(lambda name: restore(self, self.folder / name, weights_only=True))
+        say(f"done: {self.folder}")
 
-    def last_scores(self):
-        """scores.json: last.pt and best.pt on fresh z, and on what --reject keeps."""
-        scores, reject, last = {}, self.args.reject, self.step
-        for name in (n for n in ("last.pt", "best.pt") if (self.dir / n).exists()):
-            checkpoint = read_checkpoint(self.dir / name)
-            if name == "best.pt" and checkpoint["step"] == last:  # the same networks
-                scores |= {k.replace("last", "best"): v for k, v in scores.items()}
-                self.say("best.pt is last.pt")
-                break
-            self.restore(checkpoint, weights_only=True)
-            scores[name] = self.judge(self.pictures(self.noise(self.judge.n, 3)), self.asked_for(self.judge.n))
-            self.say(f"{name}, fresh z: {self.judge.line(scores[name])}")
-            if reject != "none":
-                try:
-                    x, took = self.kept(self.judge.n, 8)
-                except ValueError as e:
-                    self.say(f"--reject {reject}: {e}")
-                    continue
-                scores[f"{name} --reject {reject}"] = s = {**self.judge(x), **took}
-                self.say(f"{name}, --reject {reject}: {self.judge.line(s)}; {rejection_line(took)}")
-        (self.dir / "scores.json").write_text(json.dumps(scores, indent=1))
+def check_finite(run):
+    """Before anything is read or written: a NaN stops the run and leaves the last good checkpoint."""
+    weights = (p for net in run.nets.values() for p in net.parameters())
+    if not all(t.isfinite().all() for t in (run.sums, *weights)):
+        fail(f"a loss or weight is not finite by step {run.step}: try lower --lr-d, --lr-g"
+             + f"; {run.folder / 'last.pt'} is from before" * (run.folder / "last.pt").exists())
 
-    def figures(self):
-        z, far, args = self.noise(1, 5), 4.0 if self.args.prior == "normal" else 1.0, self.args
-        save_sheet(self.pictures(self.z_sheet, self.y_sheet), self.dir / "samples.png", 8)
-        save_gif(sorted((self.dir / "samples").glob("step_*.png")), self.dir / "training.gif")
-        a, b = self.noise(16, 4).chunk(2)  # eight pairs, ten pictures from one to the other
-        t = torch.linspace(0, 1, 10).view(10, 1)
-        between = torch.lerp(a[:, None], b[:, None], t.to(a.device)).flatten(0, 1)
-        y = torch.arange(8, device=z.device) % self.labels
-        save_sheet(self.pictures(between, y.repeat_interleave(10)), self.dir / "interpolation_latent.png", 10)
-        xa, xb = (self.pictures(ends, y).float()[:, None] for ends in (a, b))
-        between = torch.lerp(xa, xb, t.view(1, 10, 1, 1, 1)).flatten(0, 1).round().byte()
-        save_sheet(between, self.dir / "interpolation_pixel.png", 10)
-        one = torch.eye(args.latent_dim, device=z.device) > 0  # row i: coordinate i at either end, the rest left alone
-        low, high = (self.pictures(torch.where(one, v, z), y[:1].expand(len(one))).float() for v in (-far, far))
-        rows = (high - low).abs().flatten(1).mean(1).argsort(descending=True)[:args.traverse].to(z.device)
-        steps = torch.linspace(-far, far, 9, device=z.device).view(1, 9, 1)
-        slid = torch.where(one[rows, None], steps, z).flatten(0, 1)
-        save_sheet(self.pictures(slid, y[:1].expand(len(slid))), self.dir / "traversal.png", 9)
+def g_updates(args, step):
+    return step // args.d_steps * args.g_steps
 
-    def generate(self):
-        args, out = self.args, Path(self.args.generate_to or self.dir / "generated")
-        z = self.noise(args.generate, 6)
-        if args.z_file:
-            try:
-                z = np.load(args.z_file) if args.z_file.endswith(".npy") else torch.load(args.z_file, weights_only=True)
-                z = torch.as_tensor(z).float().to(self.device)
-                if z.dim() != 2 or z.shape[1] != args.latent_dim or len(z) < args.generate or not z.isfinite().all():
-                    raise ValueError(f"is {tuple(z.shape)}, or not finite")
-            except Exception as e:
-                fail(f"--z-file {args.z_file}, to be ({args.generate} or more, {args.latent_dim}): {e}")
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            fail(f"--generate-to {out} is in use")
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            out.rmdir()  # until there is something to put in it
-        except OSError as e:
-            fail(f"--generate-to {out}: {e}")
-        try:
-            x, took = (self.pictures(z[:args.generate]), None) if args.reject == "none" else self.kept(args.generate, 6)
-        except ValueError as e:
-            fail(f"--reject {args.reject}: {e}")
-        out.mkdir(parents=True, exist_ok=True)
-        for i, picture in enumerate(x):
-            to_image(picture).save(out / f"{i:05}.png")
-        self.say(f"{args.generate} pictures in {out}" + (f": {rejection_line(took)}" if took else ""))
-# --- end shared ---
+def apart(f, nets, device, labels):
+    """draw or rate for any number of rows: 500 at a time, in eval mode and back, without gradients; on the CPU."""
+    @torch.no_grad()
+    def call(rows, y=None):
+        y = torch.arange(len(rows)) % labels if y is None else y
+        for net in nets.values(): net.eval()
+        parts = [f(a.to(device), b.to(device)) for a, b in zip(rows.split(500), y.split(500))]
+        for net in nets.values(): net.train()
+        return torch.cat(parts).cpu() if torch.is_tensor(parts[0]) else [torch.cat(p).cpu() for p in zip(*parts)]
+    return call
 
+def snapshot(run):
+    """A checkpoint: plain types and tensors."""
+    kind, rng = run.batch.device.type, {"cpu": torch.get_rng_state()}
+    if kind != "cpu": rng[kind] = getattr(torch, kind).get_rng_state()
+    return {"script": SCRIPT.stem, "args": dict(vars(run.args)), "step": run.step, "rng": rng,
+            "state": {**run.state, "seconds": time.time() - run.log.start},
+            "window": {"sums": run.sums, "count": run.count},
+            "nets": {k: net.state_dict() for k, net in run.nets.items()}, "ema": run.ema.state_dict(),
+            "opts": {k: opt.state_dict() for k, opt in run.opts.items()}}
 
-# --- shared: figures ---
-def to_image(x):
-    """uint8 (C, H, W) -> a grey or colour Pillow image."""
-    return Image.fromarray(x[0].numpy() if len(x) == 1 else x.permute(1, 2, 0).contiguous().numpy())
+def restore(run, path, weights_only=False):
+    """Networks, average and moments, in place, as a captured step reads them; then step, noise and log. Rates and betas
+    are flags. Returns the checkpoint's step."""
+    checkpoint, kind = read_checkpoint(path), run.batch.device.type
+    with or_fail(f"{path} does not fit these networks"):
+        for k, net in run.nets.items(): net.load_state_dict(checkpoint["nets"][k])
+        run.ema.load_state_dict(checkpoint["ema"])
+        for k, opt in run.opts.items():
+            params = [p for group in opt.param_groups for p in group["params"]]
+            for i, moments in checkpoint["opts"][k]["state"].items():
+                for m, v in moments.items(): opt.state[params[i]].setdefault(m, v.to(params[i].device)).copy_(v)
+    if weights_only: return checkpoint["step"]
+    run.step = run.batch.step = checkpoint["step"]
+    run.sums, run.count = checkpoint["window"]["sums"].to(run.batch.device), checkpoint["window"]["count"]
+    run.state.update(checkpoint["state"])
+    run.ema.updates.fill_(g_updates(run.args, run.step))
+    torch.set_rng_state(checkpoint["rng"]["cpu"])
+    if kind in checkpoint["rng"] and kind != "cpu": getattr(torch, kind).set_rng_state(checkpoint["rng"][kind])
 
-
-def save_sheet(x, path, columns):
-    """uint8 (N, C, H, W) as one PNG, row by row, two pixels of white between pictures."""
-    from torchvision.utils import make_grid
-    sheet = make_grid(x, nrow=columns, padding=2, pad_value=255)
-    to_image(sheet[:x.shape[1]]).save(path)
-
-
-def save_gif(paths, out, limit=300 * 1024):
-    """The sheets as an animation of at most `limit` bytes: fewer frames and grey levels until it fits."""
-    for frames, colours in ((48, 16), (32, 16), (24, 8), (16, 8), (10, 4), (5, 4), (2, 2)):
-        chosen = [paths[i] for i in sorted({round(t) for t in np.linspace(0, len(paths) - 1, min(frames, len(paths)))})]
-        images = [Image.open(p).quantize(colours) for p in chosen]
-        if not images:
-            return
-        file = io.BytesIO()
-        images[0].save(file, "GIF", save_all=True, append_images=images[1:] + images[-1:] * 5, duration=150, loop=0)
-        if file.tell() <= limit:
-            return write_whole(out, lambda f, b=file: f.write(b.getvalue()))
-# --- end shared ---
-
-
-# --- shared: main ---
-def default_signals():
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
+def generate(run):
+    """--generate N pictures as PNG files: of fresh z, of --z-file, or chosen by --reject."""
+    args, out, took = run.args, Path(run.args.generate_to or run.folder / "generated"), None
+    if out.exists() and (not out.is_dir() or any(out.iterdir())): fail(f"--generate-to {out} is in use")
+    z = run.noise(args.generate, 6)
+    if args.z_file:
+        with or_fail(f"--z-file {args.z_file}, to be ({args.generate} or more, {args.latent_dim}) and finite"):
+            z = np.load(args.z_file) if args.z_file.endswith(".npy") else torch.load(args.z_file, weights_only=True)
+            z = torch.as_tensor(z).float()[:args.generate]
+            if z.shape != (args.generate, args.latent_dim) or not z.isfinite().all(): raise ValueError(tuple(z.shape))
+    if args.reject == "none":
+        x, _ = run.draw(z)
+    else:
+        with or_fail(f"--reject {args.reject}"): x, took = run.study.kept(args.generate, 6)
+    with or_fail(f"--generate-to {out}"): out.mkdir(parents=True, exist_ok=True)
+    for i, picture in enumerate(x): to_image(picture).save(out / f"{i:05}.png")
+    say(f"{args.generate} pictures in {out}" + (f": {took['line']}" if took else ""))
 
 def main(argv=None):
-    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         train(parse_args(argv))
     except KeyboardInterrupt:  # outside the training loop, or the second one
         raise SystemExit(128 + signal.SIGINT) from None
     finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
-        if WORLD > 1 and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-# --- end shared ---
-
+        if WORLD > 1 and torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
 
 if __name__ == "__main__":
     main()

@@ -1,14 +1,21 @@
 """Scores of generated pictures (FID, KID, Inception and Mode Score, precision and recall, density and coverage),
-rejection sampling, and plots of the runs' logs.
+rejection sampling, and what a training asks for: scores on the way, figures, plots of the logs.
 
     python metrics.py --real mnist --fake runs/NAME/generated     a folder of PNG; or a .npy or .pt, uint8 (N, C, H, W)
+    python metrics.py --real photos --fake generated              a folder against a folder: no labels, no download
     python metrics.py --real photos --fake generated --features inception --scores fid
     python metrics.py --plot runs/A runs/B -o curves.png
 
-The features come from a small convnet that is trained here on the labelled training set, "classifier", or from the
-Inception network of 2015 that published FIDs use, "inception". A classifier's FID is on a scale of its own: compare
-order and ratios under one classifier (its hash is printed), never with Inception FIDs.
-The functions take features and logits as tensors; everything after the network is computed in float64.
+    from metrics import fid, kid, inception_score, density_coverage       on features and logits, tensors (N, d), (N, K)
+
+The sections: SCORES, functions of features and logits; FEATURES, the networks that give them; JUDGE, a data set's own
+scale; REJECTION; STUDY, for the scripts; PLOT; COMMAND LINE.
+
+The features come from a small convnet that is trained on the data set itself, on its labels or, where there are fewer
+than two, on telling by how many quarter turns a picture was rotated; or from the Inception network of 2015 that
+published FIDs use. A small network's FID is on a scale of its own: compare order and ratios under one network (its hash
+is printed), never with Inception FIDs. Everything after the network is computed in float64. The functions raise
+ValueError where there is no answer: NaN, infinity, nothing to score, fewer rows than they need.
 """
 
 import argparse
@@ -23,16 +30,27 @@ import os
 import sys
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 from torch.nn import functional as F
 
 # SCORES: pure functions of features and logits ------------------------------------------------------------------------
+
+
+def checked(least, *tables):
+    """Features or logits (N, d) in float64. ValueError: no such table, fewer than `least` rows, other widths, NaN."""
+    for t in tables:
+        if not torch.is_tensor(t) or t.dim() != 2 or t.shape[1] != tables[0].shape[1]:
+            raise ValueError(f"tensors of rows of one width are needed, not {[tuple(np.shape(t)) for t in tables]}")
+        if len(t) < least:
+            raise ValueError(f"{len(t)} rows, where {least} or more are needed")
+        if not t.isfinite().all():
+            raise ValueError("features or logits that are not finite")
+    return [t.double() for t in tables]
 
 
 def inception_score(logits, splits=10):
@@ -41,11 +59,9 @@ def inception_score(logits, splits=10):
     logits (N, K) -> mean and population standard deviation over `splits` equal shares, taken in a fixed shuffle; a
     share of n pictures cannot score above n, so keep N / splits well above K. One split: the score of all, spread 0.
     ValueError where there are fewer pictures than splits."""
-    n = len(logits)
-    if n < splits:
-        raise ValueError(f"{n} pictures in {splits} splits")
+    (logits,), n = checked(max(1, splits), logits), len(logits)
     order = np.random.RandomState(2020).permutation(n)  # the seed and the cuts of torch-fidelity
-    p = logits.double().softmax(1)[torch.from_numpy(order).to(logits.device)]
+    p = logits.softmax(1)[torch.from_numpy(order).to(logits.device)]
     parts = [p[i * n // splits:(i + 1) * n // splits] for i in range(splits)]
     scores = torch.stack([kl(part, part.mean(0)).mean().exp() for part in parts])
     return scores.mean().item(), scores.std(correction=0).item()
@@ -62,7 +78,8 @@ def mode_score(logits_fake, logits_real):
     As the papers print it, exp(E KL(p(y|x) || p*) - KL(p(y) || p*)), p* the real marginal: p* cancels and what is left
     is the Inception Score of the whole set, exactly. As meant (Xu et al. 2018, 1806.07755): IS * exp(-KL(p(y) || p*)),
     which does fall when classes are missing: m of K classes, each certain, score m * m / K."""
-    p, p_real = logits_fake.double().softmax(1), logits_real.double().softmax(1).mean(0)
+    logits_fake, logits_real = checked(1, logits_fake, logits_real)
+    p, p_real = logits_fake.softmax(1), logits_real.softmax(1).mean(0)
     p_fake = p.mean(0)
     printed = (kl(p, p_real).mean() - kl(p_fake, p_real)).exp()
     meant = (kl(p, p_fake).mean() - kl(p_fake, p_real)).exp()
@@ -71,7 +88,7 @@ def mode_score(logits_fake, logits_real):
 
 def mean_and_covariance(x):
     """Features (N, d) -> mean (d,) and covariance (d, d) in float64, divided by N - 1 as np.cov does."""
-    x = x.double()
+    (x,) = checked(2, x)
     mean = x.mean(0)
     return mean, (x - mean).T @ (x - mean) / (len(x) - 1)
 
@@ -95,13 +112,9 @@ def frechet_distance(mean1, cov1, mean2, cov2):
 def fid(x, y):
     """Frechet distance of features (N, d) and (M, d). With fewer pictures than dimensions the trace is the nuclear norm
     of the centred product (N, M): exact, and no (d, d) matrix is made. Biased upwards by O(1/N): use equal N."""
-    if min(len(x), len(y)) < 2:
-        raise ValueError("a covariance needs two pictures or more")
+    x, y = checked(2, x, y)
     if max(len(x), len(y)) >= x.shape[1]:
         return frechet_distance(*mean_and_covariance(x), *mean_and_covariance(y))
-    if not (x.isfinite().all() and y.isfinite().all()):
-        raise ValueError("features that are not finite")
-    x, y = x.double(), y.double()
     a, b = ((t - t.mean(0)) / math.sqrt(len(t) - 1) for t in (x, y))
     trace = torch.linalg.svdvals(a @ b.T).sum()
     traces = a.square().sum() + b.square().sum()
@@ -123,8 +136,7 @@ class Moments:
         self.n, self.rows, self.shift = 0, [], None
 
     def add(self, x):
-        if not x.isfinite().all():
-            raise ValueError("features that are not finite")
+        checked(0, x)
         self.n += len(x)
         self.rows.append(x.double())
         if self.n >= x.shape[1]:
@@ -155,15 +167,15 @@ def kid(real, fake, subsets=100, size=1000):
     """Kernel Inception Distance, Binkowski et al. 2018 (1801.01401), section 4: mean and standard deviation over
     `subsets` of `size` of the unbiased squared MMD under (x'y / d + 1)^3.
 
-    Features (N, d), (M, d). 0 on average for equal laws at any size, so it may fall below 0. With fewer than `size`
-    pictures the subsets are as large as there are pictures. ValueError: fewer than two."""
-    size = min(size, len(real), len(fake))
+    Features (N, d), (M, d). 0 on average for equal laws at any size, so it may fall below 0. Subsets have at most half
+    the rows: as large as the whole they would all be the same, and their spread 0. ValueError: fewer than four rows."""
+    real, fake = checked(4, real, fake)
+    size = min(size, len(real) // 2, len(fake) // 2)
     if size < 2:
-        raise ValueError("a kernel distance needs two pictures or more")
+        raise ValueError(f"subsets of {size}: a kernel distance needs two rows or more")
     rng, values = np.random.RandomState(2020), []  # the seed and the draws of torch-fidelity
     for _ in range(subsets):
-        y, x = (t[torch.from_numpy(rng.choice(len(t), size, replace=False)).to(t.device)].double()
-                for t in (fake, real))
+        y, x = (t[torch.from_numpy(rng.choice(len(t), size, replace=False)).to(t.device)] for t in (fake, real))
         own = sum(((t @ t.T / t.shape[1] + 1) ** 3).sum() - ((t.square().sum(1) / t.shape[1] + 1) ** 3).sum()
                   for t in (x, y))
         values.append(own / (size * (size - 1)) - 2 * ((x @ y.T / x.shape[1] + 1) ** 3).mean())
@@ -172,7 +184,8 @@ def kid(real, fake, subsets=100, size=1000):
 
 
 # Distances: a matrix product finds who is near, five times faster than measuring each pair; what it finds is measured
-# directly. The product alone is off by 1e-8 of the features' size, which would lose duplicates and ties.
+# directly. The product alone is off by 1e-8 of the features' size, which would lose duplicates and ties; so they are
+# taken about their mean.
 
 
 def nearness(x, y, y2):
@@ -189,8 +202,9 @@ def measured(x, y):
 
 
 def ball_radius(x, k):
-    """The distance (N,) from each of x (N, d) to its k-th neighbour, itself not counted."""
-    x, parts = x.double(), []
+    """The distance (N,) from each of x (N, d) to its k-th neighbour, itself not counted. ValueError: only k rows."""
+    (x,), parts = checked(k + 1, x), []
+    x = x - x.mean(0)
     for part, near in nearness(x, x, x.square().sum(1)):
         index = near.topk(k + 1, largest=False).indices
         parts += [measured(p[:, None], x[i]).sort(1).values[:, k] for p, i in zip(part.split(100), index.split(100))]
@@ -203,14 +217,16 @@ def coverage(real, fake, k=5, radius=None):
     Naeem et al. 2020 (2002.09797), eq. (8), the inequality strict as in their code. Features (N, d), (M, d); `radius`
     (N,) if already known. For equal laws and sizes 1 - 2^-k: .969 at k = 5."""
     radius = ball_radius(real, k) if radius is None else radius
-    x, y = real.double(), fake.double()
+    x, y = (t - real.double().mean(0) for t in checked(1, real, fake))
+    checked(len(x), radius[:, None])
     nearest = torch.cat([near.argmin(1) for _, near in nearness(x, y, y.square().sum(1))])
     return (measured(x, y[nearest]) < radius).double().mean().item()
 
 
 def inside(points, centres, radius, closed):
     """Blocks (B, M) of a table of all: does ball j, its rim included if `closed`, hold point i?"""
-    points, centres = points.double(), centres.double()
+    points, centres = (t - centres.double().mean(0) for t in checked(1, points, centres))
+    checked(len(centres), radius[:, None])
     size2 = centres.square().sum(1)
     slack = 1e-13 * (size2.max() + points.square().sum(1).max())  # the product's rounding, with room to spare
     for part, excess in nearness(points, centres, size2 - radius.square()):
@@ -242,8 +258,33 @@ def density_coverage(real, fake, k=5, radius=None):
 # FEATURES: a small convnet, trained here; or Inception ----------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def exact():
+    """float32 that is float32: no TF32 on CUDA, which would move features by 1e-3."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def as_pictures(x, *channels):
+    """x, if it is uint8 (N, C, H, W), C one of `channels` if any are named. ValueError: floats, whose scale is unknown,
+    and every other shape."""
+    if (not torch.is_tensor(x) or x.dtype != torch.uint8 or x.dim() != 4 or 0 in x.shape[1:]
+            or x.shape[1] not in (channels or x.shape)):
+        raise ValueError(f"pictures are uint8 (N, {' or '.join(map(str, channels)) or 'C'}, H, W), not "
+                         f"{getattr(x, 'dtype', type(x))} {tuple(np.shape(x))}")
+    return x
+
+
 class Classifier(nn.Module):
-    """uint8 pictures (N, C, H, W) -> features (N, 128), logits (N, K). Inside, 32x32 pictures in [0, 1]."""
+    """uint8 pictures (N, C, S, S) -> features (N, 128), logits (N, K). Inside, 32x32 pictures in [0, 1]. It judges the
+    side it was trained at, if .side is set: what is pooled from another side looks different."""
+
+    batch, side = 1000, None
 
     def __init__(self, channels, classes):
         super().__init__()
@@ -259,6 +300,7 @@ class Classifier(nn.Module):
 
     @staticmethod
     def prepare(x):
+        """A 28x28 picture is padded to 32 as load_data pads it: MNIST at 28 and at 32 are one scale."""
         x = x.float() / 255
         if x.shape[-1] == 28:
             x = F.pad(x, (2, 2, 2, 2))
@@ -266,16 +308,35 @@ class Classifier(nn.Module):
 
     @torch.no_grad()
     def embed(self, x):
-        """uint8 (N, C, H, W) -> features (N, 128), logits (N, K), in eval mode whatever mode it was in."""
+        """uint8 (N, C, S, S) -> features (N, 128), logits (N, K), in eval mode whatever mode it was in."""
+        side = padded(as_pictures(x, self.channels).shape[-1])
+        if self.side not in (None, side):
+            raise ValueError(f"pictures of {side} pixels, where the network was trained on {self.side}")
         self.eval()
         device = self.head.weight.device
         size = 100 if device.type == "cpu" else 1000  # a CPU's caches hold the maps of 100: three times as fast
-        parts = [self(self.prepare(b.to(device))) for b in x.split(size)]
+        with exact():
+            parts = [self(self.prepare(b.to(device))) for b in x.split(size)]
         return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
 
-def train_classifier(x, y, classes, device, epochs=3, say=print):
-    """AdamW under a one-cycle rate, pictures shifted by up to 2 pixels. Draws from no stream of the caller's."""
+def padded(side):
+    return 32 if side == 28 else side
+
+
+def turned(x, quarters):
+    """Pictures (N, C, S, S), each rotated by its number (N,) of quarter turns."""
+    out = x.clone()
+    for k in (1, 2, 3):
+        out[quarters == k] = torch.rot90(x[quarters == k], k, (2, 3))
+    return out
+
+
+def train_classifier(x, y, classes, device, epochs=None, say=print):
+    """A Classifier of uint8 pictures (N, C, H, W) and labels (N,); y None: of rotations (Gidaris et al. 2018,
+    1803.07728). AdamW under a one-cycle rate, pictures shifted by up to 2 pixels, 180,000 pictures in all (3 to 20
+    epochs); weights rounded to half precision, in which they are kept. Draws from no stream of the caller's."""
+    epochs = epochs or min(20, max(3, 180_000 // len(x)))
     with torch.random.fork_rng([]):  # the first weights are drawn on the CPU, nothing else is
         torch.default_generator.manual_seed(0)
         net = Classifier(x.shape[1], classes).to(device, memory_format=torch.channels_last)
@@ -286,15 +347,18 @@ def train_classifier(x, y, classes, device, epochs=3, say=print):
             order = torch.randperm(len(x), generator=rng)
             for i in range(len(x) // size):
                 index = order[i * size:(i + 1) * size]
+                label = torch.randint(4, (size,), generator=rng) if y is None else y[index]
                 dx, dy = torch.randint(-2, 3, (2,), generator=rng).tolist()
-                batch = net.prepare(x[index].to(device)).roll((dx, dy), (2, 3))
-                loss = F.cross_entropy(net.train()(batch)[1], y[index].to(device))
+                batch = turned(x[index], label) if y is None else x[index]
+                batch = net.prepare(batch.to(device)).roll((dx, dy), (2, 3))
+                loss = F.cross_entropy(net.train()(batch)[1], label.to(device))
                 opt.zero_grad()
                 loss.backward()
                 opt.step()
                 schedule.step()
-            say(f"classifier: epoch {epoch + 1} of {epochs}, {time.time() - start:.0f} s")
-    return net.eval()
+            if (epoch + 1) % max(1, epochs // 3) == 0:
+                say(f"the scores' network: epoch {epoch + 1} of {epochs}, {time.time() - start:.0f} s")
+    return net.half().float().eval()
 
 
 class Stacked(nn.Module):
@@ -302,7 +366,7 @@ class Stacked(nn.Module):
 
     def __init__(self, one):
         super().__init__()
-        self.one, self.batch, self.accuracy = one, one.batch, one.accuracy
+        self.one, self.batch, self.accuracy, self.labelled = one, one.batch, one.accuracy, True
         self.name = one.name.replace("/128", " on each of 3 channels/384")
 
     def embed(self, x):
@@ -313,42 +377,69 @@ class Stacked(nn.Module):
         return torch.cat([features for features, _ in parts], 1), joint.flatten(1)
 
 
+JUDGES = Path(__file__).parent / "tests" / "judges"  # networks that come with the collection: one scale for everyone
+
+
 @torch.random.fork_rng([])  # building a network draws its first weights: not from the caller's stream
-def classifier(dataset, data_dir, device, limit=None, say=print):
-    """The trained classifier of a data set, with .name ("classifier-mnist/128 HASH") and .accuracy on the test set.
-    Cached as DATA_DIR/classifier-DATASET-vN.pt, apart from a `limit`ed one, which is for trying things out.
-    stacked_mnist has that of mnist, one channel at a time."""
+def classifier(dataset, train, test, folder=None, device="cpu", epochs=None, say=print):
+    """The network that scores pictures like these: `train` and `test` are (pictures uint8 (N, C, S, S), labels (N,)).
+
+    It reads labels where there are two classes or more, else how a picture was rotated. .name is "TASK-DATASET-SIDE/128
+    HASH", .accuracy its share right on the test pictures, .labelled whether its logits are of labels. Looked for in
+    `folder` (None: neither read nor kept), then beside metrics.py, under a name that changes with the pictures; else
+    trained, in one or two minutes on two cores. stacked_mnist has the network of single digits, a channel at a time."""
     if dataset == "stacked_mnist":
-        return Stacked(classifier("mnist", data_dir, device, limit, say))
-    path, net = Path(data_dir) / f"classifier-{dataset}-v1.pt", None
-    if not limit and path.exists():
+        red = [(x[:, :1], y // 100) for x, y in (train, test)]
+        return Stacked(classifier("mnist", *red, folder, device, epochs, say))
+    (x, y), (x_test, y_test) = train, test
+    labelled = len(y.unique()) > 1 and bool(min(y.min(), y_test.min()) >= 0)
+    classes, task = (int(max(y.max(), y_test.max())) + 1, "classifier") if labelled else (4, "rotation")
+    side, key, net = padded(x.shape[-1]), picture_key(x, y), None
+    name = f"{task}-{dataset}-{side}-{key}.pt"
+    for path in (*([Path(folder) / name] if folder else []), JUDGES / f"{dataset}.pt"):
+        if net is not None or not path.exists():
+            continue
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True)
-            net = Classifier(saved["channels"], saved["classes"])
-            net.load_state_dict(saved["net"])
-            net.accuracy = saved["accuracy"]
+            if key in saved["pictures"]:
+                net = Classifier(x.shape[1], classes)
+                net.load_state_dict(saved["net"])  # half precision into float32
+                net.accuracy = saved["accuracy"]
         except Exception as e:  # cut short or not ours: torch raises a different kind for each
             say(f"{path} is damaged ({type(e).__name__})")
             net = None
+    y_test = y_test if labelled else torch.arange(len(x_test)) % 4
     if net is None:
-        x, y = load_data(dataset, data_dir, 28, "train", limit)
-        x_test, y_test = load_data(dataset, data_dir, 28, "test", limit)
-        classes = int(max(y.max(), y_test.max())) + 1
-        say(f"classifier: training once on {len(x)} pictures of {dataset}")
-        net = train_classifier(x, y, classes, device, epochs=1 if limit else 3, say=say)
-        net.accuracy = (net.embed(x_test)[1].argmax(1).cpu() == y_test).double().mean().item()
-        saved = {"net": net.cpu().state_dict(), "accuracy": net.accuracy, "channels": x.shape[1], "classes": classes}
-        try:
-            if not limit:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                temporary = path.with_suffix(f".{os.getpid()}")
-                torch.save(saved, temporary)
-                os.replace(temporary, path)
-        except (OSError, RuntimeError) as e:
-            say(f"the classifier could not be kept in {path} ({e})")
-    net.name, net.batch = f"classifier-{dataset}/128 {digest(net)}", 1000
-    say(f"{net.name}: {net.accuracy:.2%} of the test set right")
+        say(f"training the network that scores, once, on {len(x)} pictures: {task} of {dataset}")
+        net = train_classifier(x, y if labelled else None, classes, torch.device(device), epochs, say)
+        net.accuracy = (net.embed(x_test if labelled else turned(x_test, y_test))[1].argmax(1).cpu()
+                        == y_test).double().mean().item()
+        if folder:
+            weights = {k: v.half() if v.is_floating_point() else v for k, v in net.cpu().state_dict().items()}
+            keep(Path(folder) / name, {"net": weights, "accuracy": net.accuracy, "pictures": [key]}, say)
+    net.labelled, net.side, net.name = labelled, side, f"{task}-{dataset}-{side}/128 {digest(net)}"
+    chance = y_test.bincount().max().item() / len(y_test)  # one answer to all
+    say(f"{net.name}: {net.accuracy:.2%} of the test set's {'labels' if labelled else 'rotations'} right"
+        + f": little better than chance ({chance:.0%}), so its scores mean little"
+        * (net.accuracy - chance < 0.13 * (1 - chance)))
     return net.to(device, memory_format=torch.channels_last)
+
+
+def picture_key(x, y):
+    """A hash of pictures and labels, the same for MNIST at 28 and padded to 32."""
+    x = F.pad(x, (2, 2, 2, 2)) if x.shape[-1] == 28 else x
+    return hashlib.sha256(x.contiguous().numpy().tobytes() + y.numpy().tobytes()).hexdigest()[:12]
+
+
+def keep(path, what, say):
+    """torch.save by way of a temporary file; a folder that cannot be written to costs a line and nothing else."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}")
+        torch.save(what, temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:
+        say(f"not kept for the next run: {path} ({e})")
 
 
 def digest(net):
@@ -401,8 +492,8 @@ class Inception(nn.Module):
     @torch.no_grad()
     def embed(self, x):
         device = self.fc.weight.device
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # TF32 would move features by 1e-3
-            parts = [self(self.prepare(b.to(device))) for b in x.split(self.batch)]
+        with exact():
+            parts = [self(self.prepare(b.to(device))) for b in as_pictures(x, 1, 3).split(self.batch)]
         return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
 
@@ -440,7 +531,8 @@ def mixed_e(b, x, pool):
 
 
 def inception(weights, device):
-    """The Inception of the file `weights`, or of the one that torch.hub keeps, fetched if need be; .name as above."""
+    """The Inception of the file `weights`, or of the one that torch.hub keeps, fetched if need be; .name as above.
+    ValueError where there is no such file or it holds another network."""
     path = Path(weights or Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION.rsplit("/", 1)[1])
     try:
         if weights:
@@ -452,12 +544,17 @@ def inception(weights, device):
                                                            weights_only=True)
         net = Inception(state)
     except Exception as e:  # no network, a file cut short or of another network: a different kind for each
+        if weights and not path.exists():
+            raise ValueError(f"--weights {path}: no such file") from None
         if path.exists():
-            fail(f"{path} does not hold the 2015 FID Inception ({type(e).__name__}: {str(e)[:200]})")
-        fail(f"no Inception weights: put {INCEPTION} into {path.parent}, or name the file by --weights "
-             f"({type(e).__name__}: {e})")
-    net.name, net.accuracy = f"inception-2015/2048 {digest(net)}", None
+            raise ValueError(f"{path} does not hold the 2015 FID Inception ({type(e).__name__}: {str(e)[:99]})") from e
+        raise ValueError(f"no Inception weights: put {INCEPTION} into {path.parent}, or name the file by --weights "
+                         f"({type(e).__name__}: {e})") from None
+    net.name, net.accuracy, net.labelled = f"inception-2015/2048 {digest(net)}", None, True
     return net.to(device)
+
+
+# JUDGE: samples against a data set ------------------------------------------------------------------------------------
 
 
 SCORES = ("fid", "kid", "is", "mode", "pr", "dc")
@@ -477,9 +574,10 @@ class Sample:
 
 def embed(net, pictures, keep=True, what="pictures"):
     """A Sample of uint8 pictures (N, C, H, W), or of a Pictures, which are read as they are needed. Without `keep` no
-    feature is held longer than its batch. ValueError: features that are not finite."""
+    feature is held longer than its batch. ValueError: pictures of another kind, features that are not finite."""
     moments, features, logits = Moments(), [], []
-    batches = pictures.split(net.batch) if torch.is_tensor(pictures) else pictures.batches(net.batch)
+    tensor = not hasattr(pictures, "batches")
+    batches = as_pictures(pictures).split(net.batch) if tensor else pictures.batches(net.batch)
     for batch in progress(batches, len(pictures), what):
         f, l = net.embed(batch)
         moments.add(f)
@@ -532,7 +630,7 @@ def compare(fake, real, scores=SCORES, train=None):
 
 
 def class_shares(logits):
-    classes = logits.shape[1]
+    (logits,), classes = checked(1, logits), logits.shape[1]
     shares = torch.bincount(logits.argmax(1), minlength=classes).double() / len(logits)
     return {"classes": int((shares >= 1 / (4 * classes)).sum()), "class_min": shares.min().item(),
             "class_max": shares.max().item()}
@@ -541,54 +639,64 @@ def class_shares(logits):
 def mode_coverage(labels, classes):
     """Of the labels (N,) a classifier gives: the number of classes that occur (modes), and KL(their law || uniform),
     in nats; 26,000 real stacked digits have about 1,000 and 999 / (2 N) = .019. Metz et al. 2017, Lin et al. 2018."""
+    if len(labels) == 0 or labels.min() < 0 or labels.max() >= classes:
+        raise ValueError(f"labels of 0 to {classes - 1} are needed")
     p = torch.bincount(labels, minlength=classes).double() / len(labels)
     return {"modes": int((p > 0).sum()), "modes_kl": torch.xlogy(p, p * classes).sum().item()}
 
 
+FEWEST = 50  # pictures of a kind, below which a score is no score; below 1,000 it is printed with a warning
+
+
 class Judge:
-    """Scores pictures against a data set. judge(x, y=None) takes uint8 (N, C, H, W), and the labels (N,) that were
+    """Scores pictures against a data set. judge(x, y=None) takes uint8 (N, C, S, S), and the labels (N,) that were
     asked for, if any; returns a dict of plain numbers:
 
-    fid, coverage, inception_score, mode_score   against the first n test pictures; coverage's k is 5
+    fid, coverage                                against the first n test pictures; coverage's k is 5
     fid_train                                    against the first n training pictures: for choosing a checkpoint
+    inception_score, mode_score                  only where the network reads labels, as the next two lines
     classes, class_min, class_max                classes with 1/(4K) of the samples or more; least and largest share
+    label_accuracy                               with y: the share that the network takes for what was asked
     n_real, n_fake, floor                        sizes (equal), and the FID of training against test pictures
-    label_accuracy                               with y: the share that the classifier takes for what was asked
     modes, modes_kl                              stacked_mnist: mode_coverage() of n = 26,000, and of as many real ones
                                                  (modes_real, modes_kl_real)
 
-    ValueError: fewer pictures than n, or features that are not finite."""
+    load("train") and load("test") give pictures and labels; the network is classifier()'s, kept in `folder`.
+    ValueError: too few pictures, or features that are not finite."""
 
-    def __init__(self, dataset, data_dir, image_size, device="cpu", limit=None, n=None, say=print):
+    def __init__(self, dataset, load, folder=None, device="cpu", n=None, epochs=None, say=print):
         n = n or (26_000 if dataset == "stacked_mnist" else 10_000)
-        device = torch.device(device)
-        device = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
-        self.net = classifier(dataset, data_dir, device, limit, say)
-        train, test = (load_data(dataset, data_dir, image_size, s, limit)[0] for s in ("train", "test"))
-        self.n = min(n, len(train), len(test))
-        self.train, self.real = embed(self.net, train[:self.n], False), embed(self.net, test[:self.n])
+        train, test = load("train"), load("test")
+        self.n = min(n, len(train[0]), len(test[0]))
+        if self.n < FEWEST:
+            raise ValueError(f"{self.n} test pictures, where {FEWEST} would be few")
+        self.net, self.labels = classifier(dataset, train, test, folder, device, epochs, say), train[1]
+        self.train, self.real = embed(self.net, train[0][:self.n], False), embed(self.net, test[0][:self.n])
         self.floor = self.train.moments.fid(self.real.moments)
         self.stacked = dataset == "stacked_mnist"
 
     def __call__(self, x, y=None):
         if len(x) < self.n:
             raise ValueError(f"{len(x)} pictures: {self.n} are needed, as many as real ones")
-        fake = embed(self.net, x[:self.n])
-        right = {} if y is None else {
-            "label_accuracy": (fake.logits.argmax(1).cpu() == y[:self.n]).double().mean().item()}
-        modes = {}
+        fake, more = embed(self.net, x[:self.n]), {}
+        if self.net.labelled:
+            more = {**compare(fake, self.real, ("is", "mode")), **class_shares(fake.logits)}
+            if y is not None:
+                more["label_accuracy"] = (fake.logits.argmax(1).cpu() == y[:self.n]).double().mean().item()
         if self.stacked:
-            modes = mode_coverage(fake.logits.argmax(1), 1000)
-            modes |= {f"{k}_real": v for k, v in mode_coverage(self.real.logits.argmax(1), 1000).items()}
-        return {**compare(fake, self.real, ("fid", "is", "mode", "coverage"), self.train),
-                **class_shares(fake.logits), **right, **modes, "n_real": self.n, "n_fake": self.n, "floor": self.floor,
-                "features": self.net.name, "accuracy": self.net.accuracy}
+            more |= mode_coverage(fake.logits.argmax(1), 1000)
+            more |= {f"{k}_real": v for k, v in mode_coverage(self.real.logits.argmax(1), 1000).items()}
+        return {**compare(fake, self.real, ("fid", "coverage"), self.train), **more, "n_real": self.n, "n_fake": self.n,
+                "floor": self.floor, "features": self.net.name, "accuracy": self.net.accuracy}
 
     @staticmethod
     def line(s):
-        return (f"FID[{s['features']}] {s['fid']:.1f} (floor {s['floor']:.1f}, n {s['n_real']} + {s['n_fake']})  "
-                f"IS {s['inception_score']:.2f} +- {s['inception_score_std']:.2f}  Mode Score {s['mode_score']:.2f}  "
-                f"coverage {s['coverage']:.3f}  {s['classes']} classes of {s['class_min']:.1%} to {s['class_max']:.1%}"
+        few = " few pictures: compare at this n only" if s["n_real"] < 1000 else ""
+        labels = (f"IS {s['inception_score']:.2f} +- {s['inception_score_std']:.2f}  Mode Score {s['mode_score']:.2f}  "
+                  f"{s['classes']} classes of {s['class_min']:.1%} to {s['class_max']:.1%}"
+                  if "classes" in s else "no labels: no IS, no Mode Score")
+        return (f"FID[{s['features']}] {s['fid']:.1f} (floor {s['floor']:.1f}, n {s['n_real']} + {s['n_fake']}){few}  "
+                f"coverage {s['coverage']:.3f}  {labels}"
                 + (f"  labels right {s['label_accuracy']:.1%}" if "label_accuracy" in s else "")
                 + (f"  {s['modes']} of 1000 modes, KL {s['modes_kl']:.3f} (real {s['modes_real']}, "
                    f"{s['modes_kl_real']:.3f})" if "modes" in s else ""))
@@ -597,10 +705,17 @@ class Judge:
 # REJECTION: which of a generator's pictures to keep, by their scores --------------------------------------------------
 
 
+def ratings(score, most=1e300):
+    """Scores, if they can be compared; -inf can, and is never kept. ValueError: NaN, infinity, above `most`."""
+    if not (score <= most).all():
+        raise ValueError(f"scores that are not finite, or above {most}")
+    return score
+
+
 def naive(score):
     """The chance (N,) to keep a picture of this score (N,): sigmoid, as the reports do. Even for the best D this draws
     from p_g p_d / (p_g + p_d), normalised, and not from p_d; for a critic's raw score it means nothing."""
-    return score.double().sigmoid()
+    return ratings(score.double()).sigmoid()
 
 
 def drs(score, top, gamma=0.0, eps=1e-8):
@@ -614,7 +729,7 @@ def drs(score, top, gamma=0.0, eps=1e-8):
 
 def drs_logit(score, top, eps=1e-8):
     """F for scores and top (numbers or (N,)), in float64: in float32, and without expm1, it is inf at the maximum."""
-    d = torch.as_tensor(score).double() - top
+    d = ratings(torch.as_tensor(score).double() - top, 0.0)
     return d - (-torch.expm1(d - eps)).log()
 
 
@@ -674,13 +789,12 @@ def rejected(kind, more, n, generator, head=None, percentile=60, burn_in=10_000,
 
     def draw(k):
         x, score = more(k)
-        score = a * score.detach().double().flatten().cpu() + b
-        if score.isnan().any() or score.max() == math.inf:
-            raise ValueError("scores that are not finite")
-        return x, score
+        return x, ratings(a * score.detach().double().flatten().cpu() + b)
 
     drs_kind = {"naive": False, "drs": True}[kind]
     burn_in = burn_in if drs_kind else 0
+    if n < 1 or (drs_kind and percentile is not None and burn_in < 1):
+        raise ValueError("n is 1 or more, and a percentile is of the burn-in's scores: give burn_in, or percentile None")
     seen = [draw(min(batch, burn_in - i))[1] for i in range(0, burn_in, batch)]
     top, middle = -math.inf, None
     if seen:
@@ -710,21 +824,170 @@ def rejected(kind, more, n, generator, head=None, percentile=60, burn_in=10_000,
                              "acceptance": n / attempts, "auc": auc, "burn_in": burn_in, "warning": warning}
 
 
+# STUDY: what the training scripts ask for -----------------------------------------------------------------------------
+
+
+NOT_LOGGED = {"n_real", "n_fake", "floor", "accuracy", "features", "inception_score_std", "modes_real", "modes_kl_real"}
+
+
+class Study:
+    """What looks at a generator while it trains and when it is done: scores, choice by rejection, figures, curves.
+
+    args, folder    the run's flags and its directory
+    load(split)     -> pictures uint8 (N, C, S, S), labels (N,): the script's own data; limit=n: the first n
+    draw(z, y)      -> pictures uint8 (N, C, S, S) and D's scores (N,), on the CPU; y None: each label in turn
+    rate(x, y)      -> D's scores (N,) of pictures uint8
+    noise(n, *key)  -> z (n, latent_dim), a pure function of its arguments
+    held            pictures and labels that D never saw, or None; labels: how many G can be asked for, 1: none"""
+
+    def __init__(self, args, folder, load, draw, rate, noise, held, labels, say=print):
+        self.args, self.folder, self.load, self.draw, self.rate = args, Path(folder), load, draw, rate
+        self.noise, self.held, self.labels, self.say, self.judge = noise, held, labels, say, None
+
+    def evaluate(self, step):
+        """The scores of fresh samples after `step` D updates, for the log; None where there can be none."""
+        if self.judge is None:
+            a, device = self.args, "cuda" if torch.cuda.is_available() and self.args.device != "cpu" else "cpu"
+            home = Path(a.data_dir).resolve().parent if a.dataset == "folder" else a.data_dir  # not among the pictures
+            load = functools.partial(self.load, limit=256) if a.dry_run else self.load
+            try:
+                self.judge = Judge(a.dataset, load, None if a.dry_run else home, device,
+                                   epochs=1 if a.dry_run else None, say=self.say)
+            except ValueError as e:
+                return self.say(f"no scores: {e}")
+        scores = self.scores(2, step)
+        self.say(f"step {step}: {self.judge.line(scores)}")
+        return {k: v for k, v in scores.items() if k not in NOT_LOGGED}
+
+    def scores(self, *key):
+        y = self.asked(self.judge.n, *key)
+        return self.judge(self.draw(self.noise(self.judge.n, *key), y)[0], y)
+
+    def asked(self, n, *key):
+        """n labels with the data's shares, where G takes one: in turn they would be scored for a bias that is ours."""
+        if self.labels == 1:
+            return None
+        return self.judge.labels[torch.randint(len(self.judge.labels), (n,), generator=seeded(12, *key))]
+
+    def last_scores(self, restore):
+        """scores.json: of last.pt and best.pt on fresh z, and of what --reject keeps; and curves.png. restore(name)
+        loads a checkpoint of the run and returns its step."""
+        scores, reject, steps = {}, self.args.reject, {}
+        for name in (n for n in ("last.pt", "best.pt") if self.judge):
+            if not (self.folder / name).exists():
+                continue
+            steps[name] = restore(name)
+            if name == "best.pt" and steps[name] == steps["last.pt"]:
+                scores |= {k.replace("last", "best"): v for k, v in scores.items()}
+                self.say("best.pt is last.pt")
+                continue
+            scores[name] = self.scores(3)
+            self.say(f"{name}, fresh z: {self.judge.line(scores[name])}")
+            if reject != "none":
+                try:
+                    x, took = self.kept(self.judge.n, 8, shares=True)
+                except ValueError as e:
+                    self.say(f"--reject {reject}: {e}")
+                    continue
+                scores[f"{name} --reject {reject}"] = s = {**self.judge(x), **took}
+                self.say(f"{name}, --reject {reject}: {self.judge.line(s)}; {took['line']}")
+        if scores:
+            (self.folder / "scores.json").write_text(json.dumps(scores, indent=1))
+        try:
+            plot([self.folder], self.folder / "curves.png")
+        except ValueError as e:  # a run shorter than --log-every
+            self.say(f"no curves.png: {e}")
+
+    def kept(self, n, *key, shares=False):
+        """n pictures uint8 (n, C, S, S) that --reject keeps, and rejected's dict; ValueError where D is of no use.
+        Labels are asked for in turn, or with the data's `shares`."""
+        args, drawn = self.args, []
+
+        def more(k):
+            drawn.append(None)
+            z = self.noise(k, *key, 2, len(drawn))
+            return self.draw(z, self.asked(k, *key, len(drawn)) if shares else None)
+
+        head = None
+        if args.reject == "naive" and getattr(args, "d_norm", "none") == "batch":
+            self.say("--reject naive: D has batch norm, and in eval mode its logit is not the one that trained")
+        if args.reject == "drs":
+            x, y = self.held
+            head = platt(self.rate(x, y), torch.cat([more(len(b))[1] for b in x.split(500)]))
+        x, took = rejected(args.reject, more, n, seeded(args.seed, *key, 1), head, args.drs_percentile)
+        return x, {**took, "line": rejection_line(took)}
+
+    def figures(self):
+        """training.gif, interpolation_latent.png and _pixel.png, traversal.png, of the weights as they are."""
+        save_gif(sorted((self.folder / "samples").glob("step_*.png")), self.folder / "training.gif")
+        a, b = self.noise(16, 4).chunk(2)  # eight pairs, ten pictures from one to the other
+        t, y = torch.linspace(0, 1, 10), torch.arange(8) % self.labels
+        x, _ = self.draw(torch.lerp(a[:, None], b[:, None], t.view(10, 1)).flatten(0, 1), y.repeat_interleave(10))
+        save_sheet(x, self.folder / "interpolation_latent.png", 10)
+        xa, xb = (self.draw(ends, y)[0].float()[:, None] for ends in (a, b))
+        between = torch.lerp(xa, xb, t.view(1, 10, 1, 1, 1)).flatten(0, 1).round().byte()
+        save_sheet(between, self.folder / "interpolation_pixel.png", 10)
+        self.traversal()
+
+    def traversal(self, rows=10):
+        """One z, a row per coordinate, slid from -4 to 4 (-1 to 1 for a uniform prior): the coordinates that change the
+        picture most from end to end."""
+        z, far = self.noise(1, 5), 4.0 if self.args.prior == "normal" else 1.0
+        one = torch.eye(self.args.latent_dim) > 0
+        y = torch.zeros(len(one), dtype=torch.long)
+        low, high = (self.draw(torch.where(one, v, z), y)[0].float() for v in (-far, far))
+        strongest = (high - low).abs().flatten(1).mean(1).argsort(descending=True)[:rows]
+        slid = torch.where(one[strongest, None], torch.linspace(-far, far, 9).view(1, 9, 1), z).flatten(0, 1)
+        save_sheet(self.draw(slid, y[:1].expand(len(slid)))[0], self.folder / "traversal.png", 9)
+
+
+def rejection_line(took):
+    return (f"{took['attempts']} attempts, {took['acceptance']:.1%} kept"
+            + (f", calibrated at AUC {took['auc']:.3f}" if took["auc"] else "")
+            + (f". {took['warning']}" if took["warning"] else ""))
+
+
+def seeded(*key):
+    """A CPU generator, a pure function of whole numbers, the same as the scripts'."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+
+
+def save_sheet(x, path, columns):
+    """uint8 (N, C, H, W) as one PNG, row by row, two pixels of white between pictures."""
+    from torchvision.utils import make_grid
+    sheet = make_grid(x, columns, padding=2, pad_value=255)[:x.shape[1]]
+    Image.fromarray(sheet[0].numpy() if len(sheet) == 1 else sheet.permute(1, 2, 0).contiguous().numpy()).save(path)
+
+
+def save_gif(paths, out, limit=300 * 1024):
+    """The sheets as an animation of at most `limit` bytes: fewer frames and grey levels until it fits."""
+    for frames, colours in ((48, 16), (32, 16), (24, 8), (16, 8), (10, 4), (5, 4), (2, 2)):
+        chosen = [paths[i] for i in sorted({round(t) for t in np.linspace(0, len(paths) - 1, min(frames, len(paths)))})]
+        images = [Image.open(p).quantize(colours) for p in chosen]
+        if not images:
+            return
+        file = io.BytesIO()
+        images[0].save(file, "GIF", save_all=True, append_images=images[1:] + images[-1:] * 5, duration=150, loop=0)
+        if file.tell() <= limit:
+            Path(out).write_bytes(file.getvalue())
+            return
+
+
 # PLOT -----------------------------------------------------------------------------------------------------------------
 
-COLOURS = ("#1f5fa8", "#c8452b", "#2f8f4e", "#8a4fa3", "#b58a00", "#444444")
-PANELS = ("d_loss", "g_loss", "w_dist", "grad_norm", "penalty", "clipped", "d_acc", "fid", "inception_score",
-          "mode_score", "coverage", "label_accuracy", "modes", "modes_kl")
+COLOURS = ("#1f5fa8", "#c8452b", "#2f8f4e", "#8a4fa3", "#b58a00", "#444444", "#3fb0c9", "#d477a8", "#7a5230", "#8fb339",
+           "#6a6acd", "#e08a2e")
+NOT_PLOTTED = {"step", "epoch", "g_updates", "seconds", "images_per_s", "lr_g", "lr_d", "class_min", "class_max"}
 
 
 def read_log(run):
-    """A run directory's log.csv -> {column: (steps, values)}, rows without a value left out."""
+    """A run directory's log.csv -> {column: (steps, values)}, rows without a value left out. ValueError: it is none."""
     path = Path(run) / "log.csv" if Path(run).is_dir() else Path(run)
     try:
         rows = list(csv.DictReader(path.open(newline="")))
         return {k: ([float(r["step"]) for r in rows if r[k]], [float(r[k]) for r in rows if r[k]]) for k in rows[0]}
     except (OSError, KeyError, IndexError, ValueError, TypeError) as e:
-        fail(f"{path} is not the log of a run ({type(e).__name__}: {e})")
+        raise ValueError(f"{path} is not the log of a run ({type(e).__name__}: {e})") from None
 
 
 def ticks(low, high, wanted=6):
@@ -736,12 +999,14 @@ def ticks(low, high, wanted=6):
 
 
 def plot(runs, out, names=None):
-    """Each logged column of one or several runs against the step (D updates), a panel each, as one PNG."""
+    """Each logged column of one or several runs against the step (D updates), a panel each, as one PNG. ValueError:
+    logs without rows, or a file that cannot be written."""
     logs = [read_log(r) for r in runs]
     names = names or [Path(r).resolve().name for r in runs]
-    panels = [c for c in PANELS if any(log.get(c, ((), ()))[0] for log in logs)]
+    panels = [c for c in dict.fromkeys(c for log in logs for c in log) if c not in NOT_PLOTTED
+              and any(log.get(c, ((), ()))[0] for log in logs)]
     if not panels:
-        fail("nothing to plot: the logs have no rows yet")
+        raise ValueError("nothing to plot: the logs have no rows yet")
     w, h, columns = 440, 260, min(3, len(panels))
     image = Image.new("RGB", (w * columns, h * -(-len(panels) // columns) + 18 * len(runs) + 8), "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(13)
@@ -780,26 +1045,27 @@ def plot(runs, out, names=None):
     try:
         image.save(out)
     except (OSError, ValueError) as e:
-        fail(f"-o {out}: {e}")
+        raise ValueError(f"-o {out}: {e}") from None
 
 
 # COMMAND LINE ---------------------------------------------------------------------------------------------------------
 
-
 JPEG_EFFECT = "10,000 real MNIST pictures had FID[classifier] 1.76 as PNG, 3.9 as JPEG of quality 75, 1.8 of quality 95"
-SUFFIXES = (".bmp", ".jpg", ".jpeg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+CROPPED = "--real folder --data-dir DIR crops and resizes real pictures as the scripts do"
+SUFFIXES = (".bmp", ".gif", ".jpg", ".jpeg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
 class Pictures:
     """A folder of pictures in the order of their names, or a .npy or .pt of uint8 (N, C, S, S), or such a tensor.
 
     len(); .size; .batches(b) reads uint8 (b, channels, size, size) at a time; .formats counts the kinds of files read;
-    .digest() is a hash of all bytes. Whatever cannot be scored rightly ends in one line: unreadable, not square, of
-    several sizes, of more than 8 bits a channel, or with see-through parts."""
+    .digest() is a hash of all bytes. Files are read once at the start, before anything costs time: those that cannot be
+    are left out with a line, .bad. ValueError: more than 1 % of them, or pictures that cannot be scored as they are,
+    not square, of several sizes, of more than 8 bits a channel."""
 
     def __init__(self, source, channels, name=None):
         self.path, self.channels, self.files, self.x = name or source, channels, [], None
-        self.formats = Counter()
+        self.formats, self.bad, self.n, self.size = Counter(), [], None, None
         try:
             if torch.is_tensor(source):
                 self.x = source
@@ -807,54 +1073,67 @@ class Pictures:
                 load = np.load if Path(source).suffix == ".npy" else functools.partial(torch.load, weights_only=True)
                 self.x = torch.as_tensor(load(source))
             else:
-                self.files = sorted(f for f in Path(source).iterdir() if f.suffix.lower() in SUFFIXES)
+                self.files = sorted(f for f in Path(source).iterdir()
+                                    if f.suffix.lower() in SUFFIXES and not f.name.startswith("."))
         except Exception as e:  # numpy and torch raise a different kind for each way to be damaged
-            fail(f"{source}: {type(e).__name__}: {e}")
+            raise ValueError(f"{source}: {type(e).__name__}: {e}") from None
         if self.x is None:
-            if len(self.files) < 2:
-                fail(f"{source} holds {len(self.files)} .png or .jpg: a covariance needs two or more")
-            self.size = read_picture(self.files[0], channels)[0].shape[-1]
+            n = len(self.files)
+            self.files = [f for f in self.files if self.read(f) is not None]
+            bad = f"{len(self.bad)} of {n} pictures of {source}: {'; '.join(self.bad[:3])}"
+            if len(self.bad) > 0.01 * n:
+                raise ValueError(f"cannot read {bad}; more than 1 %, and other pictures than asked for are not scored")
+            if n < 2:
+                raise ValueError(f"{source} holds {n} of {' '.join(SUFFIXES)}: a covariance needs two or more")
+            if self.bad:
+                say(f"left out {bad}")
             return
         shape = tuple(self.x.shape)
         if (len(shape) != 4 or self.x.dtype != torch.uint8 or shape[0] < 2 or shape[2] != shape[3] or shape[3] < 1
                 or shape[1] not in (channels, 1)):
-            fail(f"{self.path}: {self.x.dtype} {shape} is not uint8 (2 or more, {channels}, S, S)")
+            raise ValueError(f"{self.path}: {self.x.dtype} {shape} is not uint8 (2 or more, {channels}, S, S)")
         self.size = shape[3]
 
     def __len__(self):
-        return len(self.files) if self.x is None else len(self.x)
+        there = len(self.files if self.x is None else self.x)
+        return there if self.n is None else min(self.n, there)
 
     def first(self, n):
-        """Only the first n from now on."""
-        self.files, self.x = self.files[:n], None if self.x is None else self.x[:n]
+        """Only the first n, from now on."""
+        self.n = n
         return self
+
+    def read(self, path):
+        """A file's picture, or None and a line in .bad."""
+        try:
+            picture, kind = read_picture(path, self.channels)
+        except OSError as e:
+            return self.bad.append(str(e))
+        self.size = self.size or picture.shape[-1]
+        if picture.shape[-1] != self.size:
+            raise ValueError(f"{path} is {picture.shape[-1]} pixels wide, the first {self.size}: all must be of one "
+                             f"({CROPPED})")
+        self.formats[kind] += 1
+        return picture
 
     def batches(self, size):
         if self.x is not None:
             self.formats["array" if Path(str(self.path)).suffix in (".npy", ".pt") else "data set"] = len(self)
-            for part in self.x.split(size):
+            for part in self.x[:len(self)].split(size):
                 yield part.expand(-1, self.channels, -1, -1)
             return
         self.formats.clear()
-        for i in range(0, len(self.files), size):
-            batch = []
-            for f in self.files[i:i + size]:
-                picture, kind = read_picture(f, self.channels)
-                if picture.shape[-1] != self.size:
-                    fail(f"{f} is {picture.shape[-1]} pixels wide, the first {self.size}: all must be of one size")
-                batch.append(picture)
-                self.formats[kind] += 1
-            yield torch.stack(batch)
+        for i in range(0, len(self), size):
+            yield torch.stack([self.read(f) for f in self.files[i:min(i + size, len(self))]])
+
+    def tensor(self):
+        return torch.cat(list(self.batches(1000)))
 
     def digest(self):
         h = hashlib.sha256(repr((len(self), self.size, self.channels, self.x is None)).encode())
         if self.x is not None:
-            h.update(self.x.contiguous().numpy())
-        for f in self.files:
-            try:
-                data = f.read_bytes()
-            except OSError as e:
-                fail(f"{f}: {e}")
+            h.update(self.x[:len(self)].contiguous().numpy())
+        for data in (f.read_bytes() for f in self.files):
             h.update(len(data).to_bytes(8, "big") + data)
         return h.hexdigest()
 
@@ -867,56 +1146,57 @@ class Pictures:
 
 
 def read_picture(path, channels):
-    """uint8 (channels, S, S) and the kind of file, by its content."""
+    """uint8 (channels, S, S), upright, and the kind of file, by its content; what is see-through becomes white. OSError
+    where it cannot be read, ValueError where it is not 8 bits a channel or not square."""
     try:
         with Image.open(path) as im:
-            if im.mode[0] in "IF" or any("16" in str(tile[3]) for tile in im.tile):
-                fail(f"{path} has more than 8 bits a channel ({im.mode})")
-            if im.has_transparency_data and im.convert("RGBA").getextrema()[3][0] < 255:
-                fail(f"{path} is see-through in parts: what colour is behind it?")
-            kind, x = im.format, np.array(im.convert("L" if channels == 1 else "RGB"))
-    except SystemExit:
-        raise
+            kind, mode, see_through = im.format, im.mode, im.has_transparency_data
+            deep = mode[0] in "IF" or any("16" in str(tile[3]) for tile in im.tile)
+            im = ImageOps.exif_transpose(im)
+            im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im.convert("RGBA")) if see_through else im
+            x = np.array(im.convert("L" if channels == 1 else "RGB"))
     except Exception as e:  # Pillow raises a different kind for each damage
-        fail(f"{path} cannot be read: {type(e).__name__}: {e}")
+        raise OSError(f"{path} cannot be read: {type(e).__name__}: {e}") from None
+    if deep:
+        raise ValueError(f"{path} has more than 8 bits a channel ({mode})")
     if x.shape[0] != x.shape[1]:
-        fail(f"{path} is {x.shape[1]}x{x.shape[0]}: all must be square")
+        raise ValueError(f"{path} is {x.shape[1]}x{x.shape[0]}: all must be square ({CROPPED})")
     return torch.from_numpy(x)[None] if channels == 1 else torch.from_numpy(x).permute(2, 0, 1), kind
 
 
-def cached(net, pictures, keep, folder, what):
+def cached(net, pictures, keep_features, folder, what):
     """embed(), but read from `folder` where the same network has seen the same pictures before; None: made anew."""
-    path, sample = None, None
+    path = None
     if folder:
-        key = f"{net.name} {next(net.parameters()).device.type} {keep} 1 {pictures.digest()}"
+        key = f"{net.name} {next(net.parameters()).device.type} {keep_features} 2 {pictures.digest()}"
         path = Path(folder) / f"statistics-{hashlib.sha256(key.encode()).hexdigest()[:24]}.pt"
     if path and path.exists():
         try:
             saved = torch.load(path, map_location=next(net.parameters()).device, weights_only=True)
             sample = Sample(Moments(), saved.pop("features", None), saved.pop("logits", None))
-            pictures.formats.update(saved.pop("formats"))
+            pictures.formats = Counter(saved.pop("formats"))
             sample.moments.__dict__.update(saved)
             sample.n = sample.moments.n
+            return sample
         except Exception:  # cut short: made again
-            sample = None
-    if sample is None:
-        sample = embed(net, pictures, keep, what)
-        if path:
-            saved = {**vars(sample.moments), "formats": dict(pictures.formats)}
-            if keep:
-                saved.update(features=sample.features, logits=sample.logits)
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                temporary = path.with_suffix(f".{os.getpid()}")
-                torch.save(saved, temporary)
-                os.replace(temporary, path)
-            except (OSError, RuntimeError) as e:
-                say(f"the real pictures' statistics could not be kept in {folder} ({e})")
+            pass
+    sample = embed(net, pictures, keep_features, what)
+    if path and not pictures.bad:
+        saved = {**vars(sample.moments), "formats": dict(pictures.formats)}
+        if keep_features:
+            saved.update(features=sample.features, logits=sample.logits)
+        keep(path, saved, say)
     return sample
 
 
 def say(text):
     print(text, file=sys.stderr)
+
+
+def fail(message):
+    """A user's mistake: one line on stderr, exit code 2, no traceback."""
+    sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}\n")
+    raise SystemExit(2)
 
 
 def table(s, fake, real):
@@ -937,23 +1217,42 @@ def table(s, fake, real):
         if key in s:
             value = format(s[key], ".1f" if key.startswith("fid") and s[key] >= 1 else form)  # FIDs span 1e-6 to 1e3
             lines.append(f"{name:16} {value:>10}  {more.format(**s)}".rstrip())
+    if "fid" in s and not s["labelled"]:
+        lines.append("no labels        so no Inception Score, no Mode Score and no classes")
     return "\n".join(lines)
 
 
 def main(argv=None):
+    try:
+        command(argv)
+    except (OSError, ValueError) as e:
+        fail(e)
+
+
+def named_data():
+    """wgan_gp's load_data and DATASETS: the one place where this file looks at a script, and only as a command."""
+    try:
+        import wgan_gp
+        return wgan_gp.load_data, wgan_gp.DATASETS
+    except ImportError:
+        return None, {}
+
+
+def command(argv):
+    load_data, datasets = named_data()
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     p.error = fail
-    p.add_argument("--real", help=f"the test set of {', '.join(DATASETS)}; or a folder, a .npy or a .pt")
+    p.add_argument("--real", help=f"the test set of {', '.join(datasets)}; or a folder, a .npy or a .pt")
     p.add_argument("--fake", help="a folder of PNG, or a .npy or .pt of uint8 (N, C, H, W)")
     p.add_argument("--features", choices=("classifier", "inception"), default="classifier", help="the feature network")
     p.add_argument("--weights", help=f"file of --features inception: {INCEPTION.rsplit('/', 1)[1]}")
-    p.add_argument("--classifier", choices=DATASETS, help="whose classifier gives the features; default: --real's")
+    p.add_argument("--classifier", choices=datasets, help="whose network gives the features; default: --real's own")
     p.add_argument("--scores", nargs="+", choices=SCORES, default=SCORES, metavar="SCORE",
                    help=f"of {' '.join(SCORES)}; default all. fid alone keeps no features in memory")
-    p.add_argument("--data-dir", default="data", help="folder of the data sets, the classifier and real statistics")
+    p.add_argument("--data-dir", default="data", help="folder of the data sets, the networks and real statistics")
     p.add_argument("--no-cache", action="store_true", help="neither read nor keep statistics of real pictures")
     p.add_argument("--n", type=int, default=10_000, help="pictures of each kind, at most")
-    p.add_argument("--json", action="store_true", help="print the scores as JSON")
+    p.add_argument("--json", action="store_true", help="print the scores as one JSON object")
     p.add_argument("--plot", nargs="+", metavar="RUN", help="run directories, or their log.csv, in one plot")
     p.add_argument("-o", "--out", default="curves.png", help="where --plot draws")
     args = p.parse_args(argv)
@@ -961,46 +1260,55 @@ def main(argv=None):
         plot(args.plot, args.out)
         return print(args.out)
     if not (args.real and args.fake):
-        fail("name --real and --fake, or --plot")
-    name = args.classifier or (args.real if args.real in DATASETS else None)
-    if args.features == "classifier" and not name:
-        fail(f"--real {args.real} is no data set's name: say whose features to use by --classifier")
+        raise ValueError("name --real and --fake, or --plot")
     if args.features == "classifier" and args.weights:
-        fail("--weights goes with --features inception")
-    if args.n < 2:
-        fail(f"--n {args.n}: a covariance needs two pictures or more")
-    channels = DATASETS[name] if args.features == "classifier" else 3
-    fake = Pictures(args.fake, channels)
+        raise ValueError("--weights goes with --features inception")
+    score(args, load_data, datasets)
+
+
+def score(args, load_data, datasets):
+    """Scores of --fake against --real, printed."""
+    name = args.classifier or (args.real if args.real in datasets else None)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if args.features == "inception":
-        name = args.real if args.real in DATASETS else None
-        net = inception(args.weights, device)
-    else:
-        net = classifier(name, args.data_dir, device, say=say)
+    small = args.features == "classifier"
+    channels = datasets[name] if small and name else 3
+    fake, train, test, parts = Pictures(args.fake, channels), None, None, {}
     if name:
-        train, test = (Pictures(load_data(name, args.data_dir, fake.size, split)[0], channels, f"{name}, {split} set")
-                       for split in ("train", "test"))
-    real = test if args.real == name else Pictures(
-        load_data(args.real, args.data_dir, fake.size, "test")[0] if args.real in DATASETS else args.real, channels,
-        f"{args.real}, test set" if args.real in DATASETS else None)
-    n = min(args.n, len(fake), len(real), *((len(train), len(test)) if name else ()))
-    keep, folder = set(args.scores) != {"fid"}, None if args.no_cache else args.data_dir
-    try:
-        floor = train_sample = None
-        real_sample = cached(net, real.first(n), keep, folder, "real pictures")
-        if name and "fid" in args.scores:
-            train_sample = cached(net, train.first(n), False, folder, "training pictures")
-            test_sample = real_sample if test is real else cached(net, test.first(n), False, folder, "test pictures")
-            floor = train_sample.moments.fid(test_sample.moments)
-        fake_sample = embed(net, fake.first(n), keep, "fakes")
-        scores = compare(fake_sample, real_sample, args.scores, train_sample)
-        if keep and args.features == "classifier":
-            scores.update(class_shares(fake_sample.logits))
-            if isinstance(net, Stacked):
-                scores.update(mode_coverage(fake_sample.logits.argmax(1), 1000))
-    except ValueError as e:
-        fail(f"{args.fake}, {args.real}: {e}")
-    scores.update(n_real=n, n_fake=n, features=net.name, accuracy=net.accuracy,
+        parts = {s: load_data(name, args.data_dir, fake.size, s) for s in ("train", "test")}
+        train, test = (Pictures(x, channels, f"{name}, {s} set") for s, (x, _) in parts.items())
+    real = (Pictures(args.real, channels) if args.real not in datasets else test if args.real == name else
+            Pictures(load_data(args.real, args.data_dir, fake.size, "test")[0], channels, f"{args.real}, test set"))
+    n = min(args.n, len(fake), len(real), *((len(train), len(test)) if train else ()))
+    if n < FEWEST:
+        raise ValueError(f"{n} + {n} pictures: a score of fewer than {FEWEST} says nothing")
+    if small and padded(fake.size) != padded(real.size):
+        raise ValueError(f"fakes of {fake.size} pixels, real pictures of {real.size} ({CROPPED})")
+    home = Path(args.data_dir).resolve().parent if "folder" in (name, args.real) else args.data_dir  # not among them
+    folder = None if args.no_cache else home
+    if not small:
+        net = inception(args.weights, device)
+    elif name:
+        net = classifier(name, parts["train"], parts["test"], home, device, say=say)
+    else:  # a folder against a folder: nine tenths of the real ones train a network, the others test it
+        x = real.tensor()
+        x = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))]
+        parts = [(part, torch.full((len(part),), -1)) for part in x.tensor_split([len(x) - max(1, len(x) // 10)])]
+        net = classifier(Path(args.real).resolve().stem, *parts, Path(args.real).resolve().parent, device, say=say)
+    keep_features = set(args.scores) != {"fid"}
+    fake_sample = embed(net, fake.first(n), keep_features, "fakes")
+    real_sample = cached(net, real.first(n), keep_features, folder, "real pictures")
+    wanted = [s for s in args.scores if net.labelled or s not in ("is", "mode")]
+    train_sample = floor = None
+    if train and "fid" in wanted:
+        train_sample = cached(net, train.first(n), False, folder, "training pictures")
+        tested = real_sample if test is real else cached(net, test.first(n), False, folder, "test pictures")
+        floor = train_sample.moments.fid(tested.moments)
+    scores = compare(fake_sample, real_sample, wanted, train_sample)
+    if keep_features and small and net.labelled:
+        scores.update(class_shares(fake_sample.logits))
+        if isinstance(net, Stacked):
+            scores.update(mode_coverage(fake_sample.logits.argmax(1), 1000))
+    scores.update(n_real=n, n_fake=n, features=net.name, accuracy=net.accuracy, labelled=net.labelled,
                   jpeg_real=real.jpegs(), jpeg_fake=fake.jpegs())
     if floor is not None:
         scores["floor"] = floor
@@ -1008,160 +1316,9 @@ def main(argv=None):
         if pictures.jpegs():
             say(f"warning: {pictures.path} holds {pictures.jpegs()} JPEG files, whose losses are part of the scores: "
                 f"{JPEG_EFFECT}")
-    if args.features == "inception" and n < 4096 and "fid" in args.scores:
-        say(f"warning: {n} pictures in 2,048 dimensions: FID is far too large, and compares at this n only")
+    if n < 1000 or (not small and n < 4096 and "fid" in args.scores):
+        say(f"warning: {n} pictures of each kind: FID is too large, and compares at this n only")
     print(json.dumps(scores, indent=1) if args.json else table(scores, fake, real))
-
-
-# --- shared: data ---
-DATASETS = {"digits": 1, "mnist": 1, "fashion": 1, "cifar10": 3, "celeba": 3, "folder": 3,
-            "stacked_mnist": 3}  # name -> channels
-
-
-def fail(message):
-    """A user's mistake: one line on stderr, exit code 2, no traceback."""
-    sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}\n")
-    raise SystemExit(2)
-
-
-def load_data(name, data_dir, size, split, limit=None):
-    """The "train" or "test" pictures of a data set: uint8 (N, C, size, size) in 0..255, int64 labels (N,) or -1."""
-    root = Path(data_dir)
-    if name == "folder":
-        return read_files(root, *list_folder(root, split), size, limit)
-    if name == "celeba":
-        return read_files(root / "celeba" / "img_align_celeba", *list_celeba(root, split), size, limit)
-    if name == "digits":
-        x, y = render_digits(*((20_000, 1) if split == "train" else (10_000, 2)))
-    elif name == "stacked_mnist":
-        x, y = stack(*torchvision_data("mnist", root, split), *((128_000, 3) if split == "train" else (26_000, 4)))
-    else:
-        x, y = torchvision_data(name, root, split)
-    return fit(x[:limit], size), y[:limit]
-
-
-def torchvision_data(name, root, split):
-    """Pictures (N, C, H, W) as they come, and labels: files under `root` are used, missing ones downloaded."""
-    from torchvision import datasets
-    kind, place, files = {"mnist": (datasets.MNIST, "MNIST/raw", "the four *-ubyte files"),
-                          "fashion": (datasets.FashionMNIST, "FashionMNIST/raw", "the four *-ubyte files"),
-                          "cifar10": (datasets.CIFAR10, "cifar-10-batches-py", "the files of that archive")}[name]
-    ours = [d for d in (root / place, *(root / place).parents) if not d.exists()]
-    try:
-        data = kind(str(root), train=split == "train", download=True)
-    except Exception as e:  # no network, a damaged or cut file: torchvision raises a different kind for each
-        for d in ours:
-            if d.is_dir() and not any(d.iterdir()): d.rmdir()
-        fail(f"--dataset {name}: no usable files in {root / place} and no download ({e}). Offline: put {files} there, "
-             f"or name a folder that has them by --data-dir, or use --dataset digits")
-    x = torch.as_tensor(data.data)
-    return x[:, None] if x.dim() == 3 else x.permute(0, 3, 1, 2), torch.as_tensor(data.targets).long()
-
-
-def list_folder(root, split):
-    """Picture files below `root`, and labels by the first folder on the way, -1 without. Its train/ and test/ are the
-    split; where it has none, every tenth file is for testing. In the order of their names' hashes, which mixes classes:
-    the first n files are a fair sample."""
-    apart = (root / "train").is_dir() and (root / "test").is_dir()
-    kinds = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
-    found = [p.relative_to(root) for p in root.rglob("*") if p.suffix.lower() in kinds]
-    found.sort(key=lambda p: hashlib.sha256(p.as_posix().encode()).digest())
-    names = sorted({p.parts[apart] for p in found if len(p.parts) > 1 + apart})  # of both splits: labels mean the same
-    files = ([p for p in found if p.parts[0] == split] if apart else
-             [p for i, p in enumerate(found) if (i % 10 == 9) == (split == "test")])
-    if not files:
-        fail(f"--dataset folder: no png, jpg, bmp or webp in {root / split if apart else root}: name the folder of "
-             f"pictures by --data-dir")
-    return [root / p for p in files], [names.index(p.parts[apart]) if len(p.parts) > 1 + apart else -1 for p in files]
-
-
-def list_celeba(root, split):
-    """The aligned faces of CelebA, split as its list says; no labels."""
-    base = root / "celeba"
-    try:
-        if not (base / "list_eval_partition.txt").exists():
-            from torchvision import datasets
-            datasets.CelebA(str(root), download=True)  # by the package gdown
-        parts = dict(line.split() for line in (base / "list_eval_partition.txt").read_text().splitlines())
-        files = sorted(p for p in (base / "img_align_celeba").glob("*.jpg")
-                       if parts.get(p.name) == {"train": "0", "test": "2"}[split])
-        if not files:
-            raise ValueError("no pictures")
-    except Exception as e:  # no network, no gdown, Google's quota
-        fail(f"--dataset celeba: {e}. Put img_align_celeba/ and list_eval_partition.txt into {base}")
-    return files, [-1] * len(files)
-
-
-def read_files(root, files, labels, size, limit):
-    """uint8 (N, 3, size, size): the middle square, resized with antialiasing. Decoded once, by threads, and kept beside
-    `root` as one array, whose name changes with the files (names, sizes, dates) and with `size`."""
-    def read(path):
-        try:
-            with Image.open(path) as im:
-                if im.mode.startswith("I"):  # 16 bits a pixel, which convert would clip
-                    im = Image.fromarray((np.asarray(im).clip(0, 65535) / 257).round().astype(np.uint8))
-                upright = ImageOps.exif_transpose(im).convert("RGB")
-                return np.asarray(ImageOps.fit(upright, (size, size), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
-        except Exception as e:  # Pillow raises a different kind for each kind of damage
-            return f"{path}: {e}"
-
-    files, labels = files[:limit], labels[:limit]
-    stamp = [(p.relative_to(root).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-    key = hashlib.sha256(json.dumps([size, stamp]).encode()).hexdigest()[:12]
-    cache = root.resolve().parent / f"{root.resolve().name}-{size}-{key}.npy"
-    if cache.exists():
-        return torch.from_numpy(np.load(cache)), torch.tensor(labels)
-    with ThreadPoolExecutor() as pool:
-        pictures = list(pool.map(read, files))
-    for problem in (p for p in pictures if isinstance(p, str)):
-        fail(f"unreadable picture {problem}")
-    x = np.stack(pictures)
-    try:
-        if not limit:
-            temporary = cache.with_name(f"{cache.name}.{os.getpid()}.tmp.npy")
-            np.save(temporary, x)
-            os.replace(temporary, cache)
-    except OSError as e:
-        sys.stderr.write(f"not kept for the next run: {cache} ({e})\n")
-    return torch.from_numpy(x), torch.tensor(labels)
-
-
-def render_digits(n, seed):
-    """n numerals (n, 1, 28, 28), labels 0..9 in turn: Pillow's own font, two stroke widths, two blurs, a random
-    affine map each. The same for the same seed, so every run and every metric sees the same data."""
-    glyphs = []
-    for digit, stroke, blur in ((d, s, b) for d in range(10) for s in (1, 2) for b in (1.2, 1.8)):
-        im = Image.new("L", (64, 64))
-        ImageDraw.Draw(im).text((32, 32), str(digit), 255, ImageFont.load_default(54), anchor="mm", stroke_width=stroke)
-        glyphs.append(torch.from_numpy(np.array(im.filter(ImageFilter.GaussianBlur(blur)))))
-    rng, y = torch.Generator().manual_seed(seed), torch.arange(n) % 10
-    which = y * 4 + torch.randint(4, (n,), generator=rng)
-    angle, shear, sx, sy, tx, ty = (torch.rand(6, n, generator=rng) * 2 - 1) * torch.tensor(
-        [[0.18], [0.2], [0.12], [0.1], [0.08], [0.08]])  # +-10 degrees, shear .2, scales, shifts of a pixel
-    c, s = angle.cos(), angle.sin()
-    theta = torch.stack([torch.stack([c * (1.05 + sx), shear - s, tx], 1), torch.stack([s, c * (1.05 + sy), ty], 1)], 1)
-    bank, out = torch.stack(glyphs)[:, None], []
-    for i in torch.arange(n).split(2000):
-        grid = F.affine_grid(theta[i], [len(i), 1, 28, 28], align_corners=False)
-        out.append(F.grid_sample(bank[which[i]].float(), grid, align_corners=False).round().clamp(0, 255).byte())
-    return torch.cat(out), y
-
-
-def stack(x, y, n, seed):
-    """n pictures (n, 3, H, W) of three digits drawn at random, red, green and blue; labels 0..999, red the hundreds."""
-    i = torch.randint(len(x), (n, 3), generator=torch.Generator().manual_seed(seed))
-    return x[i, 0], y[i] @ torch.tensor([100, 10, 1])
-
-
-def fit(x, size):
-    """uint8 (N, C, H, W) -> side `size`: 28 to 32 by 2 pixels of zeros, everything else resized with antialiasing."""
-    if x.shape[-1] == 28 and size >= 32:
-        x = F.pad(x, (2, 2, 2, 2))
-    if x.shape[-2:] != (size, size):
-        x = torch.cat([F.interpolate(b.float(), (size, size), mode="bilinear", antialias=True).round().byte()
-                       for b in x.split(1000)])
-    return x
-# --- end shared ---
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
 """metrics.py's scores, against closed forms, numpy, scipy, torch-fidelity and pytorch-fid."""
 
 import math
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ from torch_fidelity import metric_fid, metric_isc, metric_kid, metric_prc
 from torch_fidelity.defaults import DEFAULTS
 
 import metrics
+import wgan_gp
 
 F64 = torch.float64
 SURE = 2000.0  # a logit so large that the other classes' probabilities are 0
@@ -261,7 +265,7 @@ def test_fid_refuses_features_that_are_not_finite(bad, n, side):
 
 @pytest.mark.parametrize("n, m", [(1, 1), (1, 50), (50, 1)])
 def test_fid_refuses_a_single_picture(n, m):
-    with pytest.raises(ValueError, match="two"):
+    with pytest.raises(ValueError, match="1 rows, where 2 or more"):
         metrics.fid(randn(n, 8), randn(m, 8))
 
 
@@ -279,6 +283,20 @@ def test_neighbours_closer_than_the_rounding_of_a_product():
     x = 100 * randn(40, 16) + 3000
     x = torch.cat([x, x + 1e-5 * randn(40, 16)])
     np.testing.assert_allclose(metrics.ball_radius(x, 1), brute_radius(x, 1), rtol=1e-9)
+
+
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_neighbours_within_a_crowd_far_from_the_origin(k):
+    """Crowds of 30, 1e-5 across, at norm 12,000: about the origin a product errs by more than they are wide, and picks
+    the k-th of them at random, up to twice as far off. Duplicates stay at 0."""
+    x = 3000 + randn(6, 1, 16) + 1e-5 * randn(6, 30, 16)
+    x = torch.cat([x.flatten(0, 1), x[:, 0].repeat(k + 1, 1)])
+    assert x.norm(dim=1).min() > 11_900
+    np.testing.assert_allclose(metrics.ball_radius(x, k), brute_radius(x, k), rtol=1e-5, atol=0)
+    real, fake = x[:180], x[:180] + 2e-6 * randn(180, 16)
+    theirs = compute_prdc((real - 3000).numpy(), (fake - 3000).numpy(), k)
+    got = (*metrics.precision_recall(real, fake, k), *metrics.density_coverage(real, fake, k))
+    assert got == pytest.approx([theirs[s] for s in ("precision", "recall", "density", "coverage")], abs=0.01)
 
 
 def brute_coverage(real, fake, k):
@@ -357,6 +375,131 @@ def test_distances_survive_a_large_offset():
     assert metrics.coverage(real, fake) == pytest.approx(brute_coverage(real, fake, 5), abs=1e-12)
 
 
+# no number without an answer
+
+# a function of tables (N, 40), how many of them, and the rows it needs of each
+TABLES = {
+    "fid": (metrics.fid, (2, 2)), "kid": (metrics.kid, (4, 4)), "coverage": (metrics.coverage, (6, 1)),
+    "precision_recall": (metrics.precision_recall, (4, 4)), "density_coverage": (metrics.density_coverage, (6, 1)),
+    "ball_radius": (lambda x: metrics.ball_radius(x, 5), (6,)), "mode_score": (metrics.mode_score, (1, 1)),
+    "inception_score": (metrics.inception_score, (10,)),
+    "inception_score, one split": (lambda x: metrics.inception_score(x, 1), (1,)),
+    "class_shares": (metrics.class_shares, (1,)), "mean_and_covariance": (metrics.mean_and_covariance, (2,)),
+    "Moments": (lambda x: fed(x).mean_and_covariance(), (2,)),
+    "Moments.fid": (lambda x, y: fed(x).fid(fed(y)), (2, 2)),
+}
+
+
+def fed(x):
+    moments = metrics.Moments()
+    for part in x.split(7):
+        moments.add(part)
+    return moments
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_one_number_that_is_not_finite_is_refused(name):
+    """One of 40 numbers of one of 40 rows: a comparison with NaN is False, so that a count would look like a score."""
+    function, least = TABLES[name]
+    function(*(randn(40, 40) for _ in least))
+    for bad in (math.nan, math.inf, -math.inf):
+        for side in range(len(least)):
+            sets = [randn(40, 40) for _ in least]
+            sets[side][17, 23] = bad
+            with pytest.raises(ValueError, match="not finite"):
+                function(*sets)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_fewer_rows_than_needed_are_refused_and_that_many_are_not(name):
+    function, least = TABLES[name]
+    for side, rows in enumerate(least):
+        for n in (n for n in {0, 1, rows - 1} if n < rows):
+            with pytest.raises(ValueError, match=f"{n} rows, where {rows} or more|needs two pictures or more"):
+                function(*(randn(n if i == side else 40, 40) for i in range(len(least))))
+    numbers = function(*(randn(rows, 40) for rows in least))
+    numbers = list(numbers.values()) if isinstance(numbers, dict) else numbers
+    for v in numbers if isinstance(numbers, list | tuple) else [numbers]:
+        assert torch.as_tensor(v).isfinite().all()
+
+
+@pytest.mark.parametrize("name", [name for name in TABLES if "Moments" not in name])
+def test_what_is_no_table_or_of_another_width_is_refused(name):
+    function, least = TABLES[name]
+    wrong = [[randn(40)] * len(least), [randn(40, 4, 2)] * len(least), [randn(40, 5).numpy()] * len(least)]
+    for sets in wrong + ([[randn(40, 5), randn(40, 6)]] if len(least) == 2 else []):
+        with pytest.raises(ValueError, match="of one width"):
+            function(*sets)
+
+
+def test_radii_labels_and_scores_without_an_answer_are_refused():
+    x, radius = randn(40, 3), metrics.ball_radius(randn(40, 3), 5)
+    broken = radius.clone()
+    broken[7] = math.nan
+    for wrong in (broken, radius[:30]):
+        for function in (lambda r: metrics.coverage(x, x, radius=r), lambda r: metrics.density_coverage(x, x, radius=r),
+                         lambda r: metrics.precision_recall(x, x, radii=(radius, r))):
+            with pytest.raises(ValueError):
+                function(wrong)
+    for labels in ([], [-1, 2], [3, 10]):
+        with pytest.raises(ValueError, match="0 to 9"):
+            metrics.mode_coverage(torch.tensor(labels, dtype=torch.long), 10)
+    for bad in (math.nan, math.inf):
+        score = torch.tensor([0.0, bad, -1])
+        for function in (metrics.naive, lambda s: metrics.drs(s, 1.0), lambda s: metrics.drs_logit(s, 1.0)):
+            with pytest.raises(ValueError, match="not finite"):
+                function(score)
+    with pytest.raises(ValueError, match=r"above 0"):
+        metrics.drs(torch.tensor([0.0, 1.5]), 1.0)  # more than the largest there is
+    assert metrics.naive(torch.tensor([-math.inf])) == metrics.drs(torch.tensor([-math.inf]), 1.0) == 0
+
+
+def test_class_shares_in_numpy():
+    logits = randn(500, 8) + torch.tensor([2.5, 1, 0.5, 0.5, 0, 0, -1, -9])
+    share = np.bincount(logits.numpy().argmax(1), minlength=8) / 500
+    wanted = {"classes": (share >= 1 / 32).sum(), "class_min": 0, "class_max": share.max()}
+    assert metrics.class_shares(logits) == wanted and share.max() > 0.5 and 2 < wanted["classes"] < 8
+
+
+@pytest.mark.parametrize("n, m", [(30, 50), (1, 1)])
+def test_pair_accuracy_is_the_share_of_all_pairs(n, m):
+    """The area under the ROC curve, 0 to 1; a tie is not right."""
+    real, fake = randn(n) + 0.5, randn(m)
+    wanted = np.mean([[r > f for f in fake.tolist()] for r in real.tolist()])
+    assert wgan_gp.pair_accuracy(real, fake).item() == pytest.approx(wanted, abs=1e-6)
+    assert wgan_gp.pair_accuracy(fake - 100, real) == 0 and wgan_gp.pair_accuracy(fake + 100, real) == 1
+    assert wgan_gp.pair_accuracy(fake, fake[:1].expand(m)) == (fake > fake[0]).float().mean()
+    assert "0 to 1" in wgan_gp.pair_accuracy.__doc__
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_library_needs_no_run_and_no_scripts(tmp_path):
+    """README's lines on tensors, in a fresh process, with metrics.py alone in a folder: no files, no download."""
+    shutil.copy(metrics.__file__, tmp_path)
+    code = """
+import torch
+from metrics import precision_recall
+from metrics import Classifier, coverage, density_coverage, embed, fid, inception_score, kid, mode_score
+rng = torch.Generator().manual_seed(0)
+x, y = (torch.randn(200, 16, generator=rng) for _ in range(2))
+numbers = [fid(x, y), *kid(x, y), *inception_score(x), *mode_score(x, y), *precision_recall(x, y),
+           *density_coverage(x, y), coverage(x, y)]
+numbers += embed(Classifier(1, 5), (x > 0).byte().view(50, 1, 8, 8)).features.shape
+import os, sys
+assert sorted(os.listdir()) == ["metrics.py"] and not {"wgan_gp", "torchvision"} & set(sys.modules)
+print(*numbers)
+"""
+    done = subprocess.run([sys.executable, "-Bc", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    got = [float(v) for v in done.stdout.split()]
+    rng = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(200, 16, generator=rng) for _ in range(2))
+    theirs = compute_prdc(x.double().numpy(), y.double().numpy(), 5)
+    distance = fid_score.calculate_frechet_distance(*numpy_statistics(x), *numpy_statistics(y))
+    assert got[0] == pytest.approx(distance, rel=1e-6)
+    assert got[-3] == theirs["coverage"] and got[-2:] == [50, 128] and len(got) == 14
+
+
 # the classifier's features
 
 
@@ -398,6 +541,27 @@ def test_embedding_looks_at_32_pixels(net, size):
     torch.testing.assert_close(net.embed(x), net.embed(same), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("x", [
+    pictures(4).float(), pictures(4)[0], pictures(4)[:, 0], pictures(4, channels=1), pictures(4, channels=4),
+    pictures(4)[..., :0], pictures(4).numpy(), pictures(4).bool(), pictures(4).to(torch.int16), None])
+def test_embedding_refuses_what_is_no_picture(net, x):
+    """Floats are on a scale unknown: 0..1, -1..1 or 0..255, a score of each would look like one."""
+    net.name = "x"
+    for embed in (net.embed, lambda x: metrics.embed(net, x)):
+        with pytest.raises(ValueError, match="pictures are uint8"):
+            embed(x)
+
+
+def test_a_network_judges_the_side_it_was_trained_at(net):
+    for side, good, bad in ((32, (28, 32), (27, 64, 16)), (64, (64,), (32, 28, 128)), (28, (), (28, 32))):
+        net.side = side
+        for size in good:
+            assert net.embed(pictures(3, size))[0].shape == (3, 128)
+        for size in bad:
+            with pytest.raises(ValueError, match=f"trained on {side}"):
+                net.embed(pictures(3, size))
+
+
 def test_prepare_28_adds_a_black_border():
     x = pictures(4, 28) // 2 + 100
     y = metrics.Classifier.prepare(x)
@@ -427,13 +591,14 @@ def kernel(x, y):
 
 
 def test_kid_by_two_loops():
-    """One subset of all: the unbiased estimate, pair by pair."""
-    x, y = randn(12, 5), randn(9, 5) + 0.5
-    theirs = metrics.kid(x[:9], y, subsets=1)[0]
-    a, b = x[:9].numpy(), y.numpy()
+    """One subset of half the rows, drawn as torch-fidelity draws: the unbiased estimate, pair by pair."""
+    x, y = randn(18, 5), randn(19, 5) + 0.5
+    theirs = metrics.kid(x, y, subsets=1)
+    rng = np.random.RandomState(2020)
+    b, a = (t.numpy()[rng.choice(len(t), 9, replace=False)] for t in (y, x))
     own = sum(kernel(t[i], t[j]) for t in (a, b) for i in range(9) for j in range(9) if i != j) / (9 * 8)
     cross = sum(kernel(p, q) for p in a for q in b) / 81
-    assert theirs == pytest.approx(own - 2 * cross, rel=1e-12)
+    assert theirs == (pytest.approx(own - 2 * cross, rel=1e-12), 0)
 
 
 def test_kid_of_point_masses():
@@ -443,13 +608,16 @@ def test_kid_of_point_masses():
     assert metrics.kid(a.expand(20, 6), a.expand(30, 6)) == pytest.approx((0, 0), abs=1e-11)
 
 
-@pytest.mark.parametrize("n, m, d, size", [(300, 300, 20, 100), (150, 400, 64, 150), (1500, 1200, 8, 1000)])
-def test_kid_agrees_with_torch_fidelity(n, m, d, size):
+@pytest.mark.parametrize("n, m, d, size, of", [
+    (300, 300, 20, 100, 100), (150, 400, 64, 1000, 75), (150, 400, 64, 75, 75), (500, 501, 16, 1000, 250),
+    (2100, 2000, 8, 1000, 1000)])
+def test_kid_agrees_with_torch_fidelity(n, m, d, size, of):
+    """Subsets of `size`, but of half the rows at most: as large as all of them they would be all the same."""
     x, y = mixed(n, d), mixed(m, d, 1.2, 0.2)
-    theirs = metric_kid.kid_features_to_metric(y, x, kid_subset_size=size, kid_subsets=8, verbose=False)
+    theirs = metric_kid.kid_features_to_metric(y, x, kid_subset_size=of, kid_subsets=8, verbose=False)
     mean, spread = metrics.kid(x, y, 8, size)
     assert mean == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-9)
-    assert spread == pytest.approx(theirs["kernel_inception_distance_std"], rel=1e-9)
+    assert spread == pytest.approx(theirs["kernel_inception_distance_std"], rel=1e-9) and spread > 0.01 * mean
     assert metrics.kid(x.float(), y.float(), 8, size)[0] == pytest.approx(mean, rel=1e-5)
     assert metrics.kid.__defaults__ == (DEFAULTS["kid_subsets"], DEFAULTS["kid_subset_size"]) == (100, 1000)
 
@@ -460,9 +628,12 @@ def test_kid_of_one_law_is_0_on_average_at_any_size():
         assert abs(np.mean(values)) < 4 * np.std(values) / 20 and min(values) < 0 < max(values)
 
 
-def test_kid_refuses_a_single_picture():
-    with pytest.raises(ValueError, match="two"):
-        metrics.kid(randn(1, 4), randn(9, 4))
+@pytest.mark.parametrize("n", [0, 1, 3])
+def test_kid_refuses_fewer_than_four_pictures(n):
+    for sets in ((randn(n, 4), randn(9, 4)), (randn(9, 4), randn(n, 4))):
+        with pytest.raises(ValueError, match=f"{n} rows, where 4 or more"):
+            metrics.kid(*sets)
+    assert metrics.kid(randn(4, 4), randn(4, 4))[1] > 0
 
 
 # precision, recall, density
@@ -550,7 +721,7 @@ def test_a_table_cut_into_blocks_is_the_whole_table(monkeypatch):
 class Reader(torch.nn.Module):
     """Reads a digit off a picture's brightness, 20 a unit; unsure in between."""
 
-    batch, accuracy, name = 70, 0.97, "classifier-mnist/128 abcdef12"
+    batch, accuracy, labelled, name = 70, 0.97, True, "classifier-mnist/128 abcdef12"
 
     def embed(self, x):
         assert x.dtype == torch.uint8 and x.shape[1] == 1
@@ -615,10 +786,9 @@ def test_mode_coverage_of_a_finite_sample_of_all_classes():
 def stacked_judge(monkeypatch):
     """A Judge of 200 stacked digits: real ones 25 triples, eight times each."""
     real = torch.tensor([[c // 100, c // 10 % 10, c % 10] for c in range(0, 1000, 40)]).repeat(8, 1)
-    monkeypatch.setattr(metrics, "load_data", lambda name, root, size, split, limit: (
-        painted(real if split == "test" else torch.randint(10, (300, 3)), size), None))
     monkeypatch.setattr(metrics, "classifier", lambda *a: metrics.Stacked(Reader()))
-    return metrics.Judge("stacked_mnist", "data", 28, say=lambda text: None)
+    return metrics.Judge("stacked_mnist", lambda split: (
+        painted(real if split == "test" else torch.randint(10, (300, 3)), 28), None), say=lambda text: None)
 
 
 def test_judge_of_stacked_digits_counts_modes(stacked_judge):
@@ -635,9 +805,8 @@ def test_judge_of_stacked_digits_counts_modes(stacked_judge):
 
 
 def test_judge_of_other_data_counts_no_modes(monkeypatch):
-    monkeypatch.setattr(metrics, "load_data", lambda *a: (painted(torch.randint(10, (50, 1)), 28), None))
     monkeypatch.setattr(metrics, "classifier", lambda *a: Reader())
-    judge = metrics.Judge("mnist", "data", 28, say=lambda text: None)
+    judge = metrics.Judge("mnist", lambda split: (painted(torch.randint(10, (50, 1)), 28), None), say=lambda text: None)
     scores = judge(painted(torch.randint(10, (50, 1)), 28))
     assert not any("modes" in k for k in scores) and "modes" not in judge.line(scores)
 
@@ -645,7 +814,8 @@ def test_judge_of_other_data_counts_no_modes(monkeypatch):
 @pytest.mark.parametrize("name, n", [("stacked_mnist", 26_000), ("mnist", 10_000), ("digits", 10_000)])
 def test_judge_compares_as_many_as_the_papers_do(monkeypatch, name, n):
     monkeypatch.setattr(Reader, "batch", 30_000)
-    monkeypatch.setattr(metrics, "load_data", lambda *a: (painted(torch.randint(10, (26_100, 1)), 1), None))
     monkeypatch.setattr(metrics, "classifier", lambda *a: Reader())
-    assert metrics.Judge(name, "data", 28, say=lambda text: None).n == n
-    assert metrics.Judge(name, "data", 28, n=40, say=lambda text: None).n == 40
+    def load(split):
+        return painted(torch.randint(10, (26_100, 1)), 1), None
+    assert metrics.Judge(name, load, say=lambda text: None).n == n
+    assert metrics.Judge(name, load, n=60, say=lambda text: None).n == 60

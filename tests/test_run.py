@@ -1,8 +1,10 @@
 """The run: exact resume, signals, checkpoints, errors, figures, generation. Tiny networks on rendered digits."""
 import argparse
 import csv
+import difflib
 import functools
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -10,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +24,7 @@ import bigan
 import cdcgan
 import dcgan
 import mdgan
+import metrics
 import unrolled
 import wgan_clip
 import wgan_gp
@@ -38,9 +42,8 @@ class Case:
         self.module, self.name, self.tiny = module, module.__name__, [*TINY, *flags]
         self.told = module is cdcgan or "--conditional" in flags  # G takes a label
         self.size = 32 if "32" in flags else 28
-        self.logged = module.LOGGED
         self.figures = {"interpolation_classes.png"} if "--conditional" in flags else (
-            {"reconstructions.png", "interpolation_real.png"} if module is bigan else set())  # beside the six
+            {"reconstructions.png", "interpolation_real.png"} if module is bigan else set())  # beside everyone's
 
     def __getattr__(self, name):
         return getattr(self.module, name)
@@ -48,9 +51,7 @@ class Case:
     def networks(self, checkpoint):
         """The averaged G and D of a checkpoint, for use; D as a function of x and y, bigan.py's also of x's code z."""
         args = argparse.Namespace(**checkpoint["args"])
-        labels = [args.classes] if self.module is cdcgan else []
-        D = (self.make_discriminator if hasattr(self.module, "make_discriminator") else self.make_critic)
-        G, D = self.make_generator(args, 1, *labels), D(args, 1, *labels)
+        G, D = self.make_generator(args, 1), self.make_discriminator(args, 1)
         if self.module is bigan:
             G = bigan.Pair(G, bigan.make_encoder(args, 1))
         G.load_state_dict(checkpoint["ema"]), D.load_state_dict(checkpoint["nets"]["D"])
@@ -84,13 +85,17 @@ rendered = functools.cache(wgan_gp.render_digits)
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch, tmp_path):
-    """300 digits instead of 20,000, the script on its own (no scores), the working folder a temporary one."""
+    """300 digits instead of 20,000, the script on its own (no scores), the working folder a temporary one. What a run
+    leaves of its signal handlers goes."""
     (tmp_path / "alone").mkdir()
     for module in {case.module for case in CASES.values()}:
         monkeypatch.setattr(module, "render_digits", lambda n, seed: rendered(300, seed))
         alone = Path(shutil.copy(module.__file__, tmp_path / "alone"))
         monkeypatch.setattr(module, "SCRIPT", alone)
     monkeypatch.chdir(tmp_path)
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for s, handler in handlers.items(): signal.signal(s, handler)
 
 
 @pytest.fixture(scope="session")
@@ -137,7 +142,7 @@ def losses(run):
     rows = list(csv.DictReader((Path(run) / "log.csv").open()))
     columns = list(rows[0]) if rows else []
     logged = columns[columns.index("seconds") + 1:columns.index("images_per_s")] if rows else []
-    return [[r[k] for k in ("step", "g_updates", *logged, "fid_train")] for r in rows]
+    return [[r.get(k, "") for k in ("step", "g_updates", *logged, "fid_train")] for r in rows]
 
 
 @pytest.fixture
@@ -168,7 +173,7 @@ def test_sigkill_after_a_checkpoint_resumes_bit_for_bit(w, whole, tmp_path):
 @pytest.mark.parametrize("w, number", [
     ("wgan_gp", signal.SIGINT), ("wgan_gp", signal.SIGTERM), ("dcgan", signal.SIGTERM), ("cdcgan", signal.SIGINT),
     ("wgan_clip", signal.SIGTERM), ("conditional", signal.SIGINT), ("unrolled", signal.SIGTERM),
-    ("mdgan", signal.SIGINT)], indirect=["w"])
+    ("mdgan", signal.SIGINT), ("bigan", signal.SIGTERM)], indirect=["w"])
 def test_a_signal_leaves_a_checkpoint_that_resumes_bit_for_bit(w, whole, monkeypatch, number):
     record = w.Run.record
 
@@ -178,16 +183,9 @@ def test_a_signal_leaves_a_checkpoint_that_resumes_bit_for_bit(w, whole, monkeyp
             os.kill(os.getpid(), number)
 
     monkeypatch.setattr(w.Run, "record", signalled)
-    theirs = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
-    handlers = lambda *a: None, lambda *a: None  # a caller's own
-    for s, handler in zip((signal.SIGINT, signal.SIGTERM), handlers):
-        signal.signal(s, handler)
     with pytest.raises(SystemExit) as stop:
         w.main([*w.tiny, "--steps", "40", "--run-dir", "cut", "--lr-decay", "linear"])
     assert stop.value.code == 128 + number
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
-    for s, handler in zip((signal.SIGINT, signal.SIGTERM), theirs):
-        signal.signal(s, handler)
     assert torch.load("cut/last.pt", weights_only=True)["step"] == 15
     assert not list(Path("cut").glob("*.png"))  # no figures of a run to be continued
     monkeypatch.setattr(w.Run, "record", record)
@@ -206,11 +204,10 @@ def test_mlp_resumes_bit_for_bit_and_from_another_run_directory(w):
 
 
 @over("wgan_gp", "conditional")
-def test_rows_and_sheets_past_the_step_are_dropped(w, whole):
+def test_rows_past_the_step_are_dropped(w, whole):
     w.main([*w.tiny, "--steps", "20", "--run-dir", "half", "--lr-decay", "linear", "--sample-every", "10"])
     with open("half/log.csv", "a") as f:
         f.write("25" + "," * (open("half/log.csv").readline().count(",")) + "\n20,1,")  # and a row cut by a kill
-    shutil.copy("half/samples/step_0000020.png", "half/samples/step_0000030.png")
     w.main(["--resume", "half/last.pt", "--sample-every", "0"])
     assert [r[0] for r in losses("half")] == ["5", "10", "15", "20"]
     assert sorted(p.name for p in Path("half/samples").iterdir()) == [f"step_{i:07}.png" for i in (0, 10, 20)]
@@ -223,6 +220,136 @@ def test_epochs_steps_and_rates_may_change(w):
     rows = list(csv.DictReader(open("a/log.csv")))
     assert torch.load("a/last.pt", weights_only=True)["step"] == 40  # 300 // 8 = 37, reached by the iteration to 40
     assert rows[0]["lr_g"] == "0.0001" and rows[-1]["lr_g"] == rows[-1]["lr_d"] == "5e-05"
+    for flags, end in (("--epochs 2", 75), ("", 75), ("--steps 80", 80), ("--epochs 3 --steps 85", 85)):
+        w.main(["--resume", "a/last.pt", *flags.split()])
+        assert torch.load("a/last.pt", weights_only=True)["step"] == end, flags
+
+
+def as_folder(n, folder):
+    for i, picture in enumerate(rendered(300, 1)[0][:n, 0]):
+        path = Path(folder) / f"{i % 3}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture.numpy()).save(path)
+
+
+def test_other_data_than_the_checkpoint_saw_is_refused(w, monkeypatch, capsys):
+    """By the number of pictures and, for a folder, by what is in them; where they lie does not matter."""
+    def refused(*flags):
+        before = {p: p.read_bytes() for p in Path("a").rglob("*") if p.is_file()}
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            w.main(["--resume", "a/last.pt", "--steps", "10", *flags])
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and err.count("\n") == 1 and " saw " in err and "a/last.pt" in err, err
+        assert {p: p.read_bytes() for p in Path("a").rglob("*") if p.is_file()} == before and not Path("b").exists()
+
+    flags = [*w.tiny, "--steps", "5", "--run-dir", "a"]
+    w.main(flags)
+    with monkeypatch.context() as m:
+        m.setattr(w.module, "render_digits", lambda n, seed: rendered(301, seed))
+        refused()
+        refused("--run-dir", "b")
+    shutil.rmtree("a")
+    as_folder(30, "here")
+    w.main([*flags, "--dataset", "folder", "--data-dir", "here"])
+    shutil.copytree("here", "there")
+    w.main(["--resume", "a/last.pt", "--data-dir", "there", "--steps", "10"])
+    picture = next(p for p in sorted(Path("there/1").iterdir()) if p in w.list_folder(Path("there"), "train")[0])
+    Image.open(picture).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(picture)
+    refused("--run-dir", "b")
+    refused("--run-dir", "a")
+    w.main(["--resume", "a/last.pt", "--data-dir", "here", "--steps", "15"])
+
+
+# the flags of wgan_gp.py in the args of a checkpoint of before there was one block of plumbing
+OLD = ("gp_weight dataset data_dir image_size arch ngf ndf latent_dim prior epochs steps batch_size d_steps g_steps "
+       "lr_g lr_d lr_decay patience beta1 beta2 ema seed device amp graph log_every sample_every eval_every "
+       "checkpoint_every run_dir resume generate generate_to z_file reject drs_percentile holdout tensorboard dry_run "
+       "classes").split()
+
+
+def test_an_old_checkpoint_resumes(w):
+    """Without the data and the flags that came since, with one that went."""
+    w.main([*w.tiny, "--steps", "20", "--run-dir", "whole"])
+    w.main([*w.tiny, "--steps", "10", "--run-dir", "half"])
+    new = torch.load("half/last.pt", weights_only=True)
+    args = {k: new["args"][k] for k in OLD} | {"graph": None, "traverse": 10}
+    for opt in new["opts"].values():
+        for group in opt["param_groups"]: group["betas"] = tuple(group["betas"])
+    assert "data" not in args and new["window"].keys() == {"sums", "count"}
+    Path("old").mkdir()
+    torch.save(new | {"args": args}, "old/last.pt")
+    w.main(["--resume", "old/last.pt", "--steps", "20"])
+    same(tensors("old/last.pt"), tensors("whole/last.pt"))
+    assert losses("old") == losses("whole")[2:]
+    w.main(["--resume", "old/last.pt", "--generate", "2"])
+    assert len(os.listdir("old/generated")) == 2
+    with pytest.raises(SystemExit):  # from here on it knows its data
+        as_folder(30, "data")
+        w.main(["--resume", "old/last.pt", "--dataset", "folder"])
+
+
+# the run's name -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("w, flags, named", [
+    ("wgan_gp", "--gp-weight 1", "gp_weight1.0"), ("dcgan", "--loss minimax", "lossminimax"),
+    ("cdcgan", "--d-ignores-label", "d_ignores_label"), ("wgan_clip", "--clip .1", "clip0.1"),
+    ("conditional", "--conditional", "conditional"), ("unrolled", "--k 3", "k3"),
+    ("mdgan", "--mixture published", "mixturepublished"), ("bigan", "--prior uniform", "prioruniform")], indirect=["w"])
+def test_a_runs_name_holds_the_flags_that_were_changed(w, flags, named):
+    """Those of the method and of training, not where and how often it writes; few enough for a legend."""
+    plain = w.module.parse_args([]).name
+    assert plain == f"{w.module.__name__}-digits-s0"
+    others = "--eval-every 7 --log-every 7 --epochs 7 --steps 7 --device cpu --data-dir x --seed 3".split()
+    assert w.parse_args([*flags.split(), *others]).name == f"{plain[:-3]}-{named}-s3"
+    name = w.parse_args([*flags.split(), "--lr-g", "3e-4", "--flip", "--dataset", "mnist", *others]).name
+    assert name == f"{plain.replace('digits', 'mnist')[:-3]}-{named}-flip-lr_g0.0003-s3"
+    name = w.parse_args([*w.tiny, *flags.split(), "--beta1", ".3", "--lr-d", "7e-4", "--g-steps", "2"]).name
+    assert named in name and len(name) <= 90
+    assert w.parse_args(["--d-steps", str(w.parse_args([]).d_steps), "--beta1", "0.5"]).name == plain
+
+
+def test_two_runs_of_one_second_get_two_folders(w, monkeypatch):
+    times = [datetime(2026, 1, 2, 3, 4, 5, micro) for micro in (17, 18)]
+    monkeypatch.setattr(w.module, "datetime", type("Clock", (), {"now": staticmethod(lambda: times.pop(0))}))
+    for _ in range(2): w.main(["--steps", "5", "--gp-weight", "1", "--eval-every", "0", "--device", "cpu"])
+    one, two = sorted(Path("runs").iterdir())
+    assert one.name == "wgan_gp-digits-gp_weight1.0-s0-20260102-030405-000017" and two.name[:-1] == one.name[:-1]
+    assert all((run / "samples.png").exists() for run in (one, two))
+
+
+# mirrored pictures ----------------------------------------------------------------------------------------------------
+
+
+def epochs(w, n, first, *flags):
+    """Which of 300 pictures are mirrored in each of n epochs, (n, 300), from epoch `first` on."""
+    args = w.parse_args([*w.tiny, "--batch-size", "30", *flags])
+    batch = w.Batches(args, torch.device("cpu"))
+    batch.step, mirrored = first * batch.per_epoch, torch.full((n, 300), -1)
+    for i in range(n):
+        for _ in range(batch.per_epoch):
+            x, index = batch()
+            for picture, j in zip(x, index):
+                same, turned = (torch.equal(picture, p) for p in (DATA[j], DATA[j].flip(2)))
+                assert same != turned
+                mirrored[i, j] = int(turned)
+    return mirrored
+
+
+DATA = wgan_gp.render_digits(300, 1)[0]
+
+
+def test_flip_mirrors_half_of_the_pictures_as_a_function_of_seed_and_epoch(w, monkeypatch):
+    monkeypatch.setattr(w.module, "render_digits", lambda n, seed: (DATA, torch.arange(300)))
+    mirrored = epochs(w, 4, 0, "--flip")
+    shares = mirrored.double().mean(1)
+    assert mirrored.min() == 0 and (shares - 0.5).abs().max() < 5 * 0.5 / 300 ** 0.5, shares
+    both = (mirrored[:, None] == mirrored).double().mean(2)[~torch.eye(4, dtype=torch.bool)]
+    assert (both - 0.5).abs().max() < 5 * 0.5 / 300 ** 0.5, both  # each epoch draws anew
+    assert torch.equal(epochs(w, 2, 2, "--flip"), mirrored[2:])
+    assert not torch.equal(epochs(w, 1, 0, "--flip", "--seed", "1"), mirrored[:1])
+    assert (epochs(w, 2, 0) == 0).all()
 
 
 # checkpoints ----------------------------------------------------------------------------------------------------------
@@ -266,7 +393,7 @@ def test_checkpoint_holds_plain_types_and_names_its_script(w, ran):
     assert checkpoint["script"] == w.name and checkpoint["step"] == 5 and checkpoint["args"]["ngf"] == 4
     assert json.loads(Path("a/args.json").read_text())["latent_dim"] == 6
     assert Path(f"a/{w.name}.py").read_bytes() == (ROOT / f"{w.name}.py").read_bytes()
-    assert checkpoint["args"]["classes"] == 10
+    assert checkpoint["args"]["classes"] == 10 and checkpoint["args"]["data"].startswith("300 pictures")
 
 
 # the step -------------------------------------------------------------------------------------------------------------
@@ -274,7 +401,8 @@ def test_checkpoint_holds_plain_types_and_names_its_script(w, ran):
 
 @EVERY
 def test_the_step_never_waits_for_the_device(w, monkeypatch):
-    """From the last batch() of an iteration to record(): no way from a tensor to the host is taken."""
+    """From the last batch() of an iteration to the next one's first, or to a log or write that is due: no way from a
+    tensor to the host is taken."""
     armed, calls = [False], [0]
 
     def guard(name):
@@ -287,27 +415,28 @@ def test_the_step_never_waits_for_the_device(w, monkeypatch):
 
     for name in ("item", "cpu", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__"):
         guard(name)
-    batch, record, as_tensor = w.Batches.__call__, w.Run.record, torch.tensor
+    batch, check, as_tensor = w.Batches.__call__, w.check_finite, torch.tensor
 
     def counted(self):
+        armed[0] = False
         out = batch(self)
         calls[0] += 1
         armed[0] = calls[0] % 5 == 0
         return out
 
-    def recorded(run, stats):
-        record(run, stats)
+    def checked(run):
         armed[0] = False
+        check(run)
 
     def host_made(*a, **k):
         assert not armed[0], "a host-made tensor inside the step"
         return as_tensor(*a, **k)
 
     monkeypatch.setattr(w.Batches, "__call__", counted)
-    monkeypatch.setattr(w.Run, "record", recorded)
+    monkeypatch.setattr(w.module, "check_finite", checked)
     monkeypatch.setattr(torch, "tensor", host_made)
-    w.main([*w.tiny, "--steps", "10", "--run-dir", "a"])
-    assert calls[0] == 10
+    w.main([*w.tiny, "--steps", "20", "--log-every", "10", "--run-dir", "a"])
+    assert calls[0] == 20
 
 
 @over("wgan_gp", "cdcgan", "wgan_clip")
@@ -320,6 +449,7 @@ def test_a_resumed_run_logs_and_scores_as_an_unbroken_one(w, monkeypatch):
     w.main(["--resume", "part/last.pt", "--steps", "15"])  # nothing to do: no second row of scores
     w.main(["--resume", "part/last.pt", "--steps", "30"])
     assert losses("part") == losses("whole")
+    assert open("part/log.csv").readline() == open("whole/log.csv").readline()
     seconds = [float(r["seconds"]) for r in csv.DictReader(open("part/log.csv"))]
     assert seconds == sorted(seconds)
     w.main(["--resume", "part/last.pt", "--run-dir", "other"])
@@ -340,7 +470,9 @@ def test_a_second_signal_stops_at_once_and_after_training_the_first(w, monkeypat
         w.main([*w.tiny, "--steps", "40", "--run-dir", "a"])
     assert stop.value.code == 130 and not Path("a/last.pt").exists()
     monkeypatch.setattr(w.Run, "record", record)
-    monkeypatch.setattr(w.Run, "figures", lambda run: os.kill(os.getpid(), signal.SIGINT))
+    sheet = w.Run.sheet
+    monkeypatch.setattr(w.Run, "sheet", lambda run, name: (
+        os.kill(os.getpid(), signal.SIGINT) if name == "samples.png" else sheet(run, name)))
     with pytest.raises(SystemExit) as stop:
         w.main([*w.tiny, "--steps", "10", "--run-dir", "b"])
     assert stop.value.code == 130 and Path("b/last.pt").exists() and not Path("b/samples.png").exists()
@@ -359,7 +491,7 @@ def test_step_counts_and_cadence(w):
 @pytest.mark.parametrize("w, change", [
     ("wgan_gp", "--gp-weight 0"), ("wgan_gp", "--lr-d 1e-3"), ("wgan_gp", "--lr-g 1e-3"), ("wgan_gp", "--beta1 0"),
     ("wgan_gp", "--beta2 .5"), ("wgan_gp", "--ema 0"), ("wgan_gp", "--seed 1"), ("wgan_gp", "--prior uniform"),
-    ("wgan_gp", "--d-steps 2"), ("wgan_gp", "--g-steps 2"), ("wgan_gp", "--lr-decay linear"),
+    ("wgan_gp", "--d-steps 2"), ("wgan_gp", "--g-steps 2"), ("wgan_gp", "--lr-decay linear"), ("wgan_gp", "--flip"),
     ("dcgan", "--loss minimax"), ("dcgan", "--gp .5"), ("dcgan", "--r1 1"), ("dcgan", "--d-norm batch"),
     ("dcgan", "--upsample nearest"), ("dcgan", "--init default"), ("dcgan", "--amp"), ("cdcgan", "--amp"),
     ("cdcgan", "--d-ignores-label"),
@@ -370,8 +502,7 @@ def test_step_counts_and_cadence(w):
     ("unrolled", "--amp"), ("unrolled", "--ema 0"), ("mdgan", "--mixture published"), ("mdgan", "--embedding-dim 8"),
     ("mdgan", "--loss saturating"), ("mdgan", "--amp"), ("mdgan", "--ema 0"),
     ("bigan", "--prior uniform"), ("bigan", "--amp"), ("bigan", "--ema 0"), ("bigan", "--g-steps 2")], indirect=["w"])
-def test_every_training_flag_changes_the_weights(w, ran, change, monkeypatch):
-    monkeypatch.setattr(w.Run, "figures", lambda run: None)
+def test_every_training_flag_changes_the_weights(w, ran, change):
     ran("a", "--steps", "10", "--sample-every", "0")
     w.main([*w.tiny, "--steps", "10", "--sample-every", "0", "--run-dir", "b", *change.split()])
     a, b = tensors("a/last.pt"), tensors("b/last.pt")
@@ -385,6 +516,9 @@ def test_no_averaging_makes_the_average_g(w):
     same(saved["ema"], saved["nets"]["G"])
 
 
+SCORES = ["coverage", "fid", "fid_train", "inception_score", "mode_score", "classes", "class_min", "class_max"]
+
+
 def scripted_judge(monkeypatch, fids, w=CASES["wgan_gp"]):
     """Scores from a list, in place of metrics.Judge; one FID for every call. Returns what it was asked to judge."""
     fids, judged = list(fids), []
@@ -393,55 +527,66 @@ def scripted_judge(monkeypatch, fids, w=CASES["wgan_gp"]):
         n = 10
         line = staticmethod(str)
 
-        def __init__(self, *a, **k):
-            pass
+        def __init__(self, dataset, load, folder=None, device="cpu", n=None, epochs=None, say=print):
+            (x, self.labels), (x_test, _) = load("train"), load("test")
+            assert dataset == "digits" and x.shape[1:] == x_test.shape[1:] == (1, w.size, w.size)
 
         def __call__(self, x, y=None):
             assert x.dtype == torch.uint8 and x.shape == (10, 1, w.size, w.size)
             assert y is None or (w.told and y.dtype == torch.int64 and y.shape == (10,))
             judged.append((x, y))
-            scores = dict.fromkeys(set(w.SCORES) - {"label_accuracy"}, 1.0)
-            return scores | {"fid_train": fids.pop(0) if fids else 99.0} | ({} if y is None else {
-                "label_accuracy": 0.5})
+            for_the_line = {"n_real": 10, "n_fake": 10, "floor": 1.0, "accuracy": 1.0, "features": "none"}
+            return dict.fromkeys(SCORES, 1.0) | for_the_line | {"fid_train": fids.pop(0) if fids else 99.0} | (
+                {} if y is None else {"label_accuracy": 0.5})
 
-    module = type("metrics", (), {"Judge": Judge, "plot": staticmethod(lambda *a: None)})
-    monkeypatch.setitem(sys.modules, "metrics", module)
-    monkeypatch.setattr(w.module, "SCRIPT", ROOT / f"{w.name}.py")
+    monkeypatch.setattr(metrics, "Judge", Judge)
+    monkeypatch.setattr(metrics, "FEWEST", 10)
+    with_metrics(w, monkeypatch)
     return judged
+
+
+def with_metrics(w, monkeypatch):
+    monkeypatch.setattr(w.module, "SCRIPT", ROOT / f"{w.name}.py")
 
 
 @EVERY
 def test_scores_are_of_fresh_pictures_and_of_the_labels_asked_for(w, monkeypatch):
     judged = scripted_judge(monkeypatch, [], w)
-    w.main([*w.tiny, "--steps", "10", "--eval-every", "10", "--run-dir", "a", "--lr-g", "1e-2"])
+    w.main([*w.tiny, "--steps", "10", "--log-every", "10", "--eval-every", "10", "--run-dir", "a", "--lr-g", "1e-2"])
     (at_10, y), (end, y_end) = judged[:2]
     assert not torch.equal(at_10, end)
     G, _ = w.networks(torch.load("a/last.pt", weights_only=True))
     args = w.parse_args(w.tiny)
-    wanted = torch.arange(10) if w.told else None  # ten classes in turn
+    labels = rendered(300, 1)[1]  # ten of them, with the data's shares
     for x, given, key in ((at_10, y, (2, 10)), (end, y_end, (3,))):
+        wanted = labels[torch.randint(300, (10,), generator=w.seeded(12, *key))] if w.told else None
         assert given is None if wanted is None else torch.equal(given, wanted)
         shown = paint(G, w.sample_z(args, 10, "cpu", w.seeded(0, *key)), wanted)
         assert np.abs(x[:, 0].double().numpy() - shown).max() <= 1
-    rows = [r for r in csv.DictReader(open("a/log.csv")) if r["fid"]]
-    assert [r["label_accuracy"] for r in rows] == ["0.5" if w.told else ""]
+    (means, scores), scored = csv.DictReader(open("a/log.csv")), [*SCORES, *["label_accuracy"] * w.told]
+    assert list(means) == ["step", "epoch", "g_updates", "seconds", *LOGGED[w.name].split(), "images_per_s", "lr_g",
+                           "lr_d", *scored]
+    assert {means[k] for k in scored} == {""} and [scores[k] for k in SCORES[:3]] == ["1", "1", "99"]
+    assert not w.told or scores["label_accuracy"] == "0.5"
 
 
 @over("wgan_gp", "dcgan", "cdcgan", "wgan_clip", "unrolled")
 def test_best_fid_goes_back_and_halves_the_rates(w, monkeypatch):
     scripted_judge(monkeypatch, [50, 40, 45, 46, 30, 31, 32], w)
     flags = [*w.tiny, "--steps", "40", "--eval-every", "5", "--lr-decay", "best-fid", "--patience", "2"]
-    seen, back = [], w.Run.back_to_best
+    seen, evaluate = [], w.Run.evaluate
 
-    def watched(run):
-        back(run)
-        best = torch.load(run.dir / "best.pt", weights_only=True)
+    def watched(run, last=False):
+        rate = run.args.lr_g
+        evaluate(run, last)
+        if run.args.lr_g == rate: return
+        best = torch.load(run.folder / "best.pt", weights_only=True)
         seen.append((run.step, best["step"]))
         same(run.nets["G"].state_dict(), best["nets"]["G"])
         same(run.opts["d"].state_dict()["state"], best["opts"]["d"]["state"])
         assert run.state["stale"] == 0
 
-    monkeypatch.setattr(w.Run, "back_to_best", watched)
+    monkeypatch.setattr(w.Run, "evaluate", watched)
     w.main([*flags, "--run-dir", "a"])
     assert seen == [(20, 10), (35, 25)]
     rows = [r for r in csv.DictReader(open("a/log.csv")) if r["lr_g"]]
@@ -467,6 +612,7 @@ def test_linear_decay_reaches_zero_at_the_last_step(w):
 
 @EVERY
 def test_a_nan_stops_the_run_and_keeps_the_last_good_checkpoint(w, monkeypatch, capsys):
+    """It is found at the next row of the log or, without one, before the next write."""
     loss, calls = w.generator_loss, [0]
 
     def poisoned(*a):
@@ -474,12 +620,15 @@ def test_a_nan_stops_the_run_and_keeps_the_last_good_checkpoint(w, monkeypatch, 
         return loss(*a) * (float("nan") if calls[0] == 6 else 1)
 
     monkeypatch.setattr(w.module, "generator_loss", poisoned)
-    with pytest.raises(SystemExit) as stop:
-        w.main([*w.tiny, "--steps", "100", "--run-dir", "a", "--checkpoint-every", "25", "--log-every", "0"])
-    err = capsys.readouterr().err
-    assert stop.value.code == 2 and "step 30" in err and err.count("\n") == 1
-    saved = torch.load("a/last.pt", weights_only=True)
-    assert saved["step"] == 25 and all(p.isfinite().all() for net in saved["nets"].values() for p in net.values())
+    for log, found in (("0", 50), ("5", 30)):
+        calls[0] = 0
+        with pytest.raises(SystemExit) as stop:
+            w.main([*w.tiny, "--steps", "100", "--run-dir", log, "--checkpoint-every", "25", "--sample-every", "0",
+                    "--log-every", log])
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and f"step {found}:" in err and f"{log}/last.pt" in err and err.count("\n") == 1
+        saved = torch.load(f"{log}/last.pt", weights_only=True)
+        assert saved["step"] == 25 and all(p.isfinite().all() for net in saved["nets"].values() for p in net.values())
 
 
 def test_no_sheet_of_nan_is_written(w, monkeypatch):
@@ -515,6 +664,7 @@ ERRORS = [
     (["--resume", "good/last.pt", "--ngf", "8"], "ngf"),
     (["--resume", "good/last.pt", "--dataset", "mnist"], "dataset"),
     (["--resume", "good/last.pt", "--seed", "3"], "seed"), (["--resume", "misfit.pt"], "misfit.pt"),
+    (["--resume", "good/last.pt", "--flip"], "flip"), (["--resume", "good/last.pt", "--holdout", "9"], "holdout"),
     (["--resume", "good/last.pt", "--generate", "2", "--z-file", "z.npy"], "z.npy"),
     (["--resume", "good/last.pt", "--generate", "2", "--z-file", "none.pt"], "none.pt"),
     (["--resume", "good/last.pt", "--generate", "2", "--z-file", "wide.npy"], "wide.npy"),
@@ -617,11 +767,14 @@ def paint(G, z, y=None):
 
 
 @EVERY
-def test_figures_show_what_they_say(w):
-    """With labels: a row for each and a column for each z; in the others the row's label stays."""
-    w.main([*w.tiny, "--steps", "20", "--run-dir", "a", "--lr-g", "1e-2", "--traverse", "3", "--sample-every", "5"])
+def test_figures_show_what_they_say(w, monkeypatch):
+    """With labels: a row for each and a column for each z; in the others the row's label stays. Of the traversal's
+    coordinates the ten that change the picture most."""
+    scripted_judge(monkeypatch, [], w)
+    flags = [*w.tiny, "--latent-dim", "12"]
+    w.main([*flags, "--steps", "20", "--run-dir", "a", "--lr-g", "1e-2", "--sample-every", "5"])
     G, _ = w.networks(torch.load("a/last.pt", weights_only=True))
-    args = w.parse_args(w.tiny)
+    args = w.parse_args(flags)
     noise = [w.sample_z(args, n, "cpu", w.seeded(0, key)) for n, key in ((8 if w.told else 64, 1), (16, 4), (1, 5))]
     sheet = tiles("a/samples.png", 8, w.size)
     assert len(sheet) == (80 if w.told else 64)
@@ -637,14 +790,13 @@ def test_figures_show_what_they_say(w):
         ends = paint(G, a, y), paint(G, b, y)
         # either end may round the other way, by 1, and the blend is rounded once more, by half
         assert np.abs(pixel[:, j] - (ends[0] + (ends[1] - ends[0]) * j / 9)).max() <= 1.5
-    zero = torch.tensor(0) if w.told else None
-    ends = [[paint(G, torch.where(torch.arange(6) == i, v, noise[2]), zero) for v in (-4.0, 4.0)] for i in range(6)]
-    change = [np.abs(low - high).mean() for low, high in ends]
-    rows = tiles("a/traversal.png", 9, w.size).reshape(3, 9, w.size, w.size)
-    for row, i in zip(rows, np.argsort(change)[::-1]):
+    zero, one = torch.tensor(0) if w.told else None, torch.eye(12) > 0
+    low, high = (paint(G, torch.where(one, v, noise[2]), zero) for v in (-4.0, 4.0))
+    strongest = np.abs(low - high).mean((1, 2)).argsort()[::-1][:10]
+    rows = tiles("a/traversal.png", 9, w.size).reshape(10, 9, w.size, w.size)
+    for row, i in zip(rows, strongest):
         for picture, v in zip(row, np.linspace(-4, 4, 9)):
-            slid = torch.where(torch.arange(6) == int(i), float(v), noise[2])
-            assert np.abs(picture - paint(G, slid, zero)[0]).max() <= 1
+            assert np.abs(picture - paint(G, torch.where(one[int(i)], float(v), noise[2]), zero)[0]).max() <= 1
     gif = Image.open("a/training.gif")
     assert Path("a/training.gif").stat().st_size <= 300 * 1024 and gif.n_frames >= 5
     assert gif.size == (8 * (w.size + 2) + 2, (10 if w.told else 8) * (w.size + 2) + 2)
@@ -673,12 +825,12 @@ def test_interpolation_between_every_pair_of_classes(w, monkeypatch):
     assert np.abs(ends[0] - ends[1]).max() > 5
 
 
-def test_gif_keeps_to_its_size(w):
+def test_gif_keeps_to_its_size():
     rng, paths = np.random.RandomState(0), []
     for i in range(60):
         paths.append(Path(f"step_{i:07}.png"))
         Image.fromarray(rng.randint(0, 255, (242, 242), dtype=np.uint8)).save(paths[-1])
-    w.save_gif(paths, Path("a.gif"))
+    metrics.save_gif(paths, Path("a.gif"))
     assert 100 * 1024 < Path("a.gif").stat().st_size <= 300 * 1024
 
 
@@ -746,36 +898,117 @@ def test_a_run_says_at_its_start_what_its_mixture_is(w, flags, said, capsys):
 # the script alone -----------------------------------------------------------------------------------------------------
 
 
-@over("wgan_gp", "cdcgan", "conditional", "unrolled", "mdgan", "bigan")
-def test_copied_alone_it_trains_resumes_and_generates(w, tmp_path):
-    """The whole chain through the shell: an empty folder, the script and nothing else. wgan_gp.py resumes there too."""
+def alone(tmp_path, w, *command):
+    """(exit code, stdout, stderr) of a command in a folder that holds w's script and nothing else at first."""
     folder = tmp_path / "empty"
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     shutil.copy(ROOT / f"{w.name}.py", folder)
+    done = subprocess.run([sys.executable, *command], cwd=folder, capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+ALONE = {"args.json", "log.csv", "last.pt", "samples", "samples.png"}
+
+
+@EVERY
+def test_copied_alone_it_trains_resumes_and_generates(w, tmp_path):
+    """The whole chain in one process, in an empty folder: the script and nothing else. The figures are metrics.py's,
+    but for a script's own."""
+    code = (f"import sys; import {w.name} as w; render = w.render_digits\n"
+            "w.render_digits = lambda n, seed: render(300, seed)\n"
+            "w.main([*sys.argv[1:], '--steps', '10', '--run-dir', 'run', '--sample-every', '5'])\n"
+            "w.main(['--resume', 'run/last.pt', '--steps', '20'])\n"
+            "w.main(['--resume', 'run/last.pt', '--generate', '2'])\n"
+            "assert 'metrics' not in sys.modules")
+    code, out, err = alone(tmp_path, w, "-c", code, *w.tiny)
+    assert (code, err) == (0, "") and out.count("no scores") == 3
+    run = tmp_path / "empty/run"
+    assert set(os.listdir(run)) == ALONE | {f"{w.name}.py", "generated"} | w.figures
+    assert sorted(os.listdir(run / "samples")) == [f"step_{i:07}.png" for i in (0, 5, 10, 15, 20)]
+    assert torch.load(run / "last.pt", weights_only=True)["step"] == 20
+    assert [r[0] for r in losses(run)] == ["5", "10", "15", "20"] and len(os.listdir(run / "generated")) == 2
+
+
+def test_copied_alone_it_runs_from_the_shell(w, tmp_path):
+    code, out, err = alone(tmp_path, w, "wgan_gp.py", *w.tiny, "--steps", "10", "--run-dir", "run")
+    assert (code, err) == (0, "") and "no scores" in out
+    assert set(os.listdir(tmp_path / "empty/run")) == ALONE | {"wgan_gp.py"}
+    code, out, err = alone(tmp_path, w, "wgan_gp.py", "--resume", "run/last.pt", "--generate", "2")
+    assert (code, err) == (0, "") and len(os.listdir(tmp_path / "empty/run/generated")) == 2
+    code, out, err = alone(tmp_path, w, "wgan_gp.py", "--steps", "no")
+    assert code == 2 and err.count("\n") == 1 and err.startswith("wgan_gp.py: error: ")
+
+
+# a copy of one's own: what is changed, by lines of wgan_gp.py ---
+MINE = {
+    "from torch import nn\n": "from torch import nn\nfrom torch.nn.utils.parametrizations import spectral_norm\n",
+    "default=10.0,": "default=0.0,",
+    "[nn.Conv2d(width, w, 4, 2, 1), ": "[spectral_norm(nn.Conv2d(width, w, 4, 2, 1)), ",
+    "nn.Conv2d(width, 1, start, 1, 0), ": "spectral_norm(nn.Conv2d(width, 1, start, 1, 0)), ",
+    "return score_fake.mean() - score_real.mean()":
+        "return F.relu(1 - score_real).mean() + F.relu(1 + score_fake).mean()",
+    '"w_dist": -discriminator_loss(score_real, score_fake)': '"margin": (score_real - score_fake).mean()',
+    '"stacked_mnist": 3}': '"stacked_mnist": 3, "kmnist": 1}',
+    'TORCHVISION = {': 'TORCHVISION = {"kmnist": ("KMNIST", "KMNIST/raw"), '}
+
+
+def idx(path, x):
+    """As MNIST's files: two zeros, 8 for bytes, the number of dimensions, each as four bytes, the numbers."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sizes = b"".join(n.to_bytes(4, "big") for n in x.shape)
+    path.write_bytes(bytes([0, 0, 8, x.dim()]) + sizes + x.byte().numpy().tobytes())
+
+
+def test_ten_lines_make_a_script_of_ones_own(tmp_path, monkeypatch):
+    """A hinge loss, spectral norm, a column for the log and one more data set, in a copy beside metrics.py: it trains,
+    scores, plots its column, resumes and generates."""
+    text = (ROOT / "wgan_gp.py").read_text()
+    for a, b in MINE.items():
+        assert text.count(a) == 1, a
+        text = text.replace(a, b)
+    diff = list(difflib.unified_diff((ROOT / "wgan_gp.py").read_text().splitlines(), text.splitlines(), n=0))
+    assert 5 < sum(line.startswith("+") for line in diff[2:]) <= 10
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "mine.py").write_text(text)
+    shutil.copy(ROOT / "metrics.py", home)
+    for part, n in (("train", 300), ("t10k", 100)):
+        x, y = rendered(300, len(part))
+        idx(home / f"data/KMNIST/raw/{part}-images-idx3-ubyte", x[:n, 0])
+        idx(home / f"data/KMNIST/raw/{part}-labels-idx1-ubyte", y[:n])
 
     def call(*flags):
-        done = subprocess.run([sys.executable, f"{w.name}.py", *flags], cwd=folder, capture_output=True, text=True)
-        return done.returncode, done.stdout, done.stderr
+        done = subprocess.run([sys.executable, "mine.py", *flags], cwd=home, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+        return done.stdout
 
-    code, out, err = call(*w.tiny, "--steps", "10", "--run-dir", "run")
-    assert (code, err) == (0, "") and "no scores" in out
-    made = {"args.json", f"{w.name}.py", "log.csv", "last.pt", "samples", "samples.png", "training.gif",
-            "interpolation_latent.png", "interpolation_pixel.png", "traversal.png"}
-    assert set(os.listdir(folder / "run")) == made | w.figures
-    if w.name == "wgan_gp":
-        code, out, err = call("--resume", "run/last.pt", "--steps", "20")
-        assert (code, err) == (0, "") and torch.load(folder / "run/last.pt", weights_only=True)["step"] == 20
-        code, out, err = call("--resume", "run/last.pt", "--generate", "2")
-        assert (code, err) == (0, "") and len(os.listdir(folder / "run/generated")) == 2
-        code, out, err = call("--steps", "no")
-        assert code == 2 and err.count("\n") == 1 and err.startswith("wgan_gp.py: error: ")
+    out = call(*TINY, "--dataset", "kmnist", "--steps", "20", "--eval-every", "10", "--run-dir", "a")
+    assert "FID[classifier-kmnist-32/128 " in out and "n 100 + 100" in out
+    scores = json.loads((home / "a/scores.json").read_text())
+    assert scores["last.pt"]["n_fake"] == 100 and 0 < scores["last.pt"]["fid"] < 1e6
+    call("--resume", "a/last.pt", "--steps", "30")
+    log = metrics.read_log(home / "a")
+    assert log["margin"][0] == [5, 10, 15, 20, 25, 30] and log["fid"][0] == [10, 20, 30] and "w_dist" not in log
+    drawn, draw = [], metrics.ImageDraw.ImageDraw.text
+    monkeypatch.setattr(metrics.ImageDraw.ImageDraw, "text", lambda self, at, text, *a, **k: (
+        drawn.append(text), draw(self, at, text, *a, **k)))
+    metrics.plot([home / "a"], tmp_path / "again.png")
+    assert {"margin", "d_loss", "fid (log scale)", "coverage"} <= set(drawn)
+    assert (tmp_path / "again.png").read_bytes() == (home / "a/curves.png").read_bytes()
+    call("--resume", "a/last.pt", "--generate", "3")
+    assert len(os.listdir(home / "a/generated")) == 3
+    assert sorted(p.name for p in home.iterdir() if p.is_file()) == ["metrics.py", "mine.py"]
+
+    spec = importlib.util.spec_from_file_location("mine", home / "mine.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    torch.manual_seed(0)
+    D = module.make_discriminator(module.parse_args([]), 1)
+    weights = [p for n, p in D.named_parameters() if n.endswith("original")]
+    assert len(weights) == 4 and all(p.std().item() == pytest.approx(0.02, rel=0.06) for p in weights), weights
 
 
 # rejection ------------------------------------------------------------------------------------------------------------
-
-
-def with_metrics(w, monkeypatch):
-    monkeypatch.setattr(w.module, "SCRIPT", ROOT / f"{w.name}.py")
 
 
 def test_held_out_pictures_are_never_trained_on(w, monkeypatch):
@@ -800,11 +1033,11 @@ def test_generation_by_naive_rejection_keeps_the_pictures_the_rule_keeps(w, monk
     w.main([*w.tiny, "--steps", "20", "--run-dir", "a", "--lr-g", "1e-2"])
     with_metrics(w, monkeypatch)
     said = []
-    monkeypatch.setattr(w.Run, "say", lambda run, text, redraw=False: said.append(text))
+    monkeypatch.setattr(w.module, "say", lambda text, redraw=False: said.append(text))
     w.main(["--resume", "a/last.pt", "--generate", "6", "--generate-to", "out", "--reject", "naive"])
     G, D = w.networks(torch.load("a/last.pt", weights_only=True))
-    of_z, of_chance, args = w.seeded(0, 6), w.seeded(0, 6, 1), w.parse_args(w.tiny)
-    z = torch.cat([w.sample_z(args, 1000, "cpu", of_z) for _ in range(20)])
+    of_chance, args = w.seeded(0, 6, 1), w.parse_args(w.tiny)
+    z = torch.cat([w.sample_z(args, 1000, "cpu", w.seeded(0, 6, 2, i)) for i in range(1, 21)])
     uniform = torch.cat([torch.rand(1000, generator=of_chance, dtype=torch.float64) for _ in range(20)])
     y = torch.arange(20_000) % 10 if w.told else None
     with torch.no_grad():
@@ -819,11 +1052,9 @@ def test_generation_by_naive_rejection_keeps_the_pictures_the_rule_keeps(w, monk
 @over("wgan_gp", "dcgan", "cdcgan", "conditional", "unrolled", "mdgan", "bigan")
 def test_drs_is_calibrated_on_held_out_pictures_and_scored_at_the_end(w, monkeypatch):
     """The head is fitted on scores of the held-out pictures, and their labels, alone; scores.json: what it took."""
-    import metrics
     scripted_judge(monkeypatch, [], w)
     calls = []
-    sys.modules["metrics"].rejected = metrics.rejected
-    sys.modules["metrics"].platt = lambda real, fake: calls.append((real, fake)) or (1.0, 0.0, 0.7)
+    monkeypatch.setattr(metrics, "platt", lambda real, fake: calls.append((real, fake)) or (1.0, 0.0, 0.7))
     w.main([*w.tiny, "--steps", "20", "--run-dir", "a", "--holdout", "40", "--reject", "drs"])
     scores = json.loads(Path("a/scores.json").read_text())
     took = scores["last.pt --reject drs"]
@@ -848,7 +1079,6 @@ def test_rejection_mistakes_are_one_line(w, flags, named, capsys):
 def test_a_discriminator_of_no_use_is_one_line(w, monkeypatch, capsys):
     w.main([*w.tiny, "--steps", "5", "--run-dir", "a", "--holdout", "40"])
     with_metrics(w, monkeypatch)
-    import metrics
 
     def useless(real, fake):
         raise ValueError("AUC .4")
@@ -864,7 +1094,7 @@ def test_a_discriminator_of_no_use_is_one_line(w, monkeypatch, capsys):
 
 @pytest.mark.parametrize("w, flags", [
     ("dcgan", "--r1 2 --upsample nearest --arch dcgan"), ("dcgan", "--d-norm batch --norm-first --loss minimax"),
-    ("cdcgan", "--d-ignores-label"), ("cdcgan", "--arch mlp --image-size 28"),
+    ("wgan_gp", "--flip --batch-size 64"), ("cdcgan", "--d-ignores-label"), ("cdcgan", "--arch mlp --image-size 28"),
     ("wgan_clip", "--g-norm layer --d-dropout .3 --upsample bilinear"), ("wgan_clip", "--d-norm none --arch mlp"),
     ("conditional", "--d-ignores-label --optimizer rmsprop --g-norm none"),
     ("conditional", "--label-embedding-dim 3 --d-norm none --amp"),
@@ -884,15 +1114,17 @@ def test_combinations_resume_bit_for_bit(w, flags):
 
 
 @over("dcgan", "wgan_clip")
-def test_decay_by_fid_on_data_without_labels_is_one_line(w, monkeypatch, capsys):
-    """There is no classifier, so there are no scores, so the rates would stay as they are without a word."""
-    with_metrics(w, monkeypatch)
-    monkeypatch.setattr(w.module, "load_data", lambda *a: (rendered(300, 1)[0], torch.full((300,), -1)))
+def test_decay_by_fid_on_data_without_labels(w, monkeypatch, capsys):
+    """It is scored on rotations, so the rates fall; with too few test pictures for a score a line says so."""
+    monkeypatch.setattr(w.module, "load_data", lambda *a, **k: (rendered(300, 1)[0], torch.full((300,), -1)))
+    flags = [*w.tiny, "--steps", "20", "--lr-decay", "best-fid", "--eval-every", "5", "--patience", "1"]
+    scripted_judge(monkeypatch, [50, 60, 70], w)
+    w.main([*flags, "--run-dir", "a"])
+    assert [r["lr_g"] for r in csv.DictReader(open("a/log.csv")) if r["lr_g"]] == ["0.0001"] * 2 + ["5e-05", "2.5e-05"]
+    monkeypatch.setattr(metrics, "FEWEST", 11)
     capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        w.main([*w.tiny, "--steps", "10", "--lr-decay", "best-fid", "--eval-every", "5", "--run-dir", "a"])
-    err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.splitlines()[-1].count("best-fid") == 1 and not Path("a").exists()
+    w.main([*flags, "--run-dir", "b"])
+    assert "no scores: 10 test pictures" in capsys.readouterr().out and not Path("b/best.pt").exists()
 
 
 @EVERY
@@ -900,7 +1132,7 @@ def test_dry_run_does_one_of_everything(w, monkeypatch):
     scripted_judge(monkeypatch, [], w)
     w.main([*w.tiny, "--dry-run", "--run-dir", "a"])
     made = {"args.json", f"{w.name}.py", "log.csv", "last.pt", "best.pt", "samples", "samples.png", "training.gif",
-            "interpolation_latent.png", "interpolation_pixel.png", "traversal.png", "scores.json"}
+            "interpolation_latent.png", "interpolation_pixel.png", "traversal.png", "scores.json", "curves.png"}
     assert set(os.listdir("a")) == made | w.figures
     assert [r[0] for r in losses("a")] == ["5", "5", "10", "10"]  # two iterations, a row of losses and one of scores
     assert sorted(p.name for p in Path("a/samples").iterdir()) == [f"step_{i:07}.png" for i in (0, 5, 10)]
@@ -908,7 +1140,6 @@ def test_dry_run_does_one_of_everything(w, monkeypatch):
 
 def test_a_higher_percentile_keeps_fewer(w, monkeypatch):
     """By the rule: at percentile q a picture at the q-th of the burn-in's scores is kept one time in two."""
-    import metrics
     wgan_gp.main([*TINY, "--steps", "20", "--run-dir", "a", "--lr-g", "1e-2", "--holdout", "40"])
     with_metrics(w, monkeypatch)
     monkeypatch.setattr(metrics, "platt", lambda real, fake: (1e8, 0.0, 0.7))  # so steep that the rule is a step

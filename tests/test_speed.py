@@ -14,7 +14,7 @@ from test_run import CASES, EVERY, ROOT, TINY, losses, same, scripted_judge, sma
 
 import wgan_gp
 
-# a driver for torchrun: float64, no batch norm (it would see a rank's rows only), random pictures, and a mishap
+# a driver for torchrun: float64, no batch norm (it would see a rank's rows only), random pictures, and mishaps
 DRIVER = """
 import os, signal, sys
 from pathlib import Path
@@ -26,13 +26,12 @@ noise = lambda n, seed: torch.randint(0, 256, (300, 1, 28, 28), dtype=torch.uint
                                       generator=torch.Generator().manual_seed(seed))
 w.render_digits = lambda n, seed: (noise(n, seed), torch.arange(300) % 10)
 w.nn.BatchNorm1d = lambda n: torch.nn.Identity()
-w.Run.figures = lambda run: None
 w.SCRIPT = Path({alone!r})
-record, (step, rank, number) = w.Run.record, map(int, sys.argv.pop(1).split(","))
+record, mishaps = w.Run.record, [tuple(map(int, m.split(","))) for m in sys.argv.pop(1).split()]
 def mishap(run, values):
     record(run, values)
-    if run.step == step and w.RANK == rank:
-        os.kill(os.getpid(), number)
+    for step, rank, number in mishaps:
+        if run.step == step and w.RANK == rank: os.kill(os.getpid(), number)
 w.Run.record = mishap
 w.main(sys.argv[1:])
 """
@@ -40,27 +39,37 @@ FLAGS = ["--arch", "mlp", "--batch-size", "16", "--d-steps", "2", "--device", "c
          "--sample-every", "0", "--eval-every", "0", "--checkpoint-every", "2"]
 
 
-def ranks(n, mishap, *flags, name="wgan_gp"):
-    """(exit code, output, seconds) of the driver under torchrun with n ranks, or on its own."""
+def ranks(n, mishaps, *flags, name="wgan_gp"):
+    """(exit code, output, seconds) of the driver under torchrun with n ranks, or on its own. Mishaps are STEP,RANK,SIGNAL
+    with spaces between."""
     Path("driver.py").write_text(DRIVER.format(root=str(ROOT), name=name, alone=str(CASES[name].SCRIPT)))
     launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(n)] if n > 1 else []
     start, env = time.time(), {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launch, "driver.py", mishap, *flags]
+    command = [sys.executable, *launch, "driver.py", mishaps, *flags]
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     return done.returncode, done.stdout + done.stderr, time.time() - start
 
 
 def test_two_ranks_train_as_one_process_through_a_signal_and_a_resume():
-    """20 iterations in float64; the second rank alone is told to stop in the third: both leave after the tenth."""
-    assert ranks(1, "0,0,0", *FLAGS, "--steps", "40", "--run-dir", "one")[0] == 0
-    code, out, _ = ranks(2, f"6,1,{signal.SIGTERM.value}", *FLAGS, "--steps", "40", "--run-dir", "two")
+    """20 iterations in float64. Both ranks are told to stop, as by Ctrl-C, but not in the same iteration, the second or
+    third: both leave after the tenth."""
+    assert ranks(1, "", *FLAGS, "--steps", "40", "--run-dir", "one")[0] == 0
+    number = signal.SIGTERM.value
+    code, out, _ = ranks(2, f"4,1,{number} 6,0,{number}", *FLAGS, "--steps", "40", "--run-dir", "two")
     assert code != 0 and torch.load("two/last.pt", weights_only=True)["step"] == 20, out
-    code, out, _ = ranks(2, "0,0,0", "--resume", "two/last.pt")
+    assert "stopped at step 20" in out and "Error" not in out.split("ChildFailedError")[0], out
+    code, out, _ = ranks(2, "", "--resume", "two/last.pt")
     assert code == 0, out
     rows = equal_but_for_rounding("one", "two")
     assert [r["step"] for r in rows[0]] == [r["step"] for r in rows[1]] == ["20", "40"]
     for a, b in zip(*rows):  # d_acc is over pairs within a rank, so not the same
         assert all(float(a[k]) == pytest.approx(float(b[k]), rel=1e-5) for k in ("d_loss", "g_loss", "grad_norm"))
+
+
+def test_another_ranks_signal_alone_is_not_heard():
+    """torchrun passes its own to every rank; one that reaches a rank but the first must not part it from the rest."""
+    code, out, _ = ranks(2, f"4,1,{signal.SIGTERM.value}", *FLAGS, "--steps", "24", "--run-dir", "two")
+    assert code == 0 and torch.load("two/last.pt", weights_only=True)["step"] == 24, out
 
 
 def equal_but_for_rounding(*runs):
@@ -82,7 +91,7 @@ def test_two_ranks_of_the_other_methods(name, flags):
     """With --k above 0 each rank looks ahead on its own rows, so that two ranks are another method than one."""
     flags = [*FLAGS, *flags, "--steps", "8", "--log-every", "4", "--ema", "0.5"]
     for n, run in ((1, "one"), (2, "two")):
-        code, out, _ = ranks(n, "0,0,0", *flags, "--run-dir", run, name=name)
+        code, out, _ = ranks(n, "", *flags, "--run-dir", run, name=name)
         assert code == 0, out
     one, two = equal_but_for_rounding("one", "two")
     assert len(one) == len(two) == 2
@@ -103,13 +112,68 @@ def test_a_killed_rank_ends_the_others_within_a_minute():
     assert torch.load("two/last.pt", weights_only=True)["step"] >= 4
 
 
-def test_rows_of_a_rank(monkeypatch):
-    whole, parts = torch.arange(12).view(6, 2), []
+@pytest.mark.parametrize("prior", ["normal", "uniform"])
+def test_ranks_share_the_noise_and_the_batch_of_one_process(prior, monkeypatch):
+    """z, the numbers of rand() and the batch of three ranks are those of one process, cut into three."""
+    args = wgan_gp.parse_args([*TINY, "--batch-size", "6", "--prior", prior, "--flip"])
+
+    def seen(rows):
+        torch.manual_seed(0)
+        z, u = wgan_gp.sample_z(args, rows, "cpu"), wgan_gp.rand(rows, 1, 2, like=torch.zeros(1, dtype=torch.float64))
+        batch = wgan_gp.Batches(args, torch.device("cpu"))
+        assert batch.buffer.shape == (5, rows, 1, 28, 28) and batch.per_epoch == 50
+        batch.step = 49
+        return z, u, *batch(), *batch()
+
+    whole, parts = seen(6), []
+    monkeypatch.setattr(wgan_gp, "from_rank_0", lambda value=None: value)
     monkeypatch.setattr(wgan_gp, "WORLD", 3)
     for rank in range(3):
         monkeypatch.setattr(wgan_gp, "RANK", rank)
-        parts.append(wgan_gp.own(whole))
-    assert torch.equal(torch.cat(parts), whole) and all(len(p) == 2 for p in parts)
+        parts.append(seen(2))
+    assert whole[0].shape == (6, 6) and whole[1].dtype == torch.float64 and whole[1].shape == (6, 1, 2)
+    for one, three in zip(whole, zip(*parts)):
+        assert all(len(p) == 2 for p in three) and torch.equal(torch.cat(three), one)
+    args = wgan_gp.parse_args([*TINY, "--seed", "9"])
+    z = wgan_gp.sample_z(args, 5, "cpu", wgan_gp.seeded(9, 1))  # of figures and scores: whole on every rank
+    assert z.shape == (5, 6)
+
+
+WAITING = """
+import sys, time
+sys.path.insert(0, {root!r})
+import torch
+import wgan_gp as w
+def load_data(*a):
+    began = time.time()
+    if not w.RANK: time.sleep(2)
+    open(f"rank{{w.RANK}}", "w").write(f"{{began}} {{time.time()}}")
+    return torch.zeros(64, 1, 28, 28, dtype=torch.uint8), torch.arange(64) % 10
+w.load_data = load_data
+args = w.parse_args(sys.argv[1:])
+w.Batches(args, w.pick_device(args))
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_the_other_ranks_wait_while_rank_0_loads():
+    """It may have to download or to decode; then they find what it left."""
+    Path("waiting.py").write_text(WAITING.format(root=str(ROOT)))
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "waiting.py", *TINY],
+                          capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    (_, end), (began, _) = (map(float, Path(f"rank{r}").read_text().split()) for r in (0, 1))
+    assert began >= end
+
+
+def test_ranks_may_wait_for_hours(monkeypatch):
+    """NCCL's own limit of ten minutes would end them while rank 0 decodes or scores."""
+    asked = []
+    monkeypatch.setattr(wgan_gp, "WORLD", 2)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *a, **k: asked.append((a, k)))
+    wgan_gp.pick_device(wgan_gp.parse_args(TINY))
+    ((backend,), more), = asked
+    assert backend == "gloo" and more["timeout"].total_seconds() >= 6 * 3600
 
 
 def test_a_batch_that_does_not_divide_is_refused(monkeypatch, capsys):
@@ -126,20 +190,20 @@ def test_a_batch_that_does_not_divide_is_refused(monkeypatch, capsys):
 def test_amp_rounds_products_and_nothing_else(arch):
     args = wgan_gp.parse_args([*TINY, "--arch", arch])
     torch.manual_seed(0)
-    C, x = wgan_gp.make_critic(args, 1), torch.rand(8, 1, 28, 28) * 2 - 1
+    D, x = wgan_gp.make_discriminator(args, 1), torch.rand(8, 1, 28, 28) * 2 - 1
     seen = []
-    for layer in C:
+    for layer in D:
         layer.register_forward_hook(lambda m, i, o: seen.append(o.dtype))
-    exact = C(x)
+    exact = D(x)
     assert set(seen) == {torch.float32}
     seen.clear()
-    C.amp = True
-    rounded = C(x)
+    D.amp = True
+    rounded = D(x)
     assert torch.bfloat16 in seen and rounded.dtype == torch.float32  # losses are float32
     error = ((rounded - exact).norm() / exact.norm()).item()
     assert 1e-5 < error < 0.03, error
-    C.eval()
-    assert torch.equal(C(x), exact)  # scores and samples are float32
+    D.eval()
+    assert torch.equal(D(x), exact)  # scores and samples are float32
 
 
 @pytest.mark.parametrize("arch", ["mlp", "dcgan"])
@@ -148,17 +212,17 @@ def test_amp_keeps_gradients_and_the_penaltys_second_derivative(arch):
     no gradient."""
     args = wgan_gp.parse_args([*TINY, "--arch", arch])
     torch.manual_seed(0)
-    C, x = wgan_gp.make_critic(args, 1), torch.rand(8, 1, 28, 28) * 2 - 1
+    D, x = wgan_gp.make_discriminator(args, 1), torch.rand(8, 1, 28, 28) * 2 - 1
     grads = []
-    for C.amp in (False, True):
+    for D.amp in (False, True):
         with torch.no_grad():
-            C(x)
-        C.zero_grad()
-        penalty, norm = wgan_gp.gradient_penalty(C, x)
+            D(x)
+        D.zero_grad()
+        penalty, norm = wgan_gp.gradient_penalty(D, x)
         assert penalty.dtype == norm.dtype == torch.float32
-        (wgan_gp.critic_loss(C(x), C(-x)) + 10 * penalty).backward()
+        (wgan_gp.discriminator_loss(D(x), D(-x)) + 10 * penalty).backward()
         # the last layer's bias has slope 0 here and nothing but rounding in it
-        grads.append(torch.cat([p.grad.flatten() for p in C.parameters() if p.dim() > 1]))
+        grads.append(torch.cat([p.grad.flatten() for p in D.parameters() if p.dim() > 1]))
     cosine = torch.nn.functional.cosine_similarity(*grads, dim=0).item()
     assert 0.995 < cosine < 1 - 1e-9, cosine
 
@@ -174,6 +238,24 @@ def test_amp_resumes_bit_for_bit_and_saves_float32():
     assert not torch.equal(tensors("exact/last.pt")["nets"]["D"]["0.weight"], whole["nets"]["D"]["0.weight"])
 
 
+@pytest.mark.parametrize("own", [True, False])
+def test_amp_asks_for_bfloat16_that_is_not_emulated(own, monkeypatch, capsys):
+    """is_bf16_supported() alone says yes to every GPU: before Ampere it is emulated, and slower than float32."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or own)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda i: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    wgan_gp.pick_device(wgan_gp.parse_args([*TINY, "--device", "cuda"]))
+    amp = wgan_gp.parse_args([*TINY, "--device", "cuda", "--amp"])
+    if own:
+        assert wgan_gp.pick_device(amp) == torch.device("cuda", 0)
+        return
+    with pytest.raises(SystemExit) as stop:
+        wgan_gp.pick_device(amp)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1 and "--amp" in err
+
+
 # the captured step, with a stand-in for the graph ---------------------------------------------------------------------
 
 
@@ -183,7 +265,7 @@ class FakeCuda:
 
     def __init__(self, monkeypatch, script):
         self.step = self.values = self.memory = None
-        self.replays = 0
+        self.replays = self.eager = 0
         outer, real, pick = self, script.captured, script.pick_device
 
         class Graph:
@@ -191,14 +273,15 @@ class FakeCuda:
                 now = [t.data_ptr() for t in outer.tensors()]
                 assert now == outer.memory, "a tensor of step() was replaced after capture"
                 outer.replays += 1
-                outer.values.copy_(outer.step())
+                for k, v in outer.step().items(): outer.values[k].copy_(v.detach())
 
         class Capture:
             def __init__(self, graph, stream=None):
-                assert stream is outer.stream
+                assert isinstance(graph, Graph) and stream is outer.stream
 
             def __enter__(self):
                 self.before = [t.clone() for t in outer.tensors()], torch.get_rng_state()
+                outer.eager -= 1  # a call that executes nothing
 
             def __exit__(self, *error):
                 with torch.no_grad():
@@ -216,33 +299,28 @@ class FakeCuda:
             def __exit__(self, *error):
                 pass
 
-        class Noise:
-            clone_state = staticmethod(torch.get_rng_state)
-            graphsafe_set_state = staticmethod(torch.set_rng_state)
-
-        def captured(step, args, nets):
+        def captured(step, args):
             def traced():
-                self.values = step()
+                self.eager += 1
+                values = step()
+                self.values = {k: v.detach() for k, v in values.items()}
                 return self.values
 
-            def plain():
-                return step()
-            self.step, self.closure = plain, step.__closure__
-            return real(traced, args, nets)
+            self.step, self.closure = step, step.__closure__
+            return real(traced, args)
 
-        def pick_graph(args):
-            wanted, args.graph = args.graph, None
+        def pick_as_if_cuda(args):
+            wanted, args.graph = args.graph, False
             device = pick(args)
-            args.graph = wanted is None or wanted
+            args.graph = wanted
             return device
 
         self.stream = Stream()
         for name, value in {"Stream": lambda: self.stream, "CUDAGraph": Graph, "graph": Capture,
-                            "current_stream": Stream, "stream": lambda s: s, "current_device": lambda: 0,
-                            "default_generators": [Noise]}.items():
+                            "current_stream": Stream, "stream": lambda s: s}.items():
             monkeypatch.setattr(torch.cuda, name, value)
         monkeypatch.setattr(script, "captured", captured)
-        monkeypatch.setattr(script, "pick_device", pick_graph)
+        monkeypatch.setattr(script, "pick_device", pick_as_if_cuda)
 
     def tensors(self):
         """All tensors that step() reaches, by the variables it closes over."""
@@ -266,19 +344,21 @@ def fake(monkeypatch, w):  # noqa: F811
 @EVERY
 def test_graph_runs_equal_eager_ones(fake, w):  # noqa: F811
     flags = [*w.tiny, "--steps", "40", "--lr-decay", "linear"]
-    w.main([*flags, "--run-dir", "graph"])
-    assert fake.replays == 8 - 3  # three eager iterations count as training
-    w.main([*flags, "--run-dir", "eager", "--no-graph"])
-    assert fake.replays == 5
-    same(tensors("graph/last.pt"), tensors("eager/last.pt"))
-    assert losses("graph") == losses("eager")
+    w.main([*flags, "--run-dir", "graph", "--graph"])
+    assert fake.replays == 8 - 3 and fake.eager == 3  # three eager iterations count as training
+    for more in (["--no-graph"], []):  # eager is the default
+        w.main([*flags, "--run-dir", f"eager{len(more)}", *more])
+        assert fake.replays == 5
+    same(tensors("graph/last.pt"), tensors("eager0/last.pt"))
+    assert losses("graph") == losses("eager1") == losses("eager0")
 
 
 @EVERY
 def test_graph_resumes_and_mixes_with_eager(fake, w):  # noqa: F811
-    w.main([*w.tiny, "--steps", "60", "--run-dir", "whole", "--no-graph"])
-    w.main([*w.tiny, "--steps", "30", "--run-dir", "half"])
-    w.main(["--resume", "half/last.pt", "--steps", "60"])
+    w.main([*w.tiny, "--steps", "60", "--run-dir", "whole"])
+    w.main([*w.tiny, "--steps", "30", "--run-dir", "half", "--graph"])
+    assert fake.replays == 6 - 3
+    w.main(["--resume", "half/last.pt", "--steps", "60", "--graph"])
     assert fake.replays == 2 * (6 - 3)
     same(tensors("half/last.pt"), tensors("whole/last.pt"))
 
@@ -294,32 +374,46 @@ def test_back_to_best_writes_in_place(fake, monkeypatch):
     same(*runs)
 
 
-def test_a_failed_capture_goes_on_eagerly_from_the_same_state(fake, monkeypatch, capsys):
-    loss, calls = wgan_gp.generator_loss, [0]
+def test_a_dry_run_reaches_the_capture(fake):
+    wgan_gp.main([*TINY, "--dry-run", "--graph", "--run-dir", "a"])
+    assert fake.replays == fake.eager == 1  # of two iterations
+
+
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_a_failed_capture_is_one_line_that_names_the_way_out(fake, monkeypatch, capsys, more):
+    """And what was saved before it is there to go on from."""
+    loss = wgan_gp.generator_loss
 
     def uncapturable(score):
-        calls[0] += 1
-        if calls[0] == 4:  # after three eager iterations
-            raise RuntimeError("operation not permitted\nwhen stream is capturing")
+        if fake.eager == (1 if more else 3) and fake.capturing: raise RuntimeError("not permitted\nwhen capturing")
         return loss(score)
 
+    enter = torch.cuda.graph.__enter__
+    monkeypatch.setattr(torch.cuda.graph, "__enter__", lambda self: (enter(self), setattr(fake, "capturing", True)))
+    fake.capturing = False
     monkeypatch.setattr(wgan_gp, "generator_loss", uncapturable)
-    wgan_gp.main([*TINY, "--steps", "40", "--run-dir", "graph"])
+    flags = [*TINY, *more, "--run-dir", "a", "--checkpoint-every", "5"]
+    with pytest.raises(SystemExit) as stop:
+        wgan_gp.main([*flags, "--steps", "40", "--graph"])
     err = capsys.readouterr().err
-    assert fake.replays == 0 and err.count("\n") == 1 and "not permitted when stream" in err
+    assert stop.value.code == 2 and fake.replays == 0
+    assert err.count("\n") == 1 and "--no-graph" in err and "not permitted when capturing" in err
+    assert torch.load("a/last.pt", weights_only=True)["step"] == (5 if more else 15)
     monkeypatch.setattr(wgan_gp, "generator_loss", loss)
-    wgan_gp.main([*TINY, "--steps", "40", "--run-dir", "eager", "--no-graph"])
-    same(tensors("graph/last.pt"), tensors("eager/last.pt"))
+    wgan_gp.main(["--resume", "a/last.pt", "--no-graph", "--steps", "20"])
+    wgan_gp.main([*flags[:-3], "eager", "--steps", "20"])
+    same(tensors("a/last.pt"), tensors("eager/last.pt"))
 
 
 def test_the_step_reads_only_static_buffers(fake, monkeypatch):
-    """The tensors step() closes over are x and the counter of averages, the same memory all along; networks and
-    optimizers aside it reaches nothing of the run."""
-    wgan_gp.main([*TINY, "--steps", "20", "--run-dir", "a"])
+    """The one tensor that step() closes over is x, the same memory all along; networks and optimizers aside it reaches
+    nothing of the run."""
+    wgan_gp.main([*TINY, "--steps", "20", "--graph", "--run-dir", "a"])
+    assert fake.replays == 1
     names = {type(c.cell_contents).__name__ for c in fake.closure}
     assert names <= {"Tensor", "Net", "Adam", "Namespace", "int", "device"}
     free = [c.cell_contents for c in fake.closure if torch.is_tensor(c.cell_contents)]
-    assert sorted(tuple(t.shape) for t in free) == [(), (5, 8, 1, 28, 28)]
+    assert [tuple(t.shape) for t in free] == [(5, 8, 1, 28, 28)]
 
 
 def test_graph_without_cuda_is_one_line(capsys):
@@ -330,10 +424,11 @@ def test_graph_without_cuda_is_one_line(capsys):
 
 def test_the_rate_of_a_captured_adam_is_written_in_place():
     run = object.__new__(wgan_gp.Run)
+    run.signal = run.leaving = None
     run.args, run.step, run.total = wgan_gp.parse_args([*TINY, "--lr-g", "3e-4", "--lr-decay", "linear"]), 5, 10
     weight = torch.nn.Parameter(torch.zeros(1))
     run.opts = {k: torch.optim.Adam([weight], 1.0) for k in "gd"}
     rate = run.opts["g"].param_groups[0]["lr"] = torch.tensor(1.0)
-    run.set_lr()
+    assert run.training()
     assert run.opts["g"].param_groups[0]["lr"] is rate and rate.item() == pytest.approx(1.5e-4)
     assert run.opts["d"].param_groups[0]["lr"] == pytest.approx(5e-5)
