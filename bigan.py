@@ -113,7 +113,7 @@ class Join(nn.ModuleDict):
 
 
 def dcgan_plan(args, base):
-    """Side of the smallest feature map, and the widths from there to the picture: at 32 and base 32, 128, 64, 32."""
+    """Side of the smallest feature map, and the channels from there to the picture: 4, [128, 64, 32] at side 32."""
     plans = {28: (7, [2, 1]), 32: (4, [4, 2, 1]), 64: (4, [8, 4, 2, 1])}
     if args.image_size not in plans:
         fail(f"--arch dcgan makes pictures of 28, 32 or 64 pixels, not --image-size {args.image_size}")
@@ -122,11 +122,11 @@ def dcgan_plan(args, base):
 
 
 def dcgan_init(m):
-    """Radford et al. 2016, section 3: convolutions N(0, .02), batch norm's scale N(1, .02)."""
+    """Radford et al. 2016, section 4: weights N(0, .02); as in its code, batch norm's scale N(1, .02)."""
     if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)):
         for name, p in m.named_parameters():
             if "weight" in name:  # under spectral norm it is called parametrizations.weight.original
-                nn.init.normal_(p, float(isinstance(m, nn.BatchNorm2d)), 0.02)
+                nn.init.normal_(p, 1.0 if isinstance(m, nn.BatchNorm2d) else 0.0, 0.02)
 
 
 # LOSS -----------------------------------------------------------------------------------------------------------------
@@ -223,9 +223,8 @@ def real_figures(args, ema, x_train, folder):
 
 
 def probe(args, first, device):
-    """Prints what share of the test labels classifiers tell from E(x), from the layer before, from both of the E that
-    the run began with (in `first`), and from pixels; then the mean |x - G(E(x))| over that of mismatched pairs,
-    |x - G(E(x'))|: 1 where E tells nothing, 0 where G undoes it."""
+    """Prints, in Markdown, what share of the test labels classifiers tell from E(x), from the layer before, both of the
+    E that the run began with (in `first`), and from pixels."""
     with or_fail("--probe needs a package of its own: pip install scikit-learn"):
         from sklearn.linear_model import LogisticRegression
         from sklearn.svm import SVC
@@ -243,18 +242,24 @@ def probe(args, first, device):
     for name, E in (("E(x)", ema.E), ("the layer before", ema.E[:-2]), ("E(x), untrained", first.E),
                     ("the layer before, untrained", first.E[:-2]), ("pixels", nn.Flatten())):
         a, b = (torch.cat([E(from_uint8(p.to(device))).cpu() for p in t.split(500)]) for t in (x, x_test))
-        rights = " | ".join(f"{(answer == y_test).double().mean():.2%}" for answer in answers(models, a, y, b))
+        rights = " | ".join(f"{(given == y_test).double().mean():.2%}" for given in answers(models, a, y, b))
         print(f"| {name} | {a.shape[1]} | {rights} |", flush=True)
     real = from_uint8(x_test)
     made = torch.cat([ema.G(ema.E(b.to(device))).cpu() for b in real.split(500)])
-    circle = torch.randperm(len(made), generator=seeded(args.seed, 10))  # x' is the next in a random circle of all
-    right, wrong = ((real[circle] - made[i]).flatten(1).norm(dim=1).mean() for i in (circle, circle.roll(-1)))
-    print(f"\nreconstruction ratio {right / wrong:.3f}")
+    print(f"\nreconstruction ratio {reconstruction_ratio(real, made, args.seed):.3f}")
     if SCRIPT.with_name("metrics.py").exists():
         import metrics
         judge = metrics.Judge(args.dataset, load, None if few else Path(args.data_dir), device)
         kept = (judge.net.embed(to_uint8(made))[1].argmax(1).cpu() == y_test).double().mean()
         print(f"{kept:.2%} of the reconstructions are of the picture's class, by that classifier")
+
+
+def reconstruction_ratio(x, made, seed):
+    """mean |x - G(E(x))| / mean |x - G(E(x'))|, x' the next in a random circle of all pictures: 0 where G undoes E, 1
+    where E tells nothing."""
+    circle = torch.randperm(len(x), generator=seeded(seed, 10))
+    right, wrong = ((x[circle] - made[i]).flatten(1).norm(dim=1).mean() for i in (circle, circle.roll(-1)))
+    return (right / wrong).item()
 
 
 def answers(models, x, y, x_test):

@@ -40,7 +40,6 @@ from torch.nn import functional as F
 
 # SCORES: pure functions of features and logits ------------------------------------------------------------------------
 
-
 def checked(least, *tables):
     """Features or logits (N, d) in float64. ValueError: no such table, fewer than `least` rows, other widths, NaN."""
     for t in tables:
@@ -196,7 +195,6 @@ def nearness(x, y, y2):
     for part in x.split(len(out)):
         yield part, torch.addmm(y2, part, y.T, alpha=-2, out=out[:len(part)])
 
-
 def measured(x, y):
     return (x - y).square().sum(-1).sqrt()
 
@@ -257,7 +255,6 @@ def density_coverage(real, fake, k=5, radius=None):
 
 # FEATURES: a small convnet, trained here; or Inception ----------------------------------------------------------------
 
-
 @contextlib.contextmanager
 def exact():
     """float32 that is float32: no TF32 on CUDA, which would move features by 1e-3."""
@@ -275,8 +272,8 @@ def as_pictures(x, *channels):
     and every other shape."""
     if (not torch.is_tensor(x) or x.dtype != torch.uint8 or x.dim() != 4 or 0 in x.shape[1:]
             or x.shape[1] not in (channels or x.shape)):
-        raise ValueError(f"pictures are uint8 (N, {' or '.join(map(str, channels)) or 'C'}, H, W), not "
-                         f"{getattr(x, 'dtype', type(x))} {tuple(np.shape(x))}")
+        kind = getattr(x, "dtype", type(x))
+        raise ValueError(f"pictures are uint8 (N, C, H, W), C of {channels or 'any'}, not {kind} {tuple(np.shape(x))}")
     return x
 
 
@@ -319,10 +316,8 @@ class Classifier(nn.Module):
             parts = [self(self.prepare(b.to(device))) for b in x.split(size)]
         return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
-
 def padded(side):
     return 32 if side == 28 else side
-
 
 def turned(x, quarters):
     """Pictures (N, C, S, S), each rotated by its number (N,) of quarter turns."""
@@ -396,9 +391,8 @@ def classifier(dataset, train, test, folder=None, device="cpu", epochs=None, say
     classes, task = (int(max(y.max(), y_test.max())) + 1, "classifier") if labelled else (4, "rotation")
     side, key, net = padded(x.shape[-1]), picture_key(x, y), None
     name = f"{task}-{dataset}-{side}-{key}.pt"
-    for path in (*([Path(folder) / name] if folder else []), JUDGES / f"{dataset}.pt"):
-        if net is not None or not path.exists():
-            continue
+    paths = [*([Path(folder) / name] if folder else []), JUDGES / f"{dataset}.pt"]
+    for path in (p for p in paths if net is None and p.exists()):
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True)
             if key in saved["pictures"]:
@@ -430,7 +424,6 @@ def picture_key(x, y):
     x = F.pad(x, (2, 2, 2, 2)) if x.shape[-1] == 28 else x
     return hashlib.sha256(x.contiguous().numpy().tobytes() + y.numpy().tobytes()).hexdigest()[:12]
 
-
 def keep(path, what, say):
     """torch.save by way of a temporary file; a folder that cannot be written to costs a line and nothing else."""
     try:
@@ -440,7 +433,6 @@ def keep(path, what, say):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as e:
         say(f"not kept for the next run: {path} ({e})")
-
 
 def digest(net):
     return hashlib.sha256(b"".join(t.cpu().numpy().tobytes() for t in net.state_dict().values())).hexdigest()[:8]
@@ -500,29 +492,24 @@ class Inception(nn.Module):
 def mean_pool(x):
     return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
 
-
 def max_pool(x):
     return F.max_pool2d(x, 3, 1, 1)
-
 
 def chain(x, *parts):
     for part in parts:
         x = part(x)
     return x
 
-
 def mixed_a(b, x):
     return torch.cat([b.branch1x1(x), chain(x, b.branch5x5_1, b.branch5x5_2),
                       chain(x, b.branch3x3dbl_1, b.branch3x3dbl_2, b.branch3x3dbl_3),
                       chain(x, mean_pool, b.branch_pool)], 1)
-
 
 def mixed_c(b, x):
     return torch.cat([b.branch1x1(x), chain(x, b.branch7x7_1, b.branch7x7_2, b.branch7x7_3),
                       chain(x, b.branch7x7dbl_1, b.branch7x7dbl_2, b.branch7x7dbl_3, b.branch7x7dbl_4,
                             b.branch7x7dbl_5),
                       chain(x, mean_pool, b.branch_pool)], 1)
-
 
 def mixed_e(b, x, pool):
     y, z = b.branch3x3_1(x), chain(x, b.branch3x3dbl_1, b.branch3x3dbl_2)
@@ -556,7 +543,6 @@ def inception(weights, device):
 
 # JUDGE: samples against a data set ------------------------------------------------------------------------------------
 
-
 SCORES = ("fid", "kid", "is", "mode", "pr", "dc")
 
 
@@ -576,8 +562,7 @@ def embed(net, pictures, keep=True, what="pictures"):
     """A Sample of uint8 pictures (N, C, H, W), or of a Pictures, which are read as they are needed. Without `keep` no
     feature is held longer than its batch. ValueError: pictures of another kind, features that are not finite."""
     moments, features, logits = Moments(), [], []
-    tensor = not hasattr(pictures, "batches")
-    batches = as_pictures(pictures).split(net.batch) if tensor else pictures.batches(net.batch)
+    batches = pictures.batches(net.batch) if hasattr(pictures, "batches") else as_pictures(pictures).split(net.batch)
     for batch in progress(batches, len(pictures), what):
         f, l = net.embed(batch)
         moments.add(f)
@@ -595,8 +580,7 @@ def progress(batches, total, what):
         done += len(batch)
         now = time.time()
         if now - said > (0.5 if live else 10):
-            left = (now - start) / done * (total - done)
-            text = f"{what}: {done} of {total}, {left:.0f} s to go"
+            text = f"{what}: {done} of {total}, {(now - start) / done * (total - done):.0f} s to go"
             sys.stderr.write(f"\r\033[K{text}" if live else text + "\n")
             sys.stderr.flush()
             said = now
@@ -704,7 +688,6 @@ class Judge:
 
 # REJECTION: which of a generator's pictures to keep, by their scores --------------------------------------------------
 
-
 def ratings(score, most=1e300):
     """Scores, if they can be compared; -inf can, and is never kept. ValueError: NaN, infinity, above `most`."""
     if not (score <= most).all():
@@ -794,7 +777,7 @@ def rejected(kind, more, n, generator, head=None, percentile=60, burn_in=10_000,
     drs_kind = {"naive": False, "drs": True}[kind]
     burn_in = burn_in if drs_kind else 0
     if n < 1 or (drs_kind and percentile is not None and burn_in < 1):
-        raise ValueError("n is 1 or more, and a percentile is of the burn-in's scores: give burn_in, or percentile None")
+        raise ValueError("n is 1 or more; a percentile is of the burn-in's scores: give burn_in, or percentile None")
     seen = [draw(min(batch, burn_in - i))[1] for i in range(0, burn_in, batch)]
     top, middle = -math.inf, None
     if seen:
@@ -825,7 +808,6 @@ def rejected(kind, more, n, generator, head=None, percentile=60, burn_in=10_000,
 
 
 # STUDY: what the training scripts ask for -----------------------------------------------------------------------------
-
 
 NOT_LOGGED = {"n_real", "n_fake", "floor", "accuracy", "features", "inception_score_std", "modes_real", "modes_kl_real"}
 
@@ -940,12 +922,10 @@ class Study:
         slid = torch.where(one[strongest, None], torch.linspace(-far, far, 9).view(1, 9, 1), z).flatten(0, 1)
         save_sheet(self.draw(slid, y[:1].expand(len(slid)))[0], self.folder / "traversal.png", 9)
 
-
 def rejection_line(took):
     return (f"{took['attempts']} attempts, {took['acceptance']:.1%} kept"
             + (f", calibrated at AUC {took['auc']:.3f}" if took["auc"] else "")
             + (f". {took['warning']}" if took["warning"] else ""))
-
 
 def seeded(*key):
     """A CPU generator, a pure function of whole numbers, the same as the scripts'."""
@@ -1126,9 +1106,6 @@ class Pictures:
         for i in range(0, len(self), size):
             yield torch.stack([self.read(f) for f in self.files[i:min(i + size, len(self))]])
 
-    def tensor(self):
-        return torch.cat(list(self.batches(1000)))
-
     def digest(self):
         h = hashlib.sha256(repr((len(self), self.size, self.channels, self.x is None)).encode())
         if self.x is not None:
@@ -1173,7 +1150,7 @@ def cached(net, pictures, keep_features, folder, what):
     if path and path.exists():
         try:
             saved = torch.load(path, map_location=next(net.parameters()).device, weights_only=True)
-            sample = Sample(Moments(), saved.pop("features", None), saved.pop("logits", None))
+            sample = Sample(Moments(), saved.pop("features"), saved.pop("logits"))
             pictures.formats = Counter(saved.pop("formats"))
             sample.moments.__dict__.update(saved)
             sample.n = sample.moments.n
@@ -1182,16 +1159,13 @@ def cached(net, pictures, keep_features, folder, what):
             pass
     sample = embed(net, pictures, keep_features, what)
     if path and not pictures.bad:
-        saved = {**vars(sample.moments), "formats": dict(pictures.formats)}
-        if keep_features:
-            saved.update(features=sample.features, logits=sample.logits)
-        keep(path, saved, say)
+        saved = {"features": sample.features, "logits": sample.logits, "formats": dict(pictures.formats)}
+        keep(path, {**vars(sample.moments), **saved}, say)
     return sample
 
 
 def say(text):
     print(text, file=sys.stderr)
-
 
 def fail(message):
     """A user's mistake: one line on stderr, exit code 2, no traceback."""
@@ -1217,7 +1191,7 @@ def table(s, fake, real):
         if key in s:
             value = format(s[key], ".1f" if key.startswith("fid") and s[key] >= 1 else form)  # FIDs span 1e-6 to 1e3
             lines.append(f"{name:16} {value:>10}  {more.format(**s)}".rstrip())
-    if "fid" in s and not s["labelled"]:
+    if not s["labelled"]:
         lines.append("no labels        so no Inception Score, no Mode Score and no classes")
     return "\n".join(lines)
 
@@ -1290,7 +1264,7 @@ def score(args, load_data, datasets):
     elif name:
         net = classifier(name, parts["train"], parts["test"], home, device, say=say)
     else:  # a folder against a folder: nine tenths of the real ones train a network, the others test it
-        x = real.tensor()
+        x = torch.cat(list(real.batches(1000)))
         x = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))]
         parts = [(part, torch.full((len(part),), -1)) for part in x.tensor_split([len(x) - max(1, len(x) // 10)])]
         net = classifier(Path(args.real).resolve().stem, *parts, Path(args.real).resolve().parent, device, say=say)
@@ -1298,20 +1272,18 @@ def score(args, load_data, datasets):
     fake_sample = embed(net, fake.first(n), keep_features, "fakes")
     real_sample = cached(net, real.first(n), keep_features, folder, "real pictures")
     wanted = [s for s in args.scores if net.labelled or s not in ("is", "mode")]
-    train_sample = floor = None
+    train_sample, floor = None, {}
     if train and "fid" in wanted:
         train_sample = cached(net, train.first(n), False, folder, "training pictures")
         tested = real_sample if test is real else cached(net, test.first(n), False, folder, "test pictures")
-        floor = train_sample.moments.fid(tested.moments)
+        floor = {"floor": train_sample.moments.fid(tested.moments)}
     scores = compare(fake_sample, real_sample, wanted, train_sample)
     if keep_features and small and net.labelled:
         scores.update(class_shares(fake_sample.logits))
         if isinstance(net, Stacked):
             scores.update(mode_coverage(fake_sample.logits.argmax(1), 1000))
     scores.update(n_real=n, n_fake=n, features=net.name, accuracy=net.accuracy, labelled=net.labelled,
-                  jpeg_real=real.jpegs(), jpeg_fake=fake.jpegs())
-    if floor is not None:
-        scores["floor"] = floor
+                  jpeg_real=real.jpegs(), jpeg_fake=fake.jpegs(), **floor)
     for pictures in (real, fake):
         if pictures.jpegs():
             say(f"warning: {pictures.path} holds {pictures.jpegs()} JPEG files, whose losses are part of the scores: "

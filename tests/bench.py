@@ -17,6 +17,7 @@ both losses each step for the progress line.
 """
 import argparse
 import contextlib
+import functools
 import io
 import itertools
 import json
@@ -43,8 +44,9 @@ import wgan_gp
 
 ROOT = Path(__file__).parents[1]
 MODES = {"cpu": {"float32": [], "--amp": ["--amp"]},
-         "cuda": {"--no-graph": ["--no-graph"], "graph": [], "graph, --amp": ["--amp"]}}
+         "cuda": {"--no-graph": ["--no-graph"], "--graph": ["--graph"], "--graph --amp": ["--graph", "--amp"]}}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FLOAT32 = ["--graph"] if DEVICE == "cuda" else []  # the fastest mode of it
 QUIET = ["--log-every", "0", "--sample-every", "0", "--eval-every", "0", "--checkpoint-every", "0"]
 CASES = {"wgan_gp mlp": (wgan_gp, ["--arch", "mlp"]), "wgan_gp 28": (wgan_gp, ["--image-size", "28"]),
          "wgan_gp": (wgan_gp, []), "dcgan mlp": (dcgan, ["--arch", "mlp"]), "dcgan": (dcgan, ["--norm-first"]),
@@ -125,9 +127,8 @@ class Textbook:
 
 def networks(script, args):
     """A script's pair for one channel and ten classes, with torch's own LeakyReLU, in torch's default memory format."""
-    more = (10,) if script is cdcgan else ()
-    make = getattr(script, "make_critic", None) or script.make_discriminator
-    return plain(script.make_generator(args, 1, *more)), plain(make(args, 1, *more))
+    args.classes = 10
+    return plain(script.make_generator(args, 1)), plain(script.make_discriminator(args, 1))
 
 
 def plain(net):
@@ -311,7 +312,7 @@ def growth(data):
     for name, batch, width in [*(("wgan_gp mlp", b, 32) for b in (64, 128, 256, 512, 1024)),
                                *(("wgan_gp", b, 32) for b in (64, 128, 256, 512, 1024)),
                                *(("wgan_gp", 64, w) for w in (64, 96, 128))]:
-        flags = [*CASES[name][1], *data, "--batch-size", str(batch), "--ngf", str(width), "--ndf", str(width)]
+        flags = [*CASES[name][1], *data, *FLOAT32, "--batch-size", str(batch), "--ngf", str(width), "--ndf", str(width)]
         times = [0.0]
 
         def mark(n, times=times):
@@ -335,26 +336,26 @@ def profile(name, data):
             profiler.stop()
             raise Done
 
-    our_loop(CASES[name][0], [*CASES[name][1], *data], watch)
+    our_loop(CASES[name][0], [*CASES[name][1], *data, *FLOAT32], watch)
     print(profiler.key_averages().table(sort_by=f"self_{DEVICE}_time_total", row_limit=14, max_name_column_width=40))
 
 
 def activation(data):
-    """One critic update with MaskedLeakyReLU beside the same with nn.LeakyReLU, turn by turn; milliseconds."""
-    print("| networks | masked, ms | nn.LeakyReLU, ms | ratio |\n|---|---|---|---|")
+    """One update of D with wgan_gp.py's LeakyReLU beside the same with nn.LeakyReLU, turn by turn; milliseconds."""
+    print("| networks | ours, ms | nn.LeakyReLU, ms | ratio |\n|---|---|---|---|")
     for name, flags in ((name, flags) for name, (script, flags) in CASES.items() if script is wgan_gp):
         args = wgan_gp.parse_args([*flags, *data])
         x_real, x_fake = (torch.rand(args.batch_size, 1, args.image_size, args.image_size) * 2 - 1 for _ in range(2))
-        masked = wgan_gp.make_critic(args, 1).to(memory_format=torch.channels_last)
+        D = wgan_gp.make_discriminator(args, 1).to(memory_format=torch.channels_last)
         times = ([], [])
         for i in range(2 * 40):
-            C = (masked, plain(masked))[i % 2]
+            net = (D, plain(D))[i % 2]
             start = time.perf_counter()
-            score_real, score_fake = C(torch.cat([x_real, x_fake])).chunk(2)
-            penalty, _ = wgan_gp.gradient_penalty(C, wgan_gp.interpolate(x_real, x_fake))
-            (wgan_gp.critic_loss(score_real, score_fake) + 10 * penalty).backward()
+            score_real, score_fake = net(torch.cat([x_real, x_fake])).chunk(2)
+            penalty, _ = wgan_gp.gradient_penalty(net, wgan_gp.interpolate(x_real, x_fake))
+            (wgan_gp.discriminator_loss(score_real, score_fake) + 10 * penalty).backward()
             times[i % 2].append(1e3 * (time.perf_counter() - start))
-            C.zero_grad(set_to_none=True)
+            net.zero_grad(set_to_none=True)
         ours, theirs = (t[5:] for t in times)
         print(f"| {name} | {row(ours)} | {row(theirs)} | {row([b / a for a, b in zip(ours, theirs)])} |", flush=True)
 
@@ -371,10 +372,11 @@ def yardstick(steps, data_dir):
         layers += [nn.Linear(width, w), nn.BatchNorm1d(w, eps=0.8), nn.LeakyReLU(0.2)]
         width = w
     G = nn.Sequential(*layers, nn.Linear(1024, 784), nn.Tanh(), nn.Unflatten(1, (1, 28, 28)))
-    C = nn.Sequential(nn.Flatten(), nn.Linear(784, 512), nn.LeakyReLU(0.2), nn.Linear(512, 256), nn.LeakyReLU(0.2),
+    D = nn.Sequential(nn.Flatten(), nn.Linear(784, 512), nn.LeakyReLU(0.2), nn.Linear(512, 256), nn.LeakyReLU(0.2),
                       nn.Linear(256, 1), nn.Flatten(0))
-    loop = Textbook(wgan_gp, args, G, C, *wgan_gp.load_data("mnist", data_dir, 28, "train"))
-    judge, start = metrics.Judge("mnist", data_dir, 28), time.time()
+    load = functools.partial(wgan_gp.load_data, "mnist", data_dir, 28)
+    loop = Textbook(wgan_gp, args, G, D, *load("train"))
+    judge, start = metrics.Judge("mnist", load, data_dir), time.time()
     for i in range(1, steps + 1):
         losses = loop.step()
         if i % 938 == 0:

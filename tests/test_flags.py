@@ -115,19 +115,21 @@ LABELLED = [(cdcgan, []), (cdcgan, ["--arch", "mlp"]), (wgan_clip, ["--condition
 @pytest.mark.parametrize("ignored", [False, True], ids=["D(x, y)", "D(x)"])
 @pytest.mark.parametrize("module, argv", LABELLED, ids=[f"{m.__name__} {' '.join(a)}" for m, a in LABELLED])
 def test_d_ignores_label(monkeypatch, module, argv, ignored):
-    """D's answer moves with y, or with the flag does not; G's always does."""
+    """D's answer moves with y, or with the flag does not; G's always does. What is drawn is bytes, its score that of
+    the picture before it was rounded to them."""
     seen = run(monkeypatch, module, [*ONE, *argv, *["--d-ignores-label"] * ignored])
     for net in (seen.G, seen.D, seen.ema): net.eval()
-    x, z = torch.randn(6, *seen.x.shape[1:]), torch.randn(6, 5)
+    x, z = seen.x[:6], torch.randn(6, 5)
     y = torch.tensor([0, 1, 2, 0, 1, 2])
     with torch.no_grad():
         changes = (seen.rate(x, y) - seen.rate(x, (y + 1) % 3)).abs()
-        (made, score), (other, _) = (seen.draw(6, z=z, y=v) for v in (y, (y + 1) % 3))
-        torch.testing.assert_close(score, seen.rate(made, y))
-        in_turn = seen.draw(6, z=z)[0]  # y = arange(n) % K
+        torch.testing.assert_close(seen.rate(x, y), seen.D(x.double() / 127.5 - 1, *[y] * (not ignored)))
+        (made, score), (other, _) = ((seen.ema(z, v), seen.draw(z, v)[1]) for v in (y, (y + 1) % 3))
+        torch.testing.assert_close(score, seen.D(made, *[y] * (not ignored)))
+        drawn = seen.draw(z, y)[0]
     assert (changes == 0).all() if ignored else (changes > 1e-9 * seen.rate(x, y).abs()).all(), changes
     assert ((made - other).flatten(1).abs().amax(1) > 1e-6).all()
-    torch.testing.assert_close(in_turn, made)
+    assert drawn.dtype == torch.uint8 and (drawn.double() - (made + 1) * 127.5).abs().max() <= 0.5 + 1e-9
     assert seen.labels == 3
 
 
@@ -313,8 +315,9 @@ def test_an_empty_class_folder_is_no_class(tmp_path):
 @pytest.mark.parametrize("mode, suffix, wanted", [
     ("RGB", "png", (10, 200, 30)), ("RGBA", "png", (10, 200, 30)), ("P", "png", (10, 200, 30)),
     ("L", "png", (124, 124, 124)), ("RGB", "BMP", (10, 200, 30)), ("1", "png", (255, 255, 255)),
+    ("P", "gif", (10, 200, 30)), ("RGB", "tif", (10, 200, 30)), ("L", "TIFF", (124, 124, 124)),
     ("RGB", "JPG", None), ("RGB", "jpeg", None), ("L", "jpg", None), ("RGB", "webp", None), ("CMYK", "jpg", None)])
-def test_folder_modes_and_formats(tmp_path, mode, suffix, wanted):
+def test_folder_modes_and_formats(tmp_path, capsys, mode, suffix, wanted):
     picture(tmp_path / f"one/0.{suffix}", mode="RGB" if mode == "1" else mode,
             colour=(255, 255, 255) if mode == "1" else (10, 200, 30))
     (tmp_path / "one/notes.txt").write_text("not a picture")
@@ -325,18 +328,54 @@ def test_folder_modes_and_formats(tmp_path, mode, suffix, wanted):
     else:  # lossy
         target = torch.tensor((124, 124, 124) if mode == "L" else (10, 200, 30)).double()
         assert (mean - target).abs().max() < 6
+    assert capsys.readouterr().err == ""  # a file of another kind is not worth a line
+
+
+@pytest.mark.parametrize("suffix", ["png", "gif", "webp"])
+def test_folder_transparency_goes_on_white(tmp_path, suffix):
+    """Left half see-through, right half not; half a veil of black is a middle grey."""
+    image = np.zeros((40, 40, 4), np.uint8)
+    image[:] = (10, 200, 30, 0)
+    image[:, 20:, 3] = 255
+    (tmp_path / "set").mkdir()
+    if suffix == "gif":  # one colour of its palette is see-through
+        im = Image.fromarray((np.indices((40, 40))[1] >= 20).astype(np.uint8), "P")
+        im.putpalette([0, 0, 0, 10, 200, 30])
+        im.save(tmp_path / "set/a.gif", transparency=0)
+    else:
+        Image.fromarray(image).save(tmp_path / f"set/a.{suffix}", lossless=True)
+    x = load(tmp_path / "set", 40)[0]
+    assert x.shape == (1, 3, 40, 40)
+    assert (x[..., :18] == 255).all() and colours(x[..., 22:]) == [(10, 200, 30)]
+    Image.new("LA", (40, 40), (0, 128)).save(tmp_path / "set/a.png")
+    for p in (tmp_path / "set").glob("a.[gw]*"): p.unlink()
+    assert colours(load(tmp_path / "set", 40)[0]) == [(127, 127, 127)]
+
+
+def test_folder_takes_the_first_frame_of_an_animation(tmp_path):
+    (tmp_path / "set").mkdir()
+    first, *others = (Image.new("RGB", (40, 40), (40 * i + 10, 0, 0)) for i in range(4))
+    first.save(tmp_path / "set/a.gif", save_all=True, append_images=others, duration=50)
+    assert Image.open(tmp_path / "set/a.gif").n_frames == 4 and colours(load(tmp_path / "set")[0]) == [(10, 0, 0)]
+
+
+def test_folder_of_one_pixel_and_of_odd_names(tmp_path):
+    root = tmp_path / "my fotos \u00fc"
+    for i, name in enumerate(("one.png", "zwei W\u00f6rter \u00e4.png", "a.b.c.png", "\u5199\u771f.PNG")):
+        picture(root / "gr\u00fcn kraut" / name, (i, 0, 0), size=(1, 1) if i == 0 else (30, 20))
+    for name in ("._one.png", ".hidden.png", "__MACOSX/._a.png"):  # what a Mac leaves: not pictures
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_bytes(b"\0\5\26\7")
+    x, y = load(root)
+    assert x.shape == (4, 3, 32, 32) and shades(x) == [0, 1, 2, 3] and y.tolist() == [0] * 4
+    assert len(caches(tmp_path)) == 1 and caches(tmp_path)[0].startswith("my fotos \u00fc-32-")
 
 
 def test_folder_sixteen_bit_grey_keeps_its_shade(tmp_path):
-    """40,000 of 65,535 is 156 of 255; or it is refused with its path."""
+    """40,000 of 65,535 is 156 of 255."""
     (tmp_path / "deep").mkdir()
     Image.fromarray(np.full((40, 40), 40_000, np.uint16)).save(tmp_path / "deep/0.png")
-    try:
-        x, _ = load(tmp_path / "deep")
-    except SystemExit as stop:
-        assert stop.code == 2
-    else:
-        assert (x.double() - 40_000 / 65_535 * 255).abs().max() <= 1
+    assert (load(tmp_path / "deep")[0].double() - 40_000 / 65_535 * 255).abs().max() <= 1
 
 
 def test_folder_pictures_are_cut_to_the_middle_square(tmp_path):
@@ -369,7 +408,7 @@ def test_folder_pictures_shrink_with_antialiasing(tmp_path):
 
 
 def caches(folder):
-    return sorted(p.name for p in folder.glob("*.npy"))
+    return sorted(p.name for p in folder.glob("*.npz"))
 
 
 def test_folder_cache_is_used_and_follows_every_change(tmp_path, monkeypatch):
@@ -378,6 +417,11 @@ def test_folder_cache_is_used_and_follows_every_change(tmp_path, monkeypatch):
     first, _ = load(root)
     assert len(caches(tmp_path)) == 1 and {p.name for p in tmp_path.iterdir()} == {*caches(tmp_path), "set"}
     assert sorted(p.name for p in root.iterdir()) == [f"{i}.bmp" for i in range(4)]  # beside it, not in it
+    (name,) = caches(tmp_path)
+    assert name.startswith("set-32-") and len(name) == len("set-32-") + 12 + len(".npz")
+    with np.load(tmp_path / name) as saved:
+        assert sorted(saved) == ["good", "x"] and np.array_equal(saved["x"], first)
+        assert saved["good"].tolist() == [0, 1, 2, 3]
     with monkeypatch.context() as m:
         m.setattr(dcgan.Image, "open", lambda *a: pytest.fail("decoded again"))
         again, y = load(root)
@@ -404,26 +448,59 @@ def test_folder_cache_is_used_and_follows_every_change(tmp_path, monkeypatch):
 def test_folder_cache_that_cannot_be_written_is_no_obstacle(tmp_path, monkeypatch, capsys):
     picture(tmp_path / "set/0.png")
 
-    def full(*a):
+    def full(*a, **k):
         raise OSError("no space left")
 
-    monkeypatch.setattr(np, "save", full)
+    monkeypatch.setattr(np, "savez", full)
     assert colours(load(tmp_path / "set")[0]) == [(10, 200, 30)]
     assert "no space left" in capsys.readouterr().err and caches(tmp_path) == []
 
 
-@pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\n", b"not a picture", None])
-def test_an_unreadable_picture_is_named_in_one_line(tmp_path, capsys, content):
+def damaged(path, kind):
+    """A picture that cannot be read; `kind` of damage."""
+    picture(path)
+    data, short = path.read_bytes(), 4 if path.suffix == ".jpg" else 30
+    path.write_bytes({"short": data[:-short], "half": data[:len(data) // 2], "empty": b"", "head": data[:8],
+                      "text": b"not a picture\n" * 9}[kind])
+
+
+@pytest.mark.parametrize("kind", ["short", "half", "empty", "head", "text"])
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_a_picture_that_cannot_be_read_is_left_out_counted_and_named(tmp_path, capsys, kind, suffix):
+    """The others keep their labels; the second run, from the cache, says nothing."""
     root = tmp_path / "set"
-    picture(root / "a.png")
-    picture(root / "sub/bad one.png")
-    data = (root / "sub/bad one.png").read_bytes()
-    (root / "sub/bad one.png").write_bytes(data[:len(data) // 2] if content is None else content)
-    with pytest.raises(SystemExit) as stop:
-        load(root)
+    for i in range(4):
+        for label in "ab": picture(root / label / f"{i}.png", (10 * i, ord(label), 0))
+    damaged(root / "a" / f"so bad.{suffix}", kind)
+    x, y = load(root)
     err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.count("\n") == 1 and str(root / "sub/bad one.png") in err
-    assert "Traceback" not in err and caches(tmp_path) == []
+    assert err.count("\n") == 1 and "left out 1 of" in err and str(root / "a" / f"so bad.{suffix}") in err
+    assert "Traceback" not in err and len(x) == len(y) == 8 and shades(x) == [0, 0, 10, 10, 20, 20, 30, 30]
+    assert [c[1] - ord("a") for c in colours(x)] == y.tolist()
+    (name,) = caches(tmp_path)
+    with np.load(tmp_path / name) as saved: assert len(saved["x"]) == len(saved["good"]) == 8
+    again, labels = load(root)
+    assert torch.equal(again, x) and torch.equal(labels, y) and capsys.readouterr().err == ""
+
+
+def test_many_pictures_that_cannot_be_read_are_one_line(tmp_path, capsys):
+    root = tmp_path / "set"
+    for i in range(9): picture(root / f"train/{i}.png", (i, 0, 0))
+    picture(root / "test/0.png")
+    for i in range(7): damaged(root / f"train/bad {i}.jpg", "short")
+    x, y = load(root)
+    err = capsys.readouterr().err
+    assert len(x) == len(y) == 9 and shades(x) == [*range(9)]
+    assert err.startswith("left out 7 of 16 ") and err.count("\n") == 1 and 1 <= err.count("bad ") <= 7
+
+
+def test_a_folder_of_which_no_picture_can_be_read_is_an_error(tmp_path, capsys):
+    for i in range(3): damaged(tmp_path / f"set/{i}.png", "half")
+    with pytest.raises(SystemExit) as stop:
+        load(tmp_path / "set")
+    *left_out, last = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and "error: " in last and str(tmp_path / "set") in last and len(left_out) <= 1
+    assert [p.name for p in tmp_path.iterdir()] == ["set"]
 
 
 @pytest.mark.parametrize("content", ["none", "empty", "text", "one split empty"])
@@ -497,16 +574,37 @@ def test_cifar10_without_files_or_network_is_one_line(monkeypatch, tmp_path, cap
     assert list(tmp_path.iterdir()) == []
 
 
-def test_celeba_files_in_place_are_split_by_the_list(tmp_path, capsys):
+def test_celeba_is_torchvisions_list_and_the_files_beside_it(tmp_path, capsys, monkeypatch):
+    """What is in which split is torchvision's affair; the pictures are those of its list, in its order."""
+    import torchvision.datasets
     base = tmp_path / "celeba"
     for i in range(6): picture(base / f"img_align_celeba/{i:06}.jpg", (30 * i,) * 3, (178, 218))
-    (base / "list_eval_partition.txt").write_text("".join(f"{i:06}.jpg {part}\n" for i, part in enumerate("001220")))
-    for split, wanted in (("train", [0, 1, 5]), ("test", [3, 4])):
+    splits, asked = {"train": [5, 0, 1], "test": [3, 4]}, []
+
+    def celeba(root, split, download):
+        asked.append((root, split, download))
+        return SimpleNamespace(filename=[f"{i:06}.jpg" for i in splits[split]])
+
+    monkeypatch.setattr(torchvision.datasets, "CelebA", celeba)
+    for split, wanted in splits.items():
         x, y = dcgan.load_data("celeba", str(tmp_path), 32, split)
         assert x.shape == (len(wanted), 3, 32, 32) and y.tolist() == [-1] * len(wanted)
         assert [round(p.double().mean().item() / 30) for p in x] == wanted
-    (base / "list_eval_partition.txt").write_text("")
+    assert asked == [(str(tmp_path), "train", True), (str(tmp_path), "test", True)]
+    assert len(caches(base)) == 2  # decoded once
+    x, y = dcgan.load_data("celeba", str(tmp_path), 32, "train", limit=2)
+    assert [round(p.double().mean().item() / 30) for p in x] == [5, 0] and len(y) == 2
+
+
+def test_celeba_without_files_or_gdown_is_one_line(tmp_path, capsys, monkeypatch):
+    import torchvision.datasets
+
+    def refused(*a, **k):
+        raise RuntimeError("To download files from GDrive,\n'gdown' is required.")
+
+    monkeypatch.setattr(torchvision.datasets, "CelebA", refused)
     with pytest.raises(SystemExit) as stop:
         dcgan.load_data("celeba", str(tmp_path), 32, "train")
     err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.count("\n") == 1 and "img_align_celeba" in err
+    assert stop.value.code == 2 and err.count("\n") == 1 and str(tmp_path / "celeba") in err and "gdown" in err
+    assert list(tmp_path.iterdir()) == []

@@ -14,12 +14,14 @@ import torch
 from PIL import Image
 
 import metrics
+import wgan_gp
 
 NAMES = ["a", "b c", "ü", "数字", "x'y", "c.d", "%s", "-", "UP"]
 
 
 def encode(x, kind):
-    """A picture x, uint8 (S, S) or (S, S, 3), as the bytes of a file: all kinds hold the same picture, but for JPEG."""
+    """A picture x, uint8 (S, S) or (S, S, 3), as the bytes of a file: all kinds hold the same picture, but for JPEG.
+    What is see-through is where x is white; a second frame is not looked at."""
     rgb = Image.fromarray(x).convert("RGB")
     grey = rgb.getchannel(0)
     save = {}
@@ -34,10 +36,17 @@ def encode(x, kind):
         save["transparency"] = bytes([255] * 256)
         if np.asarray(rgb).std(2).max() > 0:
             im, save = rgb, {}
+    elif kind == "see-through":
+        white = np.asarray(rgb).min(2) == 255
+        im = np.dstack([np.where(white[..., None], 77, np.asarray(rgb)), np.where(white, 0, 255)]).astype(np.uint8)
+        im = Image.fromarray(im)
+    elif kind == "GIF" and np.asarray(rgb).std(2).max() == 0:
+        im = grey
+        save = {"save_all": True, "append_images": [Image.fromarray(255 - np.asarray(grey))]}
     else:
         im = {"RGBA": lambda: rgb.convert("RGBA"), "plain": lambda: Image.fromarray(x)}.get(kind, lambda: rgb)()
     out = io.BytesIO()
-    form = {"BMP": "BMP", "PPM": "PPM", "TIFF": "TIFF", "WEBP": "WEBP", "JPEG": "JPEG"}.get(kind, "PNG")
+    form = kind if kind in ("BMP", "PPM", "TIFF", "WEBP", "JPEG") or (kind == "GIF" and save) else "PNG"
     im.save(out, form, **save, **({"lossless": True} if form == "WEBP" else {}))
     return out.getvalue(), {"JPEG": ".jpg", "TIFF": ".tif"}.get(form, "." + form.lower())
 
@@ -57,16 +66,6 @@ def bytes_of(im, form="PNG", **save):
     return out.getvalue()
 
 
-def see_through(size):
-    im = Image.new("RGBA", (size, size), (10, 20, 30, 255))
-    im.putpixel((0, 0), (1, 2, 3, 254))
-    return bytes_of(im)
-
-
-def see_through_palette(size):
-    return bytes_of(Image.new("P", (size, size)), transparency=0)
-
-
 BROKEN = {
     "zero bytes": lambda size, good: b"", "text": lambda size, good: b"no picture", "deep colour": deep_png,
     "noise": lambda size, good: bytes(np.random.RandomState(size).randint(0, 256, 200, np.uint8)),
@@ -75,7 +74,8 @@ BROKEN = {
     "float": lambda size, good: bytes_of(Image.new("F", (size, size)), "TIFF"),
     "not square": lambda size, good: bytes_of(Image.new("L", (size, size + 1))),
     "other size": lambda size, good: bytes_of(Image.new("L", (size + 1, size + 1))),
-    "see-through": see_through, "see-through palette": see_through_palette,
+    "huge gif": lambda size, good: bytes_of(Image.new("P", (size, size)), "GIF")[:6] + b"\xff" * 4,
+    "folded": lambda size, good: good[:30] + good[:30],
     "huge": lambda size, good: good[:16] + struct.pack(">II", 60_000, 60_000) + good[24:],
     "cut": lambda size, good: good[:random.Random(size).randrange(1, 50)],
     "cut half": lambda size, good: good[:len(good) // 2 + 10],
@@ -94,21 +94,27 @@ FLAGS = [["--n", "1"], ["--n", "-3"], ["--n", "x"], ["--scores"], ["--scores", "
 
 @pytest.fixture(scope="module", autouse=True)
 def small_world():
-    """Drawn networks and few pictures in place of the classifier, Inception and the data sets."""
+    """Drawn networks and few pictures in place of the classifiers, Inception and the data sets; scores of so few."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        def net(channels):
+        def net(channels, labelled):
             torch.manual_seed(3)
-            net = metrics.Classifier(channels, 10)
-            net.name, net.batch, net.accuracy = f"drawn/{channels}", 3, 0.5
+            net = metrics.Classifier(channels, 10 if labelled else 4)
+            net.name, net.batch, net.accuracy, net.labelled = f"drawn/{channels}", 3, 0.5, labelled
             return net
-        nets = {channels: net(channels) for channels in (1, 3)}
-        patch.setattr(metrics, "classifier", lambda *a, **k: nets[1])
+        nets = {channels: net(channels, True) for channels in (1, 3)}
+
+        def classifier(dataset, train, test, folder, device, say):
+            assert all(x.dtype == torch.uint8 and len(x) == len(y) > 0 for x, y in (train, test))
+            labelled = bool(train[1].min() >= 0)
+            return nets[train[0].shape[1]] if labelled else net(3, False)
+        patch.setattr(metrics, "classifier", classifier)
         patch.setattr(metrics, "inception", lambda *a, **k: nets[3])
+        patch.setattr(metrics, "FEWEST", 2)
         data = torch.from_numpy(np.random.RandomState(0).randint(0, 256, (2, 9, 1, 28, 28), np.uint8))
-        patch.setattr(metrics, "load_data", lambda name, folder, size, split: (
-            metrics.fit(data[int(split == "test")], size), torch.arange(9)))
+        patch.setattr(wgan_gp, "load_data", lambda name, folder, size, split: (
+            wgan_gp.fit(data[int(split == "test")], size), torch.arange(9)))
         yield nets
     torch.set_num_threads(threads)
 
@@ -127,18 +133,24 @@ def run(capsys, argv):
     return json.loads(capsys.readouterr().out), None
 
 
-def good_folder(rng, folder, channels, kinds):
+def good_folder(rng, folder, channels, kinds, n=None, size=None):
     """Pictures on disk in an order of their names, and the same as one array."""
     folder.mkdir()
-    n, size = rng.randint(2, 7), rng.choice([1, 2, 8, 28, 28, 32, 33])
-    x = np.random.RandomState(rng.randrange(10 ** 6)).randint(0, 256, (n, size, size, 3), np.uint8)
+    n, size = n or rng.randint(4, 8), size or rng.choice([1, 2, 8, 28, 28, 32, 33])
+    x = np.random.RandomState(rng.randrange(10 ** 6)).randint(0, 280, (n, size, size, 3)).clip(0, 255).astype(np.uint8)
     x = x if channels == 3 and rng.random() < 0.5 else x[..., :1]
     data = [encode(p[..., 0] if p.shape[-1] == 1 else p, rng.choice(kinds)) for p in x]
     for i, (content, suffix) in enumerate(data):
         suffix = suffix.upper() if rng.random() < 0.2 else suffix
         (folder / f"{i:02} {rng.choice(NAMES)}{suffix}").write_bytes(content)
     (folder / "notes.txt").write_text("no picture")
+    if rng.random() < 0.3:
+        (folder / f"._{rng.choice(NAMES)}.png").write_bytes(b"\0\5\26\7")  # macOS leaves such files
     return x.transpose(0, 3, 1, 2)
+
+
+KINDS = ("good", "picture", "array", "folder", "unlabelled", "flags", "jpeg", "damaged", "good", "picture", "features",
+         "bits", "sizes")
 
 
 @pytest.mark.parametrize("chunk", range(50))
@@ -150,16 +162,16 @@ def test_ten_cases(chunk, tmp_path, capsys, small_world):
         channels = rng.choice([1, 3])
         flags = ["--data-dir", here / "data", "--json"] + (
             ["--classifier", "digits"] if channels == 1 else ["--features", "inception"])
-        x = good_folder(rng, here / "good", channels, ["plain", "P", "P, opaque", "RGBA", "BMP", "PPM", "TIFF", "WEBP"])
+        kinds = ["plain", "P", "P, opaque", "RGBA", "see-through", "BMP", "PPM", "TIFF", "WEBP", "GIF"]
+        x = good_folder(rng, here / "good", channels, kinds)
         np.save(here / "good.npy", x)
         torch.save(torch.from_numpy(x.copy()), here / "good.pt")
-        files = sorted(f for f in (here / "good").iterdir() if f.suffix != ".txt")
+        files = sorted(f for f in (here / "good").iterdir() if f.suffix != ".txt" and f.name[0] != ".")
         real = rng.choice(["digits", here / "good", here / "good.npy"])
-        kind = rng.choice(["good", "good", "picture", "picture", "array", "folder", "flags", "jpeg", "features",
-                           "bits"])
+        kind = KINDS[(10 * chunk + case) % len(KINDS)]
         base = [*flags, "--real", real, "--fake"]
         if kind == "good":
-            some = rng.choice([[], ["--n", 2], ["--scores", "fid"], ["--scores", "kid", "is"], ["--no-cache"]])
+            some = rng.choice([[], ["--n", 4], ["--scores", "fid"], ["--scores", "kid", "is"], ["--no-cache"]])
             results = [run(capsys, [*base, here / name, *some])[0] for name in ("good", "good.npy", "good.pt")]
             assert results[0] == results[1] == results[2]
             assert all(math.isfinite(v) for k, v in results[0].items() if k != "features")
@@ -210,10 +222,10 @@ def test_ten_cases(chunk, tmp_path, capsys, small_world):
             assert run(capsys, [*base, here / "good", *wrong])[0] is None, wrong
         elif kind == "jpeg":
             folder = here / "jpeg"
-            good_folder(rng, folder, channels, ["JPEG", "plain"])
+            good_folder(rng, folder, channels, ["JPEG", "plain"], size=x.shape[2])
             n = sum(f.suffix.lower() == ".jpg" for f in folder.iterdir())
             scores, _ = run(capsys, [*base, folder, "--n", 100])
-            read = sorted(f for f in folder.iterdir() if f.suffix != ".txt")[:scores["n_fake"]]
+            read = sorted(f for f in folder.iterdir() if f.suffix != ".txt" and f.name[0] != ".")[:scores["n_fake"]]
             assert scores["jpeg_fake"] == sum(f.suffix.lower() == ".jpg" for f in read) <= n
         elif kind == "features":
             weight = small_world[channels].body[-2].bias.data
@@ -223,7 +235,7 @@ def test_ten_cases(chunk, tmp_path, capsys, small_world):
                 assert "not finite" in run(capsys, [*base, here / "good"])[1]
             finally:
                 weight[0] = kept
-        else:  # single bytes changed: most are noticed, some do no harm, none may end in a traceback
+        elif kind == "bits":  # single bytes changed: most are noticed, some do no harm, none may end in a traceback
             victim = rng.choice(files)
             data = bytearray(victim.read_bytes())
             for _ in range(3):
@@ -231,12 +243,51 @@ def test_ten_cases(chunk, tmp_path, capsys, small_world):
             victim.write_bytes(data)
             scores, _ = run(capsys, [*base, here / "good"])
             assert scores is None or math.isfinite(scores["fid"])
+        elif kind == "unlabelled":  # a folder, or an array, against a folder: no classifier is named
+            wanted = rng.choice([[], ["--scores", "fid"], ["--scores", "is", "mode", "dc"]])
+            pair = ["--real", rng.choice([here / "good", here / "good.npy"]), "--fake", rng.choice(
+                [here / "good", here / "good.pt"])]
+            scores, _ = run(capsys, [*flags[:3], *pair, *wanted])
+            assert scores["labelled"] is False and scores["n_real"] == len(x)
+            assert not {"inception_score", "mode_score", "classes", "class_min"} & set(scores)
+            assert scores["density" if wanted[1:2] == ["is"] else "fid"] >= 0
+            assert scores.get("fid", 0) < 1e-6 and scores.get("coverage", 1) == 1
+        elif kind == "damaged":  # up to 1 % are left out, more are an error; the line says how many, and three of them
+            folder, n, size = here / "large", rng.choice([100, 150, 205]), x.shape[2]
+            good_folder(rng, folder, channels, kinds, n, size)
+            good = encode(np.zeros((size, size), np.uint8), "plain")[0]
+            few = [k for k in BROKEN if k in ("zero bytes", "text", "noise", "huge", "cut", "folded", "huge gif")]
+            bad = rng.randint(1, 4)
+            for i in range(bad):
+                name = f"{rng.choice(['0', '5', 'zz'])} bad {i}{rng.choice(metrics.SUFFIXES)}"
+                (folder / name).write_bytes(BROKEN[rng.choice(few)](size, good))
+            names = sorted(f.name for f in folder.iterdir() if " bad " in f.name)
+            scores, line = run(capsys, [*flags, "--fake", folder, "--real", rng.choice([here / "good", folder])])
+            assert (scores is None) == (bad > 0.01 * (n + bad)), (bad, n)
+            if scores is None:
+                assert f"{bad} of {n + bad} pictures" in line and all(name in line for name in names[:3])
+                assert not any(name in line for name in names[3:])
+            else:
+                assert math.isfinite(scores["fid"]) and scores["n_fake"] in (n, len(x), 9)
+        elif kind == "sizes":  # one picture of another side, or fakes of another side than the real ones
+            folder, other = here / "other", rng.choice([s for s in (3, 8, 31, 64) if s != x.shape[2]])
+            shape = rng.choice([(other, other), (other, x.shape[2]), (x.shape[2], other), (1, other)])
+            if rng.random() < 0.5:
+                Image.new("L", shape).save(here / "good" / f"{rng.choice(['!', 'zz'])}.png")
+                assert "must be" in run(capsys, [*base, here / "good"])[1]
+            else:
+                folder.mkdir()
+                for i in range(5):
+                    Image.new("L", (other, other), i).save(folder / f"{i}.png")
+                scores, line = run(capsys, ["--data-dir", here / "data", "--json", "--real", here / "good", "--fake",
+                                            folder])
+                assert scores is None and f"fakes of {other} pixels, real pictures of {x.shape[2]}" in line
 
 
 def test_jpeg_is_warned_of_with_the_size_of_the_effect(tmp_path, capsys):
     rng = random.Random(0)
-    good_folder(rng, tmp_path / "png", 1, ["plain"])
-    good_folder(rng, tmp_path / "jpg", 1, ["JPEG"])
+    good_folder(rng, tmp_path / "png", 1, ["plain"], size=28)
+    good_folder(rng, tmp_path / "jpg", 1, ["JPEG"], size=28)
     for name, warned in (("png", False), ("jpg", True)):
         metrics.main(["--real", "digits", "--fake", str(tmp_path / name), "--data-dir", str(tmp_path)])
         out = capsys.readouterr()

@@ -60,8 +60,7 @@ def run(monkeypatch, module, argv, iterations=1, x=None, y=None, nets=None):
         for k, v in locals().items(): setattr(seen, k, v)
         stand_in = mock.MagicMock()
         stand_in.training.side_effect = [True] * iterations + [False]
-        stand_in.due.return_value, stand_in.g_updates.return_value, stand_in.nets = False, 0, nets
-        stand_in.record.side_effect = lambda v: seen.logged.append(dict(zip(module.LOGGED, v.tolist())))
+        stand_in.record.side_effect = lambda values: seen.logged.append({k: v.item() for k, v in values.items()})
         stand_in.noise.side_effect = lambda n, *key: torch.randn(n, args.latent_dim)
         return stand_in
 
@@ -83,11 +82,10 @@ def run(monkeypatch, module, argv, iterations=1, x=None, y=None, nets=None):
     def after(opt, *_):
         seen.events[-1].after = {k: params(getattr(seen, k)) for k in "GD"}
 
-    second = "make_critic" if module is wgan_clip else "make_discriminator"
     nets = nets or (None, None)
     for name, fake in (("make_generator", watched(module.make_generator, nets[0])), ("Run", fake_run),
-                       (second, watched(getattr(module, second), nets[1])), ("load_data", lambda *a, **k: (x, y)),
-                       ("save_sheet", lambda *a: None)):
+                       ("make_discriminator", watched(module.make_discriminator, nets[1])),
+                       ("load_data", lambda *a, **k: (x, y)), ("save_sheet", lambda *a: None)):
         monkeypatch.setattr(module, name, fake)
     hooks = register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)
     try:
@@ -137,9 +135,9 @@ def test_generator_losses(loss, value, slope):
     torch.testing.assert_close(fake.grad, torch.tensor(slope / 5), **EXACT)
 
 
-def test_critic_loss():
+def test_discriminator_loss_of_scores():
     real, fake = torch.tensor([1.0, 2, 6], requires_grad=True), torch.tensor([0.5, -1], requires_grad=True)
-    loss = wgan_clip.critic_loss(real, fake)
+    loss = wgan_clip.discriminator_loss(real, fake)
     loss.backward()
     assert loss.item() == pytest.approx(-0.25 - 3, abs=1e-15)
     torch.testing.assert_close(real.grad, torch.full((3,), -1 / 3), **EXACT)
@@ -174,7 +172,7 @@ def test_losses_far_out_are_finite(size, dtype):
 @pytest.mark.parametrize("shape", [(7,), (1, 4, 4), (3, 4, 4)])
 def test_squared_slope_of_a_linear_logit(shape):
     w = torch.randn(shape, requires_grad=True)
-    value = dcgan.squared_slope(lambda x: (x * w).flatten(1).sum(1) + 3, torch.randn(5, *shape))
+    value = dcgan.squared_gradient(lambda x: (x * w).flatten(1).sum(1) + 3, torch.randn(5, *shape))
     torch.testing.assert_close(value, w.detach().square().sum(), **EXACT)  # over the whole picture
     torch.testing.assert_close(torch.autograd.grad(value, w)[0], 2 * w.detach(), **EXACT)
 
@@ -182,7 +180,7 @@ def test_squared_slope_of_a_linear_logit(shape):
 @pytest.mark.parametrize("a", [0.15, -2.0])
 def test_squared_slope_of_a_quadratic_logit(a):
     x, a = torch.randn(6, 2, 3, 3), torch.tensor(a, requires_grad=True)
-    value = dcgan.squared_slope(lambda x: a / 2 * x.square().flatten(1).sum(1), x)
+    value = dcgan.squared_gradient(lambda x: a / 2 * x.square().flatten(1).sum(1), x)
     mean = x.flatten(1).square().sum(1).mean()
     torch.testing.assert_close(value, a.detach() ** 2 * mean, rtol=1e-13, atol=1e-12)
     torch.testing.assert_close(torch.autograd.grad(value, a)[0], 2 * a.detach() * mean, rtol=1e-13, atol=1e-12)
@@ -203,7 +201,7 @@ def test_squared_slope_differentiates_to_every_weight():
     D = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(12, 4), nn.Softplus(), nn.Linear(4, 1),
                       nn.Flatten(0))
     x, h = torch.randn(4, 2, 4, 4), 1e-4
-    value = dcgan.squared_slope(D, x)
+    value = dcgan.squared_gradient(D, x)
     assert value.item() == pytest.approx(numeric_squared_slope(D, x).item(), rel=1e-6)
     *grads, last_bias = torch.autograd.grad(value, list(D.parameters()), allow_unused=True, materialize_grads=True)
     assert last_bias.abs().max() == 0  # a constant added to the logit has no slope
@@ -222,7 +220,7 @@ def test_squared_slope_differentiates_to_every_weight():
 
 def test_squared_slope_sends_no_gradient_to_the_pictures():
     x, w = torch.randn(3, 1, 4, 4, requires_grad=True), torch.randn(1, 4, 4, requires_grad=True)
-    dcgan.squared_slope(lambda x: (x * w).square().flatten(1).sum(1), x * 2).backward()
+    dcgan.squared_gradient(lambda x: (x * w).square().flatten(1).sum(1), x * 2).backward()
     assert x.grad is None and w.grad.abs().min() > 0
 
 
@@ -291,26 +289,26 @@ def test_training_adds_the_sum_of_both_terms_for_gp_and_half_of_gamma_on_real_fo
 
 
 def test_clip_weights_bounds_every_parameter_and_returns_the_share_at_the_bound():
-    C = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2), nn.Linear(2, 1))
+    D = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2), nn.Linear(2, 1))
     values = [[[0.005, -0.5, 0.02], [0.0, 0.01, -0.01]], [-0.0099, 3.0], [1.0, -1.0], [0.002, 0.0], [[9.0, -0.001]],
               [-0.01000001]]
-    for p, v in zip(C.parameters(), values): p.data = torch.tensor(v)
-    C[1].running_mean.fill_(5), C[1].running_var.fill_(7)
-    share = wgan_clip.clip_weights(C, 0.01)
-    flat = torch.cat([p.detach().flatten() for p in C.parameters()])
+    for p, v in zip(D.parameters(), values): p.data = torch.tensor(v)
+    D[1].running_mean.fill_(5), D[1].running_var.fill_(7)
+    share = wgan_clip.clip_weights(D, 0.01)
+    flat = torch.cat([p.detach().flatten() for p in D.parameters()])
     assert flat.tolist() == [0.005, -0.01, 0.01, 0, 0.01, -0.01, -0.0099, 0.01, 0.01, -0.01, 0.002, 0, 0.01, -0.001,
                              -0.01]
     assert share.item() == pytest.approx(9 / 15, abs=1e-6)  # batch norm's scale (both) and shift (none) among them
-    assert C[1].running_mean.tolist() == [5, 5] and C[1].running_var.tolist() == [7, 7]
-    assert all(p.requires_grad and p.grad is None for p in C.parameters()) and not share.requires_grad
+    assert D[1].running_mean.tolist() == [5, 5] and D[1].running_var.tolist() == [7, 7]
+    assert all(p.requires_grad and p.grad is None for p in D.parameters()) and not share.requires_grad
 
 
 @pytest.mark.parametrize("c", [0.01, 0.03, 0.05, 0.1, 1 / 3])
 def test_share_at_the_bound_is_exact_in_float32(c):
     """c is not a float32 number: a weight at the bound is still counted."""
-    C = nn.Linear(10, 1, bias=False).float()
-    C.weight.data = torch.tensor([[c, -c, 2 * c, -5.0, 0.99 * c, 0, -0.5 * c, 1, c / 2, -0.99 * c]]).float()
-    assert wgan_clip.clip_weights(C, c).item() == pytest.approx(0.5)
+    D = nn.Linear(10, 1, bias=False).float()
+    D.weight.data = torch.tensor([[c, -c, 2 * c, -5.0, 0.99 * c, 0, -0.5 * c, 1, c / 2, -0.99 * c]]).float()
+    assert wgan_clip.clip_weights(D, c).item() == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("argv", [["--d-steps", "3"], ["--d-steps", "1", "--clip", ".05"], ["--d-norm", "none"],

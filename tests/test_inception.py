@@ -14,6 +14,7 @@ import torch
 import torch_fidelity.feature_extractor_inceptionv3 as torch_fidelity
 from PIL import Image
 from pytorch_fid import fid_score
+from scipy import linalg
 from torch.nn import functional as F
 from torchvision.models import Inception3
 
@@ -133,12 +134,19 @@ def save(folder, x):
     return folder
 
 
+@pytest.fixture
+def few_will_do(monkeypatch):
+    """Two pictures a second here: scores of fewer than 50, which the command refuses (see test_cli)."""
+    monkeypatch.setattr(metrics, "FEWEST", 2)
+
+
 def run(capsys, *argv):
     capsys.readouterr()
     metrics.main([str(a) for a in argv])
     return capsys.readouterr()
 
 
+@pytest.mark.skipif(not os.environ.get("SLOW"), reason="SLOW=1: two minutes, most of them scipy's sqrtm")
 def test_the_command_agrees_with_pytorch_fids(weights, tmp_path, monkeypatch, capsys):
     """`python -m pytorch_fid` with the same file in the same cache, on two folders of 100 pictures."""
     a, b = save(tmp_path / "a", pictures(100, 32)), save(tmp_path / "b", pictures(100, 32, seed=9).flip(2) // 2 + 60)
@@ -152,6 +160,24 @@ def test_the_command_agrees_with_pytorch_fids(weights, tmp_path, monkeypatch, ca
     s = json.loads(got.out)
     assert s["fid"] == pytest.approx(wanted, rel=1e-2) and wanted > 1
     assert s["n_real"] == s["n_fake"] == 100 and s["jpeg_fake"] == 0 and "floor" not in s and "too large" in got.err
+
+
+def test_the_command_agrees_with_pytorch_fids_statistics(weights, tmp_path, monkeypatch, capsys, few_will_do):
+    """pytorch_fid's own reading, resizing, network and statistics of the two folders; the root's trace from its few
+    eigenvalues that are not 0, since scipy's takes a minute and is off by 1e-2 where the covariances are singular."""
+    a, b = save(tmp_path / "a", pictures(12, 32)), save(tmp_path / "b", pictures(12, 32, seed=9).flip(2) // 2 + 60)
+    net = theirs(weights)
+    (m1, c1), (m2, c2) = (fid_score.compute_statistics_of_path(str(f), net, 4, 2048, "cpu", 0) for f in (a, b))
+    values, vectors = linalg.eigh(c2, subset_by_index=[2048 - 11, 2047])
+    root = vectors * np.sqrt(values)
+    wanted = ((m1 - m2) ** 2).sum() + np.trace(c1 + c2) - 2 * np.sqrt(linalg.eigvalsh(root.T @ c1 @ root)).sum()
+    monkeypatch.setenv("TORCH_HOME", str(weights.parents[2]))
+    flags = ["--real", a, "--features", "inception", "--data-dir", tmp_path / "data", "--scores", "fid", "--json"]
+    got = run(capsys, *flags, "--fake", b)
+    s = json.loads(got.out)
+    assert s["fid"] == pytest.approx(wanted, rel=1e-5) and wanted > 1
+    assert s["n_real"] == s["n_fake"] == 12 and s["jpeg_fake"] == 0 and "floor" not in s and "too large" in got.err
+    assert s["labelled"] is True and s["accuracy"] is None
     # the second time the real pictures' statistics are read, not made; other pictures or another n are made anew
     seen = []
     real_embed = metrics.Inception.embed
@@ -168,7 +194,7 @@ def test_the_command_agrees_with_pytorch_fids(weights, tmp_path, monkeypatch, ca
     assert sum(seen) == 6 and len(list((tmp_path / "data").glob("statistics-*.pt"))) == 3
 
 
-def test_all_scores_of_inception(weights, tmp_path, capsys):
+def test_all_scores_of_inception(weights, tmp_path, capsys, few_will_do):
     a, b = save(tmp_path / "a", pictures(4, 32)), save(tmp_path / "b", pictures(4, 32, seed=5))
     flags = ["--features", "inception", "--weights", weights, "--data-dir", tmp_path / "data", "--json", "--real", a]
     s = json.loads(run(capsys, *flags, "--fake", b).out)
@@ -179,7 +205,7 @@ def test_all_scores_of_inception(weights, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("how", ["absent", "cut", "other", "not a dict", "no network", "cached cut"])
-def test_weights_that_cannot_be_had_are_one_line(weights, tmp_path, monkeypatch, capsys, how):
+def test_weights_that_cannot_be_had_are_one_line(weights, tmp_path, monkeypatch, capsys, few_will_do, how):
     folder = save(tmp_path / "a", pictures(2, 8))
     path = tmp_path / "w.pth"
     if how == "cut":
@@ -204,7 +230,15 @@ def test_weights_that_cannot_be_had_are_one_line(weights, tmp_path, monkeypatch,
     if how == "no network":
         assert FILE in err and str(tmp_path / "home/hub/checkpoints") in err and "--weights" in err
     else:
-        assert str(path) in err
+        assert str(path) in err and ("no such file" in err) == (how == "absent") and "http" not in err
+    with pytest.raises(ValueError, match="no Inception weights" if how == "no network" else path.name):
+        metrics.inception(*named[1:] or [None], "cpu")  # as a library
+
+
+def test_inception_refuses_what_is_no_picture(ours):
+    for x in (pictures(2, 32).float(), pictures(2, 32)[0], pictures(2, 32, 2), pictures(2, 32)[..., :0]):
+        with pytest.raises(ValueError, match="pictures are uint8"):
+            ours.embed(x)
 
 
 # statistics that stream -----------------------------------------------------------------------------------------------
@@ -250,7 +284,7 @@ def test_fid_of_moments_agrees_with_pytorch_fid(n, m):
     for bad in (math.nan, math.inf):
         with pytest.raises(ValueError, match="not finite"):
             fed(torch.tensor([[1.0, bad]]), [1])
-    with pytest.raises(ValueError, match="two"):
+    with pytest.raises(ValueError, match=r"1 rows, where 2 or more|two pictures or more"):
         fed(x[:1], [1]).fid(fed(y, [m]))
 
 

@@ -30,10 +30,10 @@ def linear_critic(w):
     return lambda x: (x * w).flatten(1).sum(1) + 3
 
 
-def plain_penalty(C, x):
+def plain_penalty(D, x):
     """The formula once more, straight from the paper: one picture at a time, no guard."""
     x = x.detach().requires_grad_()
-    slopes = [torch.autograd.grad(C(x[i:i + 1]).sum(), x, create_graph=True)[0][i] for i in range(len(x))]
+    slopes = [torch.autograd.grad(D(x[i:i + 1]).sum(), x, create_graph=True)[0][i] for i in range(len(x))]
     return sum((s.square().sum().sqrt() - 1) ** 2 for s in slopes) / len(x)
 
 
@@ -49,7 +49,6 @@ def test_penalty_of_a_linear_critic(shape):
     torch.testing.assert_close(norm, length, rtol=0, atol=1e-10)
     (slope,) = torch.autograd.grad(penalty, w)
     torch.testing.assert_close(slope, 2 * (length - 1) * w.detach() / length, rtol=0, atol=1e-10)
-    assert not norm.requires_grad
 
 
 def test_norm_runs_over_all_of_a_picture():
@@ -72,20 +71,20 @@ def test_penalty_of_a_quadratic_critic(a):
 
 
 def test_penalty_differentiates_to_every_weight():
-    C = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(12, 4), nn.Softplus(), nn.Linear(4, 1),
+    D = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(12, 4), nn.Softplus(), nn.Linear(4, 1),
                       nn.Flatten(0)).to(F64)
     x, h = randn(4, 2, 4, 4), 1e-5
-    penalty, _ = wgan_gp.gradient_penalty(C, x)
-    torch.testing.assert_close(penalty, plain_penalty(C, x), rtol=0, atol=1e-10)
-    *grads, last_bias = torch.autograd.grad(penalty, list(C.parameters()), allow_unused=True, materialize_grads=True)
+    penalty, _ = wgan_gp.gradient_penalty(D, x)
+    torch.testing.assert_close(penalty, plain_penalty(D, x), rtol=0, atol=1e-10)
+    *grads, last_bias = torch.autograd.grad(penalty, list(D.parameters()), allow_unused=True, materialize_grads=True)
     assert last_bias.abs().max() == 0  # a constant added to the score has no slope
-    for p, grad in zip(C.parameters(), grads):
+    for p, grad in zip(D.parameters(), grads):
         numeric = torch.empty_like(p)
         for i in range(p.numel()):
             ends = []
             for step in (h, -2 * h):
                 p.data.view(-1)[i] += step
-                ends.append(plain_penalty(C, x).item())
+                ends.append(plain_penalty(D, x).item())
             p.data.view(-1)[i] += h
             numeric.view(-1)[i] = (ends[0] - ends[1]) / (2 * h)
         assert grad.abs().max() > 1e-3
@@ -109,7 +108,7 @@ def test_penalty_sends_no_gradient_to_the_pictures():
     assert w.grad.abs().min() > 0
 
 
-@pytest.mark.parametrize("shape", [(3,), (1, 8, 8), (3, 5, 5)])
+@pytest.mark.parametrize("shape", [(3, 1, 1), (1, 8, 8), (3, 5, 5)])
 def test_interpolates_lie_on_the_segments_one_ratio_a_picture(shape):
     real, fake = randn(9, *shape), randn(9, *shape)
     x_hat = wgan_gp.interpolate(real, fake)
@@ -129,10 +128,10 @@ def test_interpolation_ratio_is_uniform():
 # the losses
 
 
-def test_critic_loss():
+def test_discriminator_loss():
     real, fake = torch.tensor([1.0, 2, 6], dtype=F64), torch.tensor([0.5, -1, 2], dtype=F64)
     real.requires_grad_(), fake.requires_grad_()
-    loss = wgan_gp.critic_loss(real, fake)
+    loss = wgan_gp.discriminator_loss(real, fake)
     loss.backward()
     assert loss.item() == pytest.approx(0.5 - 3, abs=1e-15)
     torch.testing.assert_close(real.grad, torch.full((3,), -1 / 3, dtype=F64))
@@ -150,17 +149,17 @@ def test_generator_loss():
 @pytest.mark.parametrize("term", ["real", "fake", "penalty"])
 def test_each_term_of_the_critic_loss_moves_the_gradient(term):
     """Raising one term's weight by .1 adds .1 of that term's own gradient."""
-    C = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 1), nn.Flatten(0)).to(F64)
+    D = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 1), nn.Flatten(0)).to(F64)
     real, fake, x_hat = randn(5, 1, 4, 4) + 1, randn(5, 1, 4, 4), randn(5, 1, 4, 4)
-    weights = list(C.parameters())[:-1]  # the last bias: cancels between real and fake, absent from the penalty
+    weights = list(D.parameters())[:-1]  # the last bias: cancels between real and fake, absent from the penalty
 
     def gradient(real_weight=1, fake_weight=1, penalty_weight=10):
-        loss = wgan_gp.critic_loss(real_weight * C(real), fake_weight * C(fake))
-        loss = loss + penalty_weight * wgan_gp.gradient_penalty(C, x_hat)[0]
+        loss = wgan_gp.discriminator_loss(real_weight * D(real), fake_weight * D(fake))
+        loss = loss + penalty_weight * wgan_gp.gradient_penalty(D, x_hat)[0]
         return torch.cat([g.flatten() for g in torch.autograd.grad(loss, weights)])
 
-    alone = {"real": lambda: -C(real).sum() / 5, "fake": lambda: C(fake).sum() / 5,
-             "penalty": lambda: plain_penalty(C, x_hat)}[term]()
+    alone = {"real": lambda: -D(real).sum() / 5, "fake": lambda: D(fake).sum() / 5,
+             "penalty": lambda: plain_penalty(D, x_hat)}[term]()
     alone = torch.cat([g.flatten() for g in torch.autograd.grad(alone, weights)])
     raised = gradient(**{f"{term}_weight": 10.1 if term == "penalty" else 1.1})
     assert alone.norm() > 1e-2
@@ -177,32 +176,32 @@ def test_one_iteration_of_training(monkeypatch):
         return seen["x_hat"]
 
     def spy_adam(net, lr, args):
-        opt, name = adam(net, lr, args), ("C" if "G" in seen else "G")
+        opt, name = adam(net, lr, args), ("D" if "G" in seen else "G")
         seen[name] = net
         opt.register_step_pre_hook(lambda *_: checks[name]())
         return opt
 
     def check_critic():
-        C = copy.deepcopy(seen["C"])
-        loss = C(seen["fake"]).sum() / 8 - C(seen["real"]).sum() / 8 + 7 * plain_penalty(C, seen["x_hat"])
-        for p, grad in zip(seen["C"].parameters(), torch.autograd.grad(loss, list(C.parameters()), allow_unused=True)):
+        D = copy.deepcopy(seen["D"])
+        loss = D(seen["fake"]).sum() / 8 - D(seen["real"]).sum() / 8 + 7 * plain_penalty(D, seen["x_hat"])
+        for p, grad in zip(seen["D"].parameters(), torch.autograd.grad(loss, list(D.parameters()), allow_unused=True)):
             torch.testing.assert_close(p.grad, torch.zeros_like(p) if grad is None else grad, rtol=1e-4, atol=1e-5)
         assert all(p.grad is None for p in seen["G"].parameters())  # the fakes carry no graph
         assert {tuple(p.flatten().tolist()) for p in seen["real"]} <= pictures
         assert seen["fake"].shape == seen["real"].shape and 0.1 < seen["fake"].std() and seen["fake"].abs().max() < 1
-        seen["critic"] = [p.grad.clone() for p in seen["C"].parameters()]
+        seen["critic"] = [p.grad.clone() for p in seen["D"].parameters()]
         seen["input"] = None
 
     def check_generator():
-        C, G = copy.deepcopy(seen["C"]).requires_grad_(False), copy.deepcopy(seen["G"]).requires_grad_()
-        grads = torch.autograd.grad(-C(nn.Sequential.forward(G, seen["input"])).sum() / 8, list(G.parameters()))
+        D, G = copy.deepcopy(seen["D"]).requires_grad_(False), copy.deepcopy(seen["G"]).requires_grad_()
+        grads = torch.autograd.grad(-D(nn.Sequential.forward(G, seen["input"])).sum() / 8, list(G.parameters()))
         for p, grad in zip(seen["G"].parameters(), grads):
             torch.testing.assert_close(p.grad, grad, rtol=1e-4, atol=1e-6)
-        for p, before in zip(seen["C"].parameters(), seen["critic"]):
+        for p, before in zip(seen["D"].parameters(), seen["critic"]):
             assert p.grad is None or torch.equal(p.grad, before)  # nothing of G's loss is left in the critic
         seen["done"] = True
 
-    checks = {"C": check_critic, "G": check_generator}
+    checks = {"D": check_critic, "G": check_generator}
     pictures = {tuple(p.flatten().tolist()) for p in x.float() / 127.5 - 1}
     make = wgan_gp.make_generator
 
@@ -212,7 +211,7 @@ def test_one_iteration_of_training(monkeypatch):
         return net
 
     run = mock.MagicMock()
-    run.training.side_effect, run.due.return_value, run.g_updates.return_value = [True, False], False, 0
+    run.training.side_effect = [True, False]
     for name, fake in (("interpolate", spy_interpolate), ("adam", spy_adam), ("make_generator", make_generator),
                        ("Run", lambda *a, **k: run), ("load_data", lambda *a, **k: (x, torch.zeros(40).long()))):
         monkeypatch.setattr(wgan_gp, name, fake)
@@ -224,8 +223,8 @@ def test_one_iteration_of_training(monkeypatch):
 @pytest.mark.parametrize("arch, size", NETS)
 def test_generator_loss_reaches_every_weight_of_g(arch, size):
     args = flags("--arch", arch, "--image-size", size, "--latent-dim", 10, "--ngf", 4, "--ndf", 4)
-    G, C = wgan_gp.make_generator(args, 1), wgan_gp.make_critic(args, 1).requires_grad_(False)
-    wgan_gp.generator_loss(C(G(wgan_gp.sample_z(args, 8, "cpu")))).backward()
+    G, D = wgan_gp.make_generator(args, 1), wgan_gp.make_discriminator(args, 1).requires_grad_(False)
+    wgan_gp.generator_loss(D(G(wgan_gp.sample_z(args, 8, "cpu")))).backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in G.parameters())
 
 
@@ -234,13 +233,13 @@ def test_generator_loss_reaches_every_weight_of_g(arch, size):
 
 @pytest.mark.parametrize("arch, size", NETS)
 def test_critic_looks_at_one_picture_at_a_time(arch, size):
-    C = wgan_gp.make_critic(flags("--arch", arch, "--image-size", size, "--ndf", 4), 1).to(F64)
-    for p in C.parameters():
+    D = wgan_gp.make_discriminator(flags("--arch", arch, "--image-size", size, "--ndf", 4), 1).to(F64)
+    for p in D.parameters():
         p.data.mul_(5)  # away from the start, where everything is nearly linear
 
     def score_and_slope(x):
         x = x.requires_grad_()
-        score = C(x)
+        score = D(x)
         return score.detach(), torch.autograd.grad(score.sum(), x)[0]
 
     x = randn(4, 1, size, size)
@@ -255,39 +254,39 @@ def test_critic_looks_at_one_picture_at_a_time(arch, size):
 
 @pytest.mark.parametrize("arch, size", NETS)
 def test_critic_has_no_norm_and_biases_throughout(arch, size):
-    C = wgan_gp.make_critic(flags("--arch", arch, "--image-size", size), 1)
-    assert not [m for m in C.modules() if "Norm" in type(m).__name__]
-    assert not list(C.buffers())
-    assert all(m.bias is not None for m in C.modules() if isinstance(m, (nn.Conv2d, nn.Linear)))
+    D = wgan_gp.make_discriminator(flags("--arch", arch, "--image-size", size), 1)
+    assert not [m for m in D.modules() if "Norm" in type(m).__name__]
+    assert not list(D.buffers())
+    assert all(m.bias is not None for m in D.modules() if isinstance(m, (nn.Conv2d, nn.Linear)))
 
 
 @pytest.mark.parametrize("arch, size", NETS)
 def test_slopes_and_epsilons(arch, size):
     args = flags("--arch", arch, "--image-size", size)
-    G, C = wgan_gp.make_generator(args, 1), wgan_gp.make_critic(args, 1)
+    G, D = wgan_gp.make_generator(args, 1), wgan_gp.make_discriminator(args, 1)
     norms = [m for m in G.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    leaky = [m for net in (G, C) for m in net.modules() if isinstance(m, nn.LeakyReLU)]
+    leaky = [m for net in (G, D) for m in net.modules() if isinstance(m, nn.LeakyReLU)]
     assert norms and all(m.eps == 1e-5 and m.affine and m.track_running_stats for m in norms)
     assert leaky and all(m.negative_slope == 0.2 for m in leaky)
 
 
 @pytest.mark.parametrize("arch, size", NETS)
 def test_critic_and_its_penalty_are_those_of_plain_leaky_relu(arch, size):
-    C = wgan_gp.make_critic(flags("--arch", arch, "--image-size", size, "--ndf", 4), 1).to(F64)
-    for p in C.parameters():
+    D = wgan_gp.make_discriminator(flags("--arch", arch, "--image-size", size, "--ndf", 4), 1).to(F64)
+    for p in D.parameters():
         p.data.mul_(5)  # at the start the slope is 1e-4, and the guard of 1e-12 under the root shows
-    plain = nn.Sequential(*(nn.LeakyReLU(0.2) if isinstance(m, nn.LeakyReLU) else m for m in C))
-    for m in C:
+    plain = nn.Sequential(*(nn.LeakyReLU(0.2) if isinstance(m, nn.LeakyReLU) else m for m in D))
+    for m in D:
         if isinstance(m, nn.LeakyReLU):
             x = torch.tensor([-3.0, -1e-3, 0, 1e-3, 3, torch.inf, -torch.inf], dtype=F64, requires_grad=True)
             y, (slope,) = m(x), torch.autograd.grad(m(x).sum(), x)
             assert torch.equal(y, torch.nn.functional.leaky_relu(x, 0.2))
             assert slope.tolist() == [0.2, 0.2, 0.2, 1, 1, 1, 0.2]
     x = randn(3, 1, size, size)
-    torch.testing.assert_close(C(x), plain(x), rtol=1e-12, atol=0)
-    penalty, wanted = wgan_gp.gradient_penalty(C, x)[0], plain_penalty(plain, x)
+    torch.testing.assert_close(D(x), plain(x), rtol=1e-12, atol=0)
+    penalty, wanted = wgan_gp.gradient_penalty(D, x)[0], plain_penalty(plain, x)
     torch.testing.assert_close(penalty, wanted, rtol=0, atol=1e-8)
-    weights = [p for p in C.parameters() if p.dim() > 1]
+    weights = [p for p in D.parameters() if p.dim() > 1]
     grads, wanted = torch.autograd.grad(penalty, weights), torch.autograd.grad(wanted, weights)
     assert all(g.abs().max() > 1e-6 for g in grads)
     torch.testing.assert_close(grads, wanted, rtol=1e-6, atol=1e-9)
@@ -319,7 +318,7 @@ def test_dcgan_32_is_report_c(channels):
     assert layers(wgan_gp.make_generator(args, channels)) == [
         up(100, 128, 1, 0), "BatchNorm2d", "ReLU", up(128, 64, 2, 1), "BatchNorm2d", "ReLU",
         up(64, 32, 2, 1), "BatchNorm2d", "ReLU", up(32, channels, 2, 1), "Tanh"]
-    assert layers(wgan_gp.make_critic(args, channels)) == [
+    assert layers(wgan_gp.make_discriminator(args, channels)) == [
         down(channels, 32, 2, 1), "LeakyReLU", down(32, 64, 2, 1), "LeakyReLU", down(64, 128, 2, 1), "LeakyReLU",
         down(128, 1, 1, 0)]
 
@@ -329,7 +328,7 @@ def test_mlp_is_report_e():
     assert layers(wgan_gp.make_generator(args, 1)) == [
         ("Linear", 100, 256, False), "BatchNorm1d", "LeakyReLU", ("Linear", 256, 512, False), "BatchNorm1d",
         "LeakyReLU", ("Linear", 512, 1024, False), "BatchNorm1d", "LeakyReLU", ("Linear", 1024, 784, True), "Tanh"]
-    assert layers(wgan_gp.make_critic(args, 1)) == [
+    assert layers(wgan_gp.make_discriminator(args, 1)) == [
         ("Linear", 784, 1024, True), "LeakyReLU", ("Linear", 1024, 512, True), "LeakyReLU",
         ("Linear", 512, 256, True), "LeakyReLU", ("Linear", 256, 1, True)]
 
@@ -344,7 +343,7 @@ def test_mlp_is_report_e():
 def test_number_of_weights(arch, size, g_weights, c_weights):
     args = flags("--arch", arch, "--image-size", size)
     assert sum(p.numel() for p in wgan_gp.make_generator(args, 1).parameters()) == g_weights
-    assert sum(p.numel() for p in wgan_gp.make_critic(args, 1).parameters()) == c_weights
+    assert sum(p.numel() for p in wgan_gp.make_discriminator(args, 1).parameters()) == c_weights
 
 
 @pytest.mark.parametrize("arch, size", [*NETS, ("mlp", 13), ("mlp", 32)])
@@ -352,17 +351,17 @@ def test_number_of_weights(arch, size, g_weights, c_weights):
 @pytest.mark.parametrize("n", [1, 4])
 def test_shapes_and_ranges(arch, size, channels, n):
     args = flags("--arch", arch, "--image-size", size, "--latent-dim", 7, "--ngf", 3, "--ndf", 5)
-    G, C = wgan_gp.make_generator(args, channels).eval(), wgan_gp.make_critic(args, channels)
+    G, D = wgan_gp.make_generator(args, channels).eval(), wgan_gp.make_discriminator(args, channels)
     z = 1e9 * wgan_gp.sample_z(args, n, "cpu")  # large: tanh must bound it
     x = G(z)
-    assert z.shape == (n, 7) and x.shape == (n, channels, size, size) and C(x).shape == (n,)
+    assert z.shape == (n, 7) and x.shape == (n, channels, size, size) and D(x).shape == (n,)
     assert 0.5 < x.abs().max() <= 1
 
 
 def test_dcgan_weights_are_drawn_as_in_the_paper():
     args = flags("--arch", "dcgan", "--image-size", 64)
-    G, C = wgan_gp.make_generator(args, 1), wgan_gp.make_critic(args, 1)
-    convs = [m.weight for net in (G, C) for m in net.modules() if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d))]
+    G, D = wgan_gp.make_generator(args, 1), wgan_gp.make_discriminator(args, 1)
+    convs = [m.weight for net in (G, D) for m in net.modules() if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d))]
     scales = torch.cat([m.weight for m in G.modules() if isinstance(m, nn.BatchNorm2d)])
     assert len(convs) == 10
     for w, mean in [*((w, 0) for w in convs), (scales, 1)]:
@@ -379,20 +378,22 @@ def test_dcgan_weights_are_drawn_as_in_the_paper():
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.999])
 def test_averaged_weights(decay):
     G = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).to(F64)
-    ema, updates = copy.deepcopy(G), torch.zeros((), dtype=F64)
+    ema = wgan_gp.averaged(G).to(F64)
+    assert not ema.training and not any(e.requires_grad for e in ema.parameters())
+    assert list(ema.state_dict()) == list(G.state_dict())  # the count of updates is none of the average's own numbers
     wanted = [p.detach().clone() for p in ema.parameters()]
     for t in range(1, 15):  # at decay .5 the warm-up ends at t = 8
         for p in G.parameters():
             p.data.normal_()
         G(randn(6, 3))
-        wgan_gp.update_ema(ema, G, decay, updates)
+        wgan_gp.update_ema(ema, G, decay)
         d = min(decay, (1 + t) / (10 + t))
         wanted = [d * w + (1 - d) * p.detach() for w, p in zip(wanted, G.parameters())]
-        assert updates == t
+        assert ema.updates == t
         for e, w in zip(ema.parameters(), wanted):
             torch.testing.assert_close(e.detach(), w, rtol=0, atol=1e-12)
-        for e, b in zip(ema.buffers(), G.buffers()):
-            assert torch.equal(e, b) and e.data_ptr() != b.data_ptr()
+        for name, b in G.named_buffers():
+            assert torch.equal(ema.get_buffer(name), b) and ema.get_buffer(name).data_ptr() != b.data_ptr()
     assert all(e.grad is None for e in ema.parameters())
 
 

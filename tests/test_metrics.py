@@ -441,6 +441,14 @@ def test_radii_labels_and_scores_without_an_answer_are_refused():
                          lambda r: metrics.precision_recall(x, x, radii=(radius, r))):
             with pytest.raises(ValueError):
                 function(wrong)
+    spoiled = x.clone()
+    spoiled[3, 1] = math.nan
+    for sets in ((x, spoiled), (spoiled, x)):  # the radii known, so that no neighbours are looked for
+        for function in (lambda *s: metrics.coverage(*s, radius=radius), lambda *s: metrics.density_coverage(
+                *s, radius=radius), lambda *s: metrics.precision_recall(*s, radii=(radius, radius)),
+                lambda *s: list(metrics.inside(*s, radius, True))):
+            with pytest.raises(ValueError, match="not finite"):
+                function(*sets)
     for labels in ([], [-1, 2], [3, 10]):
         with pytest.raises(ValueError, match="0 to 9"):
             metrics.mode_coverage(torch.tensor(labels, dtype=torch.long), 10)

@@ -1,8 +1,11 @@
 """The networks that reports A to E print, layer for layer: kinds, kernels, strides, padding, biases, counts, shapes."""
+import importlib
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrizations import spectral_norm
 
 import cdcgan
 import dcgan
@@ -16,10 +19,7 @@ def pair(module, *argv, channels=1, classes=10, dim=None):
     torch.manual_seed(0)
     args = module.parse_args([str(a) for a in argv])
     args.classes, args.label_embedding_dim = classes, dim or classes  # train() knows them from the data
-    if module is cdcgan:
-        return cdcgan.make_generator(args, channels, classes), cdcgan.make_discriminator(args, channels, classes)
-    make = wgan_clip.make_critic if module is wgan_clip else dcgan.make_discriminator
-    return module.make_generator(args, channels), make(args, channels)
+    return module.make_generator(args, channels), module.make_discriminator(args, channels)
 
 
 def layers(net):
@@ -190,8 +190,8 @@ def test_report_c_question_7_leaves_the_label_branch_out():
 
 
 def test_report_d_three_numbers_for_a_class_beside_97_of_noise():
-    G, C = pair(wgan_clip, "--conditional", "--latent-dim", 97, "--image-size", 64, channels=3, classes=3)
-    assert layers(G)[0] == up(100, 256, 1, 0) and layers(C)[0] == down(3 + 3, 32, bias="bias")
+    G, D = pair(wgan_clip, "--conditional", "--latent-dim", 97, "--image-size", 64, channels=3, classes=3)
+    assert layers(G)[0] == up(100, 256, 1, 0) and layers(D)[0] == down(3 + 3, 32, bias="bias")
     table = [p for p in G.parameters() if p.shape == (3, 3)]
     assert len(table) == 1
     z, y, seen = torch.randn(4, 97), torch.tensor([2, 0, 2, 1]), []
@@ -202,10 +202,10 @@ def test_report_d_three_numbers_for_a_class_beside_97_of_noise():
 
 
 def test_report_d_critic_sees_the_label_as_planes():
-    C = pair(wgan_clip, "--conditional", "--ndf", 4, channels=3, classes=3)[1]
+    D = pair(wgan_clip, "--conditional", "--ndf", 4, channels=3, classes=3)[1]
     x, y, seen = torch.randn(2, 3, 32, 32), torch.tensor([2, 0]), []
-    next(m for m in C.modules() if isinstance(m, nn.Conv2d)).register_forward_pre_hook(lambda m, a: seen.append(a[0]))
-    C(x, y)
+    next(m for m in D.modules() if isinstance(m, nn.Conv2d)).register_forward_pre_hook(lambda m, a: seen.append(a[0]))
+    D(x, y)
     planes = F.one_hot(y, 3).float()[:, :, None, None].expand(-1, -1, 32, 32)
     assert torch.equal(seen[0], torch.cat([x, planes], 1))
 
@@ -214,11 +214,11 @@ def test_report_d_critic_sees_the_label_as_planes():
 @pytest.mark.parametrize("arch", ["mlp", "dcgan"])
 def test_a_wider_embedding_widens_g_alone(dim, arch):
     flags = ["--conditional", "--arch", arch, "--latent-dim", 100 - dim, "--ngf", 4, "--ndf", 4]
-    G, C = pair(wgan_clip, *flags, classes=3, dim=dim)
-    plain_g, plain_c = pair(wgan_clip, *flags[1:], classes=3)
+    G, D = pair(wgan_clip, *flags, classes=3, dim=dim)
+    plain_g, plain_d = pair(wgan_clip, *flags[1:], classes=3)
     first = 256 if arch == "mlp" else 16 * 16  # numbers made from each number of the input
     assert size(G) - size(plain_g) == 3 * dim + first * dim
-    assert size(C) - size(plain_c) == 3 * (28 * 28 * 1024 if arch == "mlp" else 16 * 4)
+    assert size(D) - size(plain_d) == 3 * (28 * 28 * 1024 if arch == "mlp" else 16 * 4)
 
 
 # report E -------------------------------------------------------------------------------------------------------------
@@ -312,19 +312,44 @@ def test_layer_norm_in_g_is_over_all_numbers_of_one_picture(arch):
 @pytest.mark.parametrize("conditional", [[], ["--conditional"]])
 def test_dropout_after_every_hidden_activation_of_the_critic(arch, conditional):
     flags = ["--arch", arch, "--ndf", 4, "--ngf", 4, *conditional]
-    G, C = pair(wgan_clip, *flags, "--d-dropout", 0.3)
+    G, D = pair(wgan_clip, *flags, "--d-dropout", 0.3)
     assert not any("Dropout" in type(m).__name__ for m in G.modules())
     assert not any("Dropout" in type(m).__name__ for m in pair(wgan_clip, *flags)[1].modules())
-    order = [m for m in C if isinstance(m, (nn.LeakyReLU, nn.Dropout, nn.Dropout1d, nn.Dropout2d))]
+    order = [m for m in D if isinstance(m, (nn.LeakyReLU, nn.Dropout, nn.Dropout1d, nn.Dropout2d))]
     assert len(order) == 6 and all(isinstance(m, nn.LeakyReLU) for m in order[::2])
     assert all(not isinstance(m, nn.LeakyReLU) and m.p == 0.3 for m in order[1::2])
     seen = []
     order[1].register_forward_hook(lambda m, x, out: seen.append((x[0], out)))
     side = 32 if arch == "dcgan" else 28
-    C(torch.randn(64, 1, side, side), *([torch.zeros(64).long()] if conditional else []))
+    D(torch.randn(64, 1, side, side), *([torch.zeros(64).long()] if conditional else []))
     x, out = seen[0]
     assert abs((out == 0).double().mean() - 0.3) < 0.02
     torch.testing.assert_close(out[out != 0], x[out != 0] / 0.7)
+
+
+def test_dropout_masks_of_two_ranks_are_the_halves_of_one(monkeypatch):
+    """From one seed, as ranks have it; together they are the mask that one process draws for the whole batch."""
+    def mask(rank, world, n):
+        monkeypatch.setattr(wgan_clip, "RANK", rank), monkeypatch.setattr(wgan_clip, "WORLD", world)
+        torch.manual_seed(7)
+        return wgan_clip.Dropout(0.3)(torch.ones(n, 40, 5))
+
+    whole, halves = mask(0, 1, 32), [mask(r, 2, 16) for r in (0, 1)]
+    assert torch.equal(torch.cat(halves), whole) and not torch.equal(*halves)
+    assert (halves[0] != halves[1]).double().mean().item() == pytest.approx(2 * 0.3 * 0.7, abs=0.04)
+    assert set(whole.flatten().tolist()) == {0.0, float(torch.tensor(1.0) / (1 - 0.3))}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_dropout_keeps_its_share_its_mean_and_its_dtype(dtype):
+    """.002 would be .004 by numbers that are drawn in bfloat16."""
+    x = torch.ones(1000, 1000, dtype=dtype, requires_grad=True)
+    layer = wgan_clip.Dropout(0.002)
+    out = layer(x)
+    assert out.dtype == dtype and abs((out == 0).double().mean() - 0.002) < 4 * (0.002 / 1e6) ** 0.5
+    assert out.double().mean().item() == pytest.approx(1, abs=3e-3 if dtype == torch.bfloat16 else 2e-4)
+    assert torch.equal(torch.autograd.grad(out.sum(), x)[0] == 0, out == 0)
+    assert layer.eval()(x) is x
 
 
 # shapes, ranges, initialisation ---------------------------------------------------------------------------------------
@@ -372,6 +397,25 @@ def test_weights_are_drawn_as_in_the_dcgan_paper(module, argv):
         assert abs(w.square().mean() - 1) < 4 * (2 / n) ** 0.5
         assert abs(w.pow(4).mean() - 3) < 4 * (96 / n) ** 0.5  # normal: the fourth moment is 3
     assert all((m.bias == 0).all() for net in nets for m in net.modules() if isinstance(m, nn.BatchNorm2d))
+
+
+@pytest.mark.parametrize("name", ["wgan_gp", "dcgan", "cdcgan", "wgan_clip", "bigan", "unrolled", "mdgan"])
+def test_init_reaches_a_weight_under_spectral_norm(name):
+    """Where the layer's own weight is parametrizations.weight.original, and .weight what is made of it."""
+    torch.manual_seed(0)
+    net = nn.Sequential(spectral_norm(nn.Conv2d(64, 32, 4)), nn.BatchNorm2d(32), spectral_norm(nn.Conv2d(32, 64, 4)),
+                        spectral_norm(nn.ConvTranspose2d(64, 32, 4)), spectral_norm(nn.Linear(5, 5)))
+    kept = [m.bias.detach().clone() for m in net] + [net[4].parametrizations.weight.original.detach().clone()]
+    net.apply(importlib.import_module(name).dcgan_init)
+    for m in (net[0], net[2], net[3]):
+        w = m.parametrizations.weight.original
+        assert w.std().item() == pytest.approx(0.02, rel=0.03) and abs(w.mean()) < 4 * 0.02 / w.numel() ** 0.5
+        for _ in range(30): m(torch.zeros(1, m.in_channels, 4, 4))  # each forward in train mode is a power iteration
+        matrix = m.eval().weight.transpose(0, int(isinstance(m, nn.ConvTranspose2d))).flatten(1)
+        assert torch.linalg.matrix_norm(matrix, 2).item() == pytest.approx(1, abs=0.02)
+    assert net[1].weight.mean().item() == pytest.approx(1, abs=0.02) and 0.01 < net[1].weight.std() < 0.03
+    left = [m.bias for m in net] + [net[4].parametrizations.weight.original]
+    assert all(torch.equal(a, b) for a, b in zip(kept, left))
 
 
 @pytest.mark.parametrize("upsample", ["deconv", "nearest"])

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
 import metrics
+import wgan_gp
 
 F64 = torch.float64
 P_G, P_D = np.array([0.5, 0.3, 0.2]), np.array([0.2, 0.3, 0.5])
@@ -234,6 +236,22 @@ def test_scores_that_are_not_finite_are_an_error(kind, bad):
         metrics.rejected(kind, more, 10, seeded(0))
 
 
+@pytest.mark.parametrize("burn_in, percentile, refused", [
+    (0, 60, True), (0, 0, True), (0, None, False), (1, 60, False)])
+def test_a_percentile_of_no_scores_is_refused(burn_in, percentile, refused):
+    """Without a burn-in there is nothing to take a percentile of; once it was ignored, and nothing said so."""
+    def call(kind, n=100):
+        return metrics.rejected(kind, discrete(), n, seeded(2), percentile=percentile, burn_in=burn_in)
+    if refused:
+        with pytest.raises(ValueError, match=r"percentile .* burn_in"):
+            call("drs")
+    else:
+        assert len(call("drs")[0]) == 100
+    assert len(call("naive")[0]) == 100  # it has neither
+    with pytest.raises(ValueError, match="1 or more"):
+        call("naive", 0)
+
+
 def test_scores_come_in_any_shape_and_with_gradients():
     score = torch.zeros(1000, 1, requires_grad=True)
     blank = torch.zeros(1000, 1, 2, 2, dtype=torch.uint8)
@@ -362,3 +380,109 @@ def test_the_mixtures_exact_ratio_is_undone_exactly():
     assert stats.kstest(torch.cdist(mixture(20_000, rng, SHARE), CENTRES).amin(1) / STD, "rayleigh").pvalue < 1e-9
     ratio = 1 / (SHARE + (1 - SHARE) * (STD / BROAD) ** 2)  # at a centre, the largest (the other centres aside)
     assert told["acceptance"] == pytest.approx(1 / ratio, abs=5 * math.sqrt(0.3 * 0.7 / 28_000))
+
+
+# a run's choice -------------------------------------------------------------------------------------------------------
+
+
+def study(draw, kind, rate=None, held=None, labels=1, **flags):
+    said, keys = [], []
+
+    def noise(n, *key):
+        keys.append((n, *key))
+        return torch.randn(n, 2, generator=wgan_gp.seeded(5, *key), dtype=F64)
+    args = SimpleNamespace(reject=kind, seed=11, drs_percentile=None, **flags)
+    made = metrics.Study(args, "run", None, draw, rate, noise, held, labels, said.append)
+    return made, said, keys
+
+
+def test_kept_naive_keeps_what_the_rule_keeps():
+    """In numpy: the pictures of noise(1000, *key, 2, 1), (.., 2, 2) and so on in turn, each with its uniform."""
+    def draw(z, y):
+        return (z[:, :1] * 1e6).long(), 3 * z[:, 0] - 1
+    made, said, keys = study(draw, "naive")
+    x, took = made.kept(700, 6, 4)
+    z = np.concatenate([torch.randn(1000, 2, generator=wgan_gp.seeded(5, 6, 4, 2, i), dtype=F64) for i in (1, 2)])
+    rng = wgan_gp.seeded(11, 6, 4, 1)
+    u = np.concatenate([torch.rand(1000, generator=rng, dtype=F64) for _ in range(2)])
+    kept = np.nonzero(u < 1 / (1 + np.exp(1 - 3 * z[:, 0])))[0][:700]
+    assert x[:, 0].tolist() == (z[kept, 0] * 1e6).astype(int).tolist()
+    assert took["attempts"] == kept[-1] + 1 and keys == [(1000, 6, 4, 2, 1), (1000, 6, 4, 2, 2)]
+    assert took["acceptance"] == 700 / took["attempts"] and not said
+    assert took["line"] == f"{took['attempts']} attempts, {took['acceptance']:.1%} kept"
+    assert torch.equal(made.kept(700, 6, 4)[0], x) and not torch.equal(made.kept(700, 6, 5)[0], x)
+
+
+def classes_of(z):
+    """The three-valued generator from z: N(0, 1) cut at P_G's quantiles."""
+    return torch.bucketize(z[:, 0].contiguous(), torch.from_numpy(stats.norm.ppf(P_G.cumsum()[:2])))
+
+
+def test_kept_drs_calibrates_a_critic_on_held_pictures_and_keeps_the_datas_law():
+    """The critic's scores are 7 times the log-ratio, plus 40: only held-out pictures and fresh fakes can tell."""
+    held = torch.multinomial(torch.from_numpy(P_D), 60_000, True, generator=seeded(1)), torch.arange(60_000)
+    rated = []
+
+    def rate(x, y):
+        rated.append((x, y))
+        return 7 * LOGIT[x] + 40
+
+    def draw(z, y):
+        c = classes_of(z)
+        return c[:, None].byte(), 7 * LOGIT[c] + 40
+    made, _, keys = study(draw, "drs", rate, held)
+    x, took = made.kept(5000, 8)
+    assert len(rated) == 1 and rated[0][0] is held[0] and rated[0][1] is held[1]
+    assert sum(k[0] for k in keys[:120]) == 60_000 and len({k[1:] for k in keys}) == len(keys)  # as many fakes, fresh z
+    assert same_law(x, P_D) > 1e-3 and same_law(x, P_G) < 1e-9 and same_law(x, NAIVE) < 1e-9
+    fakes = torch.cat([classes_of(torch.randn(500, 2, generator=wgan_gp.seeded(5, 8, 2, i), dtype=F64))
+                       for i in range(1, 121)])
+    auc = roc_auc_score(np.arange(120_000) < 60_000, torch.cat([LOGIT[held[0]], LOGIT[fakes]]).numpy())
+    assert took["auc"] == pytest.approx(auc, abs=1e-12) and f"AUC {auc:.3f}" in took["line"]
+    naive = study(draw, "naive", rate, held)[0].kept(20_000, 8)[1]
+    assert naive["attempts"] < 20_010 and naive["auc"] is None  # its sigmoid says yes to nearly all
+
+
+def test_kept_passes_the_percentile_on():
+    held = torch.randn(2000, 1, generator=seeded(3), dtype=F64) + 1, torch.zeros(2000)
+
+    def draw(z, y):
+        return z[:, :1], z[:, 0]
+    attempts = []
+    for q in (10.0, 60.0, 95.0):
+        made = study(draw, "drs", lambda x, y: x[:, 0], held)[0]
+        made.args.drs_percentile = q
+        attempts.append(made.kept(1000, 6)[1]["attempts"])
+    assert attempts[0] < attempts[1] < attempts[2]
+
+
+def test_kept_asks_for_labels_in_turn_or_with_the_datas_shares():
+    asked = []
+
+    def draw(z, y):
+        asked.append(y)
+        return z[:, :1], z[:, 0] * 0 + 60
+    made, _, _ = study(draw, "naive", labels=3)
+    made.judge = SimpleNamespace(labels=torch.tensor([0] * 8 + [1, 2]))
+    made.kept(2500, 6)
+    assert asked == [None] * 3  # the scripts take that for in turn
+    asked.clear()
+    made.kept(2500, 8, shares=True)
+    share = np.bincount(torch.cat(asked), minlength=3) / 3000
+    assert np.abs(share - [0.8, 0.1, 0.1]).max() < 0.04 and not torch.equal(asked[0], asked[1])
+
+
+def test_kept_refuses_a_d_that_tells_nothing_and_warns_of_batch_norm():
+    def draw(z, y):
+        return z[:, :1], z[:, 0] + 5
+    held = torch.zeros(500, 1, dtype=F64), None
+    with pytest.raises(ValueError, match="nothing to select by"):
+        study(draw, "drs", lambda x, y: x[:, 0] - torch.rand(500, generator=seeded(1)), held)[0].kept(10, 6)
+    for norm, warned in (("batch", True), ("none", False), ("layer", False)):
+        made, said, _ = study(draw, "naive", d_norm=norm)
+        made.kept(10, 6)
+        assert ("batch norm" in "".join(said)) == warned
+    made, said, _ = study(draw, "drs", lambda x, y: x[:, 0] + 6 + torch.randn(500, generator=seeded(1)), held,
+                          d_norm="batch")
+    made.kept(10, 6)
+    assert not said  # calibrated as it is: what it says in eval mode is what counts

@@ -51,14 +51,12 @@ class Case:
     def networks(self, checkpoint):
         """The averaged G and D of a checkpoint, for use; D as a function of x and y, bigan.py's also of x's code z."""
         args = argparse.Namespace(**checkpoint["args"])
-        G, D = self.make_generator(args, 1), self.make_discriminator(args, 1)
+        G, D = self.make_generator(args, 1), self.make_discriminator(args, 1).eval()
+        ema = torch.nn.ModuleDict({"G": G, "E": bigan.make_encoder(args, 1)}) if self.module is bigan else G
+        ema.eval().load_state_dict(checkpoint["ema"]), D.load_state_dict(checkpoint["nets"]["D"])
         if self.module is bigan:
-            G = bigan.Pair(G, bigan.make_encoder(args, 1))
-        G.load_state_dict(checkpoint["ema"]), D.load_state_dict(checkpoint["nets"]["D"])
-        D.eval()
-        if self.module is bigan:
-            return G.eval(), lambda x, y=None, z=None: D(x, G.E(x) if z is None else z)
-        return G.eval(), lambda x, y=None: D(x, y) if self.told else D(x)
+            return G, lambda x, y=None, z=None: D(x, ema.E(x) if z is None else z)
+        return G, lambda x, y=None: D(x, y) if self.told else D(x)
 
 
 CASES = {"wgan_gp": Case(wgan_gp), "dcgan": Case(dcgan, *LIKE_WGAN_GP, "--gp", ".1", "--d-norm", "none"),
@@ -520,7 +518,8 @@ SCORES = ["coverage", "fid", "fid_train", "inception_score", "mode_score", "clas
 
 
 def scripted_judge(monkeypatch, fids, w=CASES["wgan_gp"]):
-    """Scores from a list, in place of metrics.Judge; one FID for every call. Returns what it was asked to judge."""
+    """Scores from a list, in place of metrics.Judge; one FID for every call; None is a kill. Returns what it was asked
+    to judge."""
     fids, judged = list(fids), []
 
     class Judge:
@@ -530,13 +529,16 @@ def scripted_judge(monkeypatch, fids, w=CASES["wgan_gp"]):
         def __init__(self, dataset, load, folder=None, device="cpu", n=None, epochs=None, say=print):
             (x, self.labels), (x_test, _) = load("train"), load("test")
             assert dataset == "digits" and x.shape[1:] == x_test.shape[1:] == (1, w.size, w.size)
+            if metrics.FEWEST > self.n: raise ValueError("too few test pictures")
 
         def __call__(self, x, y=None):
             assert x.dtype == torch.uint8 and x.shape == (10, 1, w.size, w.size)
             assert y is None or (w.told and y.dtype == torch.int64 and y.shape == (10,))
             judged.append((x, y))
+            fid = fids.pop(0) if fids else 99.0
+            if fid is None: raise KeyboardInterrupt
             for_the_line = {"n_real": 10, "n_fake": 10, "floor": 1.0, "accuracy": 1.0, "features": "none"}
-            return dict.fromkeys(SCORES, 1.0) | for_the_line | {"fid_train": fids.pop(0) if fids else 99.0} | (
+            return dict.fromkeys(SCORES, 1.0) | for_the_line | {"fid_train": fid} | (
                 {} if y is None else {"label_accuracy": 0.5})
 
     monkeypatch.setattr(metrics, "Judge", Judge)
@@ -602,6 +604,29 @@ def test_best_fid_goes_back_and_halves_the_rates(w, monkeypatch):
     shutil.copy("a/last.pt", "moved")
     w.main(["--resume", "moved/last.pt", "--steps", "70"])
     assert Path("moved/best.pt").exists()
+
+
+@pytest.mark.parametrize("fids, at", [([50, None, 60, 70, 40], 20), ([50, 60, 70, 40], 30)])
+def test_a_kill_in_an_evaluation_resumes_as_an_unbroken_run(w, monkeypatch, fids, at):
+    """While it scores, which at first takes minutes; and before it has gone back to the best checkpoint."""
+    flags = [*w.tiny, *"--steps 40 --eval-every 10 --log-every 10 --lr-decay best-fid --patience 2".split()]
+    scripted_judge(monkeypatch, [50, 60, 70, 40], w)
+    w.main([*flags, "--run-dir", "whole"])
+    restore = w.restore
+
+    def killed(run, path, weights_only=False):
+        monkeypatch.setattr(w.module, "restore", restore)
+        raise KeyboardInterrupt
+
+    if None not in fids: monkeypatch.setattr(w.module, "restore", killed)
+    scripted_judge(monkeypatch, fids, w)
+    with pytest.raises(SystemExit):
+        w.main([*flags, "--run-dir", "cut"])
+    assert torch.load("cut/last.pt", weights_only=True)["step"] == at
+    w.main(["--resume", "cut/last.pt"])
+    assert losses("cut") == losses("whole")
+    same(tensors("cut/last.pt"), tensors("whole/last.pt"))
+    assert [r["lr_g"] for r in csv.DictReader(open("cut/log.csv")) if r["lr_g"]] == ["0.0001"] * 3 + ["5e-05"]
 
 
 @over("wgan_gp", "wgan_clip")
@@ -1124,7 +1149,7 @@ def test_decay_by_fid_on_data_without_labels(w, monkeypatch, capsys):
     monkeypatch.setattr(metrics, "FEWEST", 11)
     capsys.readouterr()
     w.main([*flags, "--run-dir", "b"])
-    assert "no scores: 10 test pictures" in capsys.readouterr().out and not Path("b/best.pt").exists()
+    assert "no scores: too few test pictures" in capsys.readouterr().out and not Path("b/best.pt").exists()
 
 
 @EVERY

@@ -40,7 +40,7 @@ FLAGS = ["--arch", "mlp", "--batch-size", "16", "--d-steps", "2", "--device", "c
 
 
 def ranks(n, mishaps, *flags, name="wgan_gp"):
-    """(exit code, output, seconds) of the driver under torchrun with n ranks, or on its own. Mishaps are STEP,RANK,SIGNAL
+    """(exit code, output, seconds) of the driver under torchrun with n ranks, or on its own. Mishaps: STEP,RANK,SIGNAL
     with spaces between."""
     Path("driver.py").write_text(DRIVER.format(root=str(ROOT), name=name, alone=str(CASES[name].SCRIPT)))
     launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(n)] if n > 1 else []
