@@ -391,8 +391,8 @@ def list_folder(root, split):
     found = [p.relative_to(root) for p in root.rglob("[!.]*") if p.suffix[1:].lower() in kinds.split()]
     found.sort(key=lambda p: hashlib.sha256(p.as_posix().encode()).digest())
     names = sorted({p.parts[apart] for p in found if len(p.parts) > 1 + apart})  # of both splits: labels mean the same
-    files = ([p for p in found if p.parts[0] == split] if apart else
-             [p for i, p in enumerate(found) if (i % 10 == 9) == (split == "test")])
+    files = ([p for p in found if p.parts[0] == split] if apart else  # of fewer than ten, the last
+             [p for i, p in enumerate(found) if (i % 10 == min(9, len(found) - 1)) == (split == "test")])
     if not files: fail(f"--dataset folder: no {kinds} in {root / split if apart else root}: name one by --data-dir")
     return [root / p for p in files], [names.index(p.parts[apart]) if len(p.parts) > 1 + apart else -1 for p in files]
 
@@ -708,27 +708,30 @@ class Run:
         on_signals()
 
     def training(self):
-        """Whether to go on; sets the learning rates of the iteration that follows."""
-        if self.args.generate: return False
-        if WORLD == 1 or self.step // self.args.d_steps % 10 == 0:
+        """Whether to go on. First scores this step, if that is due, and sets the learning rates of the next."""
+        args, state = self.args, self.state
+        if args.generate: return False
+        if WORLD == 1 or self.step // args.d_steps % 10 == 0:
             self.leaving = from_rank_0(self.signal)  # all ranks after the same iteration, when rank 0 is told to
-        scale = 1 - self.step / self.total if self.args.lr_decay == "linear" else 1
-        for opt, lr in ((self.opts["g"], self.args.lr_g * scale), (self.opts["d"], self.args.lr_d * scale)):
+        if self.leaving is None and due(self, args.eval_every):  # a resumed run too, if it was killed at it
+            self.evaluate()
+            state["stale"] = from_rank_0(state["stale"])
+        if args.lr_decay == "best-fid" and state["stale"] >= args.patience:
+            restore(self, self.folder / "best.pt", weights_only=True)
+            state["stale"], args.lr_g, args.lr_d = 0, args.lr_g / 2, args.lr_d / 2
+        scale = 1 - self.step / self.total if args.lr_decay == "linear" else 1
+        for opt, lr in ((self.opts["g"], args.lr_g * scale), (self.opts["d"], args.lr_d * scale)):
             for group in opt.param_groups:
                 group["lr"] = group["lr"].fill_(lr) if torch.is_tensor(group["lr"]) else lr
         return self.step < self.total and self.leaving is None
 
     def record(self, values):
         """Once an iteration: its losses go onto sums that stay on the device; then whatever is due."""
-        a, self.step, self.count = self.args, self.step + self.args.d_steps, self.count + 1
+        args, self.step, self.count = self.args, self.step + self.args.d_steps, self.count + 1
         self.sums = self.sums + torch.stack([v.detach() for v in values.values()])
-        log, sheet, score, save = (every > 0 and self.step // every > (self.step - a.d_steps) // every for every in
-                                   (a.log_every, a.sample_every, a.eval_every, a.checkpoint_every))
-        if log: self.write_means(list(values))
-        if sheet: self.sheet(f"samples/step_{self.step:07}.png")
-        if score: self.evaluate()
-        if save: self.save("last.pt")
-        if sheet or score or save: self.log.mark = time.time(), self.step  # images_per_s is of training alone
+        if due(self, args.log_every): self.write_means(list(values))
+        if due(self, args.sample_every): self.sheet(f"samples/step_{self.step:07}.png")
+        if due(self, args.checkpoint_every): self.save("last.pt")
 
     def write_means(self, names):
         check_finite(self)  # waits for the device
@@ -744,24 +747,21 @@ class Run:
         n, rows = (64, 1) if self.labels == 1 else (8, min(self.labels, 20))
         x, _ = self.draw(self.noise(n, 1).repeat(rows, 1), torch.arange(rows).repeat_interleave(n))
         save_sheet(x, self.folder / name, 8)
+        self.log.mark = time.time(), self.step
 
-    def evaluate(self, last=False):
+    def evaluate(self):
         """Scores of fresh samples; best.pt by the FID to training pictures: that to the test set stays a measure."""
         check_finite(self)
-        if self.study and self.state["scored"] != self.step:  # a resumed run may know of it
-            self.save("last.pt")  # what scores may be missing: that must not cost the run
-            if scores := self.study.evaluate(self.step):
-                self.state.update(scored=self.step, stale=self.state["stale"] + 1)
-                if scores["fid_train"] < self.state["best_fid"]:
-                    self.state.update(best_fid=scores["fid_train"], stale=0)
-                    self.save("best.pt")
-                self.log.row(self.step, scores)
-                self.save("last.pt")  # it now knows of the score
-        if last: return
-        self.state["stale"] = from_rank_0(self.state["stale"])
-        if self.args.lr_decay == "best-fid" and self.state["stale"] >= self.args.patience:
-            restore(self, self.folder / "best.pt", weights_only=True)
-            self.state["stale"], self.args.lr_g, self.args.lr_d = 0, self.args.lr_g / 2, self.args.lr_d / 2
+        if not self.study or self.state["scored"] == self.step: return  # a resumed run may know of it
+        self.save("last.pt")  # what scores may be missing: that must not cost the run
+        if scores := self.study.evaluate(self.step):
+            self.state.update(scored=self.step, stale=self.state["stale"] + 1)
+            if scores["fid_train"] < self.state["best_fid"]:
+                self.state.update(best_fid=scores["fid_train"], stale=0)
+                self.save("best.pt")
+            self.log.row(self.step, scores)
+            self.save("last.pt")  # it now knows of the score
+        self.log.mark = time.time(), self.step  # images_per_s is of training alone
 
     def save(self, name):
         check_finite(self)
@@ -780,7 +780,7 @@ class Run:
         more_figures()
         if self.study:
             self.study.figures()
-            self.evaluate(last=True)
+            self.evaluate()
             self.study.last_scores(lambda name: restore(self, self.folder / name, weights_only=True))
         say(f"done: {self.folder}")
 
@@ -790,6 +790,10 @@ def check_finite(run):
     if not all(t.isfinite().all() for t in (run.sums, *weights)):
         fail(f"a loss or weight is not finite by step {run.step}: try lower --lr-d, --lr-g"
              + f"; {run.folder / 'last.pt'} is from before" * (run.folder / "last.pt").exists())
+
+def due(run, every):
+    """At the first end of an iteration at or past each multiple of `every` D updates."""
+    return every > 0 < run.step and run.step // every > (run.step - run.args.d_steps) // every
 
 def g_updates(args, step):
     return step // args.d_steps * args.g_steps
