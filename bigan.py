@@ -177,7 +177,7 @@ def train(args):
             average_gradients(D)
             opt_d.step()
 
-        D.requires_grad_(False)  # G's and E's step wants the slope of D in its pair, not in its weights
+        D.requires_grad_(False)  # G's and E's update needs D's gradient in its pairs, not in its weights
         for _ in range(args.g_steps):
             g_loss = generator_loss(*D(*pairs(x_real)).chunk(2))  # D's last pictures, a fresh z
             opt_g.zero_grad(set_to_none=True)
@@ -186,7 +186,7 @@ def train(args):
             opt_g.step()
             update_ema(ema, pair, args.ema)
         D.requires_grad_(True)
-        return {"d_loss": d_loss, "g_loss": g_loss, "d_acc": pair_accuracy(score_real, score_fake)}  # log.csv's columns
+        return {"d_loss": d_loss, "g_loss": g_loss, "d_acc": pair_accuracy(score_real, score_fake)}  # the last update's
 
     # Run calls these two in eval mode without gradients: draw for every sheet, score, figure and --generate,
     # rate to calibrate --reject drs on pictures that D has not seen.

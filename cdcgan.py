@@ -87,7 +87,7 @@ def make_discriminator(args, channels):
         for w in (1024, 512, 256):
             layers += [nn.Linear(width, w), nn.LeakyReLU(negative_slope=0.2)]
             width = w
-        return Net(*layers, nn.Linear(width, 1), nn.Flatten(0))
+        return Net(*layers, nn.Linear(width, 1), nn.Flatten(0))  # (B, 1) -> (B,)
     picture = [nn.Conv2d(channels, w, 4, 2, 1), nn.LeakyReLU(negative_slope=0.2)]
     label = [OneHot(classes, S), nn.Conv2d(classes, w, 4, 2, 1), nn.LeakyReLU(negative_slope=0.2)]
     both, width = [Join({"left": nn.Sequential(*picture), "right": nn.Sequential(*label)})], 2 * w
@@ -177,7 +177,7 @@ def train(args):
             average_gradients(D)
             opt_d.step()
 
-        D.requires_grad_(False)  # G's step wants the slope of D in x, not in its weights
+        D.requires_grad_(False)  # G's update needs D's gradient in x, not in its weights
         for _ in range(args.g_steps):  # a fresh z, and the last labels: the data's mix of classes
             g_loss = generator_loss(judged(G(sample_z(args, len(x_real), device), labels), labels))
             opt_g.zero_grad(set_to_none=True)
@@ -186,7 +186,7 @@ def train(args):
             opt_g.step()
             update_ema(ema, G, args.ema)
         D.requires_grad_(True)
-        return {"d_loss": d_loss, "g_loss": g_loss, "d_acc": pair_accuracy(score_real, score_fake)}  # log.csv's columns
+        return {"d_loss": d_loss, "g_loss": g_loss, "d_acc": pair_accuracy(score_real, score_fake)}  # the last update's
 
     # Run calls these two in eval mode without gradients: draw for every sheet, score, figure and --generate,
     # rate to calibrate --reject drs on pictures that D has not seen.

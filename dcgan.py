@@ -100,7 +100,7 @@ def make_discriminator(args, channels):
             norm = [nn.BatchNorm1d(w)] if args.d_norm == "batch" and (i > 0 or args.norm_first) else []
             layers += [nn.Linear(width, w, bias=not norm), *norm, nn.LeakyReLU(negative_slope=0.2)]
             width = w
-        return Net(*layers, nn.Linear(width, 1), nn.Flatten(0))
+        return Net(*layers, nn.Linear(width, 1), nn.Flatten(0))  # (B, 1) -> (B,)
     start, widths = dcgan_plan(args, args.ndf)
     layers, width = [], channels
     for i, w in enumerate(reversed(widths)):  # each block halves the side
@@ -112,7 +112,7 @@ def make_discriminator(args, channels):
 
 
 def dcgan_plan(args, base):
-    """Side of the smallest feature map, and the widths from there to the picture: at 32 and base 32, 128, 64, 32."""
+    """Side of the smallest feature map, and the channels from there to the picture: 4, [128, 64, 32] at side 32."""
     plans = {28: (7, [2, 1]), 32: (4, [4, 2, 1]), 64: (4, [8, 4, 2, 1])}
     if args.image_size not in plans:
         fail(f"--arch dcgan makes pictures of 28, 32 or 64 pixels, not --image-size {args.image_size}")
@@ -121,11 +121,11 @@ def dcgan_plan(args, base):
 
 
 def dcgan_init(m):
-    """Radford et al. 2016, section 3: convolutions N(0, .02), batch norm's scale N(1, .02)."""
+    """Radford et al. 2016, section 4: weights N(0, .02); as in its code, batch norm's scale N(1, .02)."""
     if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)):
         for name, p in m.named_parameters():
             if "weight" in name:  # under spectral norm it is called parametrizations.weight.original
-                nn.init.normal_(p, float(isinstance(m, nn.BatchNorm2d)), 0.02)
+                nn.init.normal_(p, 1.0 if isinstance(m, nn.BatchNorm2d) else 0.0, 0.02)
 
 
 # LOSS -----------------------------------------------------------------------------------------------------------------
@@ -182,7 +182,7 @@ def train(args):
             average_gradients(D)
             opt_d.step()
 
-        D.requires_grad_(False)  # G's step wants the slope of D in x, not in its weights
+        D.requires_grad_(False)  # G's update needs D's gradient in x, not in its weights
         for _ in range(args.g_steps):
             g_loss = generator_loss(D(G(sample_z(args, len(x_real), device))), args.loss)  # a fresh z
             opt_g.zero_grad(set_to_none=True)
@@ -192,7 +192,7 @@ def train(args):
             update_ema(ema, G, args.ema)
         D.requires_grad_(True)
         return {"d_loss": d_loss, "g_loss": g_loss, "penalty": penalty,
-                "d_acc": pair_accuracy(score_real, score_fake)}  # the columns of log.csv
+                "d_acc": pair_accuracy(score_real, score_fake)}  # of the last update
 
     # Run calls these two in eval mode without gradients: draw for every sheet, score, figure and --generate,
     # rate to calibrate --reject drs on pictures that D has not seen.

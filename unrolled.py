@@ -86,7 +86,7 @@ def make_discriminator(args, channels):
         for w in (1024, 512, 256):
             layers += [nn.Linear(width, w), nn.LeakyReLU(negative_slope=0.2)]
             width = w
-        return Net(*layers, nn.Linear(width, 1), nn.Flatten(0))
+        return Net(*layers, nn.Linear(width, 1), nn.Flatten(0))  # (B, 1) -> (B,)
     start, widths = dcgan_plan(args, args.ndf)
     layers, width = [], channels
     for w in reversed(widths):  # each block halves the side
@@ -96,7 +96,7 @@ def make_discriminator(args, channels):
 
 
 def dcgan_plan(args, base):
-    """Side of the smallest feature map, and the widths from there to the picture: at 32 and base 32, 128, 64, 32."""
+    """Side of the smallest feature map, and the channels from there to the picture: 4, [128, 64, 32] at side 32."""
     plans = {28: (7, [2, 1]), 32: (4, [4, 2, 1]), 64: (4, [8, 4, 2, 1])}
     if args.image_size not in plans:
         fail(f"--arch dcgan makes pictures of 28, 32 or 64 pixels, not --image-size {args.image_size}")
@@ -105,11 +105,11 @@ def dcgan_plan(args, base):
 
 
 def dcgan_init(m):
-    """Radford et al. 2016, section 3: convolutions N(0, .02), batch norm's scale N(1, .02)."""
+    """Radford et al. 2016, section 4: weights N(0, .02); as in its code, batch norm's scale N(1, .02)."""
     if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)):
         for name, p in m.named_parameters():
             if "weight" in name:  # under spectral norm it is called parametrizations.weight.original
-                nn.init.normal_(p, float(isinstance(m, nn.BatchNorm2d)), 0.02)
+                nn.init.normal_(p, 1.0 if isinstance(m, nn.BatchNorm2d) else 0.0, 0.02)
 
 
 # LOSS -----------------------------------------------------------------------------------------------------------------
@@ -146,7 +146,7 @@ def look_ahead(D, opt, x_real, x_fake, k, inner="adam", inner_lr=0.05):
         c1, c2 = (-torch.expm1(t * math.log(b)) if b else 1.0 for b in (b1, b2))  # 1 - b^t to the last digit
         m = [torch.lerp(g, a, b1) for a, g in zip(m, grads)]
         v = [torch.lerp(g * g, a, b2) for a, g in zip(v, grads)]
-        # the root has no slope at 0, where a unit that never fires leaves v: hence the 1e-16
+        # a root's derivative is infinite at 0, where a unit that never fires leaves v: hence the 1e-16
         params = {name: p - lr / c1 * a / ((b / c2 + 1e-16).sqrt() + eps)
                   for (name, p), a, b in zip(params.items(), m, v)}
     return params
@@ -190,7 +190,7 @@ def train(args):
             average_gradients(G)
             opt_g.step()
             update_ema(ema, G, args.ema)
-        return {"d_loss": d_loss, "g_loss": g_loss, "d_acc": pair_accuracy(score_real, score_fake)}  # log.csv's columns
+        return {"d_loss": d_loss, "g_loss": g_loss, "d_acc": pair_accuracy(score_real, score_fake)}  # the last update's
 
     # Run calls these two in eval mode without gradients: draw for every sheet, score, figure and --generate,
     # rate to calibrate --reject drs on pictures that D has not seen.

@@ -656,6 +656,13 @@ def test_a_nan_stops_the_run_and_keeps_the_last_good_checkpoint(w, monkeypatch, 
         assert saved["step"] == 25 and all(p.isfinite().all() for net in saved["nets"].values() for p in net.values())
 
 
+def test_a_value_of_the_log_that_is_not_finite_stops_the_run_too(w, monkeypatch, capsys):
+    monkeypatch.setattr(w.module, "pair_accuracy", lambda real, fake: torch.tensor(float("inf")))
+    with pytest.raises(SystemExit) as stop:
+        w.main([*w.tiny, "--steps", "20", "--run-dir", "a", "--log-every", "0", "--checkpoint-every", "5"])
+    assert stop.value.code == 2 and "step 5:" in capsys.readouterr().err and not Path("a/last.pt").exists()
+
+
 def test_no_sheet_of_nan_is_written(w, monkeypatch):
     monkeypatch.setattr(w.module, "generator_loss", lambda score: score.mean() * float("nan"))
     with pytest.raises(SystemExit):
@@ -1044,7 +1051,8 @@ def test_held_out_pictures_are_never_trained_on(w, monkeypatch):
     args = w.parse_args([*w.tiny, "--holdout", "44"])
     batch = w.Batches(args, torch.device("cpu"))
     assert batch.per_epoch == (300 - 44) // 8
-    trained = torch.cat([batch()[1] for _ in range(batch.per_epoch)])
+    pictures, trained = (torch.cat(t) for t in zip(*(batch() for _ in range(batch.per_epoch))))
+    assert (pictures[:, 0, 0, 0] == (trained % 251).byte()).all()
     x, y = batch.held
     assert len(y) == 44 and sorted([*trained.tolist(), *y.tolist()]) == list(range(300))
     assert (x[:, 0, 0, 0] == (y % 251).byte()).all()
