@@ -42,13 +42,20 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 from torch import nn
 from torch.nn import functional as F
 
+# On MNIST, after ten minutes on two cores, these came out best of a search (tests/gallery/README.md); PAPER: --paper.
+BEST = dict(batch_size=64, d_steps=1, lr_g=2e-3, lr_d=2e-3, beta1=0.0, beta2=0.9, ema=0.995, ngf=16, ndf=16,
+            latent_dim=50, r1=0.01, penalty_share=0.25, lr_decay="linear")
+MLP = dict(lr_g=1e-3, lr_d=1e-3)  # and these of --arch mlp
+PAPER = dict(batch_size=128, d_steps=1, lr_g=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999)
+
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("--r1", type=number(float, 0), default=0.0, help="gamma of R1 on real pairs, not in the paper")
+    p.add_argument("--penalty-share", type=number(float, 0.01, 1), default=1.0, help="of the batch, for the penalty")
     add_run_flags(p)
     p.add_argument("--probe", action="store_true", help="with --resume: what classifiers read from E")
-    p.set_defaults(batch_size=128, d_steps=1, lr_g=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999)
-    args = resolve(p, argv)
+    args = resolve(p, argv, BEST, MLP, PAPER)
     if args.probe and (args.generate or not args.resume):
         fail("--probe needs --resume FILE, the checkpoint to look into, and goes without --generate")
     return args
@@ -65,10 +72,10 @@ def make_generator(args, channels):
         for width in (nz, 1024):
             layers += [nn.Linear(width, 1024, bias=False), nn.BatchNorm1d(1024), nn.ReLU()]
         return Net(*layers, nn.Linear(1024, channels * S * S), nn.Tanh(), nn.Unflatten(1, (channels, S, S)))
-    start, widths = dcgan_plan(args, args.ngf)
+    start, widths, kernels = dcgan_plan(args, args.ngf)
     layers = [nn.Unflatten(1, (nz, 1, 1)), nn.ConvTranspose2d(nz, widths[0], start, 1, 0, bias=False)]
-    for w_in, w_out in zip(widths, [*widths[1:], channels]):  # each block doubles the side
-        layers += [nn.BatchNorm2d(w_in), nn.ReLU(), nn.ConvTranspose2d(w_in, w_out, 4, 2, 1, bias=False)]
+    for w_in, w_out, k in zip(widths, [*widths[1:], channels], kernels):  # each block doubles the side
+        layers += [nn.BatchNorm2d(w_in), nn.ReLU(), nn.ConvTranspose2d(w_in, w_out, k, 2, 1, bias=False)]
     return Net(*layers, nn.Tanh()).apply(dcgan_init)
 
 
@@ -80,9 +87,9 @@ def make_encoder(args, channels):
         for width in (channels * S * S, 1024):
             layers += [nn.Linear(width, 1024, bias=False), nn.BatchNorm1d(1024), nn.LeakyReLU(negative_slope=0.2)]
     else:
-        start, widths = dcgan_plan(args, args.ngf)
-        for w_in, w in zip([channels, *reversed(widths)], reversed(widths)):  # each block halves the side
-            layers += [nn.Conv2d(w_in, w, 4, 2, 1, bias=False), nn.BatchNorm2d(w), nn.LeakyReLU(negative_slope=0.2)]
+        start, widths, kernels = dcgan_plan(args, args.ngf)
+        for w_in, w, k in zip([channels, *widths[::-1]], widths[::-1], kernels[::-1]):  # each block halves the side
+            layers += [nn.Conv2d(w_in, w, k, 2, 1, bias=False), nn.BatchNorm2d(w), nn.LeakyReLU(negative_slope=0.2)]
         layers, last = [*layers, nn.Flatten()], widths[0] * start**2
     return Net(*layers, nn.Linear(last, nz), nn.Tanh() if args.prior == "uniform" else nn.Identity()).apply(dcgan_init)
 
@@ -97,9 +104,9 @@ def make_discriminator(args, channels):
     if args.arch == "mlp":
         first = [Join({"left": nn.Flatten(), "right": nn.Identity()}), *hidden(channels * S * S + nz, 1024)]
     else:
-        start, widths = dcgan_plan(args, args.ndf)
-        for w_in, w in zip([channels, *reversed(widths)], reversed(widths)):
-            layers += [nn.Conv2d(w_in, w, 4, 2, 1), nn.LeakyReLU(negative_slope=0.2)]
+        start, widths, kernels = dcgan_plan(args, args.ndf)
+        for w_in, w, k in zip([channels, *widths[::-1]], widths[::-1], kernels[::-1]):
+            layers += [nn.Conv2d(w_in, w, k, 2, 1), nn.LeakyReLU(negative_slope=0.2)]
         picture = nn.Sequential(*layers, nn.Flatten(), *hidden(widths[0] * start**2, 512))
         first = [Join({"left": picture, "right": nn.Sequential(*hidden(nz, 512), *hidden(512, 512))})]
     return Net(*first, *hidden(1024, 1024), nn.Linear(1024, 1), nn.Flatten(0)).apply(dcgan_init)
@@ -113,12 +120,14 @@ class Join(nn.ModuleDict):
 
 
 def dcgan_plan(args, base):
-    """Side of the smallest feature map, and the channels from there to the picture: 4, [128, 64, 32] at side 32."""
-    plans = {28: (7, [2, 1]), 32: (4, [4, 2, 1]), 64: (4, [8, 4, 2, 1])}
+    """Side of the smallest feature map, the channels from there to the picture, and the kernels of the blocks between:
+    4, [128, 64, 32], [4, 4, 4] at side 32. With stride 2 and padding 1 a kernel of 4 doubles a side, 3 makes 7 of 4."""
+    plans = {28: (4, [4, 2, 1], [3, 4, 4]), 32: (4, [4, 2, 1], [4, 4, 4]), 64: (4, [8, 4, 2, 1], [4, 4, 4, 4])}
+    if args.paper: plans[28] = 7, [2, 1], [4, 4]
     if args.image_size not in plans:
         fail(f"--arch dcgan makes pictures of 28, 32 or 64 pixels, not --image-size {args.image_size}")
-    start, factors = plans[args.image_size]
-    return start, [base * f for f in factors]
+    start, factors, kernels = plans[args.image_size]
+    return start, [base * f for f in factors], kernels
 
 
 def dcgan_init(m):
@@ -140,6 +149,14 @@ def discriminator_loss(logit_real, logit_fake):
 def generator_loss(logit_real, logit_fake):
     """G's and E's, non-saturating: the labels swapped. E is reached by the real pairs alone, G by the made ones."""
     return F.softplus(logit_real).mean() + F.softplus(-logit_fake).mean()
+
+
+def squared_gradient(D, x, z):
+    """E[||grad f(x, z)||^2] of pairs x (B, C, H, W), z (B, latent_dim): the sum over a pair's numbers, the mean over
+    pairs. R1 is half of it on (x, E(x)), times gamma (Mescheder et al. 2018, 1801.04406, eq. 9); not in the paper."""
+    pair = [t.detach().requires_grad_(True) for t in (x, z)]
+    grads = torch.autograd.grad(D(*pair).sum(), pair, create_graph=True)
+    return sum(g.flatten(1).square().sum(1) for g in grads).mean()
 
 
 # TRAINING -------------------------------------------------------------------------------------------------------------
@@ -172,6 +189,9 @@ def train(args):
                 x_both, z_both = pairs(x_real)
             score_real, score_fake = D(x_both, z_both).chunk(2)  # no batch norm: one forward for both
             d_loss = discriminator_loss(score_real, score_fake)
+            if args.r1:
+                k = math.ceil(args.penalty_share * len(x_real))  # of the first k: as good an estimate, and cheaper
+                d_loss = d_loss + args.r1 / 2 * squared_gradient(D, x_both[:k], z_both[:k])
             opt_d.zero_grad(set_to_none=True)
             d_loss.backward()
             average_gradients(D)
@@ -308,7 +328,7 @@ def add_run_flags(p):
     p.error, p.formatter_class = fail, argparse.ArgumentDefaultsHelpFormatter
     a, count, share, rate = p.add_argument, number(int, 0), number(float, 0, 0.999999), number(float, 0, 10)
     a("--dataset", choices=DATASETS, default="digits", help="digits: rendered here, no download")
-    a("--image-size", type=number(int, 8, 1024), help="dcgan: 28, 32 (its default) or 64; mlp: 28 (its default)")
+    a("--image-size", type=number(int, 8, 1024), help="28, 32 or 64; an mlp: any. Default: what suits the data")
     a("--arch", choices=("dcgan", "mlp"), default="dcgan", help="convolutional or fully connected networks")
     a("--ngf", type=number(int, 1, 4096), default=32, help="dcgan: channels of G's largest map; each smaller has twice")
     a("--ndf", type=number(int, 1, 4096), default=32, help="dcgan: channels of D's largest map; each smaller has twice")
@@ -323,6 +343,7 @@ def add_run_flags(p):
     a("--flip", action="store_true", help="mirror pictures at random: for faces and animals, not for digits")
     a("--holdout", type=count, default=0, help="training pictures that D never sees, for --reject drs: 1000, say")
     a("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of the networks, the order of the data, and all noise")
+    a("--paper", action="store_true", help="the paper's settings where no flag says otherwise, not the best ones")
     a("--dry-run", action="store_true", help="two iterations and one of everything else, on tiny data")
     p.fixed = vars(p.parse_args([])).keys()  # a resumed run has these of its checkpoint: its networks and its data
     a("--lr-g", type=rate, help="learning rate of G")
@@ -352,15 +373,20 @@ def add_run_flags(p):
     a("--generate-to", metavar="DIR", help="where to; default: RUN/generated")
     a("--z-file", metavar="FILE", help="with --generate: z from a .npy or .pt (N, latent-dim)")
 
-def resolve(p, argv):
-    """Flags, with those not given taken from --resume's checkpoint, and the defaults that depend on others."""
-    args, defaults = p.parse_args(argv), vars(p.parse_args([]))
+def resolve(p, argv, best, mlp, paper):
+    """Flags. Those not given are the checkpoint's with --resume, else the `paper`'s with --paper, else the `best`, and
+    with --arch mlp those of `mlp` on top."""
+    args, old = p.parse_args(argv), {}
     if args.resume:
         checkpoint = read_checkpoint(args.resume)
         if checkpoint["script"] != SCRIPT.stem: fail(f"{args.resume} is a checkpoint of {checkpoint['script']}.py")
         old = {k: v for k, v in checkpoint["args"].items() if k in p.kept | {"classes", "data"}}
-        p.set_defaults(**old | ({"epochs": None} if old["steps"] else {}))
-        args = p.parse_args(argv)
+        args.paper, args.arch = old.setdefault("paper", True), old["arch"]  # once all runs were such
+    p.set_defaults(**(paper if args.paper else best | (mlp if args.arch == "mlp" else {})))
+    defaults = vars(p.parse_args([]))
+    p.set_defaults(**old | ({"epochs": None} if old.get("steps") else {}))
+    args = p.parse_args(argv)
+    if args.resume:
         if args.epochs and args.steps == old["steps"]: args.steps = None  # --epochs was given, to go further
         for k in p.fixed & old.keys() - ({"seed"} if args.generate and args.reject != "drs" else set()):
             if vars(args)[k] != old[k]: fail(f"--{k.replace('_', '-')} is {old[k]} in {args.resume}: it cannot change")
@@ -372,7 +398,8 @@ def resolve(p, argv):
     changed = [f"{k}{v}".removesuffix("True") for k, v in vars(args).items() if k in p.named and v != defaults[k]]
     while len("-".join(changed)) > 60: changed.pop()  # what a legend can hold
     args.name = "-".join([SCRIPT.stem, args.dataset, *changed, f"s{args.seed}"])
-    args.image_size = args.image_size or {"dcgan": 32, "mlp": 28}[args.arch]
+    sides = {"cifar10": 32, "celeba": 64, "folder": 64} if args.arch == "dcgan" else {}
+    args.image_size = args.image_size or (32 if args.paper and args.arch == "dcgan" else sides.get(args.dataset, 28))
     if args.dry_run:
         args.steps, args.batch_size, args.holdout = 2 * args.d_steps, min(args.batch_size, 16), min(args.holdout, 64)
         args.log_every = args.sample_every = args.eval_every = args.checkpoint_every = args.d_steps

@@ -42,13 +42,21 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 from torch import nn
 from torch.nn import functional as F
 
+# On MNIST, after ten minutes on two cores, these came out best of a search (tests/gallery/README.md); PAPER: --paper.
+BEST = dict(image_size=32, batch_size=64, d_steps=1, lr_g=2e-3, lr_d=2e-3, beta1=0.0, beta2=0.9, ema=0.995,
+            ngf=16, ndf=16, d_norm="none", r1=0.01, penalty_share=0.25, lr_decay="linear")
+MLP = dict(image_size=28, lr_g=1e-3, lr_d=1e-3)  # and these of --arch mlp
+PAPER = dict(batch_size=128, d_steps=1, lr_g=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999, ngf=128, ndf=64)
+
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--d-ignores-label", action="store_true", help="D(x) in place of D(x, y)")
+    p.add_argument("--d-norm", choices=("batch", "none"), default="batch", help="in D; always none in an mlp")
+    p.add_argument("--r1", type=number(float, 0), default=0.0, help="gamma of R1 on real pictures, not in the paper")
+    p.add_argument("--penalty-share", type=number(float, 0.01, 1), default=1.0, help="of the batch, for the penalty")
     add_run_flags(p)
-    p.set_defaults(batch_size=128, d_steps=1, lr_g=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999, ngf=128, ndf=64)
-    args = resolve(p, argv)
+    args = resolve(p, argv, BEST, MLP, PAPER)
     if args.arch == "dcgan" and args.image_size != 32:
         fail(f"--arch dcgan makes pictures of 32 pixels here, not --image-size {args.image_size}")
     return args
@@ -90,14 +98,16 @@ def make_discriminator(args, channels):
         return Net(*layers, nn.Linear(width, 1), nn.Flatten(0))  # (B, 1) -> (B,)
     picture = [nn.Conv2d(channels, w, 4, 2, 1), nn.LeakyReLU(negative_slope=0.2)]
     label = [OneHot(classes, S), nn.Conv2d(classes, w, 4, 2, 1), nn.LeakyReLU(negative_slope=0.2)]
+
+    def block(w_in, w_out):
+        norm = [nn.BatchNorm2d(w_out)] if args.d_norm == "batch" else []
+        return nn.Conv2d(w_in, w_out, 4, 2, 1, bias=not norm), *norm, nn.LeakyReLU(negative_slope=0.2)
+
     both, width = [Join({"left": nn.Sequential(*picture), "right": nn.Sequential(*label)})], 2 * w
     if args.d_ignores_label: both, width = picture, w
-    return Net(
-        *both,
-        nn.Conv2d(width, 4 * w, 4, 2, 1, bias=False), nn.BatchNorm2d(4 * w), nn.LeakyReLU(negative_slope=0.2),
-        nn.Conv2d(4 * w, 8 * w, 4, 2, 1, bias=False), nn.BatchNorm2d(8 * w), nn.LeakyReLU(negative_slope=0.2),
-        nn.Conv2d(8 * w, 1, 4, 1, 0), nn.Flatten(0),
-    ).apply(dcgan_init)
+    top = 4 * w if args.paper else 2 * w
+    return Net(*both, *block(width, top), *block(top, 2 * top), nn.Conv2d(2 * top, 1, 4, 1, 0), nn.Flatten(0)).apply(
+        dcgan_init)
 
 
 class Join(nn.ModuleDict):
@@ -141,6 +151,14 @@ def generator_loss(logit_fake):
     return F.softplus(-logit_fake).mean()
 
 
+def squared_gradient(D, x):
+    """E[||grad f(x, y)||^2] in x (B, C, H, W): the sum over a picture's numbers, the mean over pictures. R1 is half of
+    it on real pictures, times gamma (Mescheder et al. 2018, 1801.04406, eq. 9); not in the paper of this model."""
+    x = x.detach().requires_grad_(True)
+    (grad,) = torch.autograd.grad(D(x).sum(), x, create_graph=True)
+    return grad.flatten(1).square().sum(1).mean()
+
+
 # TRAINING -------------------------------------------------------------------------------------------------------------
 
 
@@ -167,11 +185,14 @@ def train(args):
             x_real = from_uint8(x_uint8)
             with torch.no_grad():  # D's backward ends at the picture
                 x_fake = G(sample_z(args, len(x_real), device), labels)
-            if args.arch == "dcgan":
+            if args.arch == "dcgan" and args.d_norm == "batch":
                 score_real, score_fake = judged(x_real, labels), judged(x_fake, labels)
             else:
                 score_real, score_fake = judged(torch.cat([x_real, x_fake]), labels.repeat(2)).chunk(2)
             d_loss = discriminator_loss(score_real, score_fake)
+            if args.r1:
+                k = math.ceil(args.penalty_share * len(x_real))  # of the first k: as good an estimate, and cheaper
+                d_loss = d_loss + args.r1 / 2 * squared_gradient(lambda t, y=labels[:k]: judged(t, y), x_real[:k])
             opt_d.zero_grad(set_to_none=True)
             d_loss.backward()
             average_gradients(D)
@@ -241,7 +262,7 @@ def add_run_flags(p):
     p.error, p.formatter_class = fail, argparse.ArgumentDefaultsHelpFormatter
     a, count, share, rate = p.add_argument, number(int, 0), number(float, 0, 0.999999), number(float, 0, 10)
     a("--dataset", choices=DATASETS, default="digits", help="digits: rendered here, no download")
-    a("--image-size", type=number(int, 8, 1024), help="dcgan: 28, 32 (its default) or 64; mlp: 28 (its default)")
+    a("--image-size", type=number(int, 8, 1024), help="28, 32 or 64; an mlp: any. Default: what suits the data")
     a("--arch", choices=("dcgan", "mlp"), default="dcgan", help="convolutional or fully connected networks")
     a("--ngf", type=number(int, 1, 4096), default=32, help="dcgan: channels of G's largest map; each smaller has twice")
     a("--ndf", type=number(int, 1, 4096), default=32, help="dcgan: channels of D's largest map; each smaller has twice")
@@ -256,6 +277,7 @@ def add_run_flags(p):
     a("--flip", action="store_true", help="mirror pictures at random: for faces and animals, not for digits")
     a("--holdout", type=count, default=0, help="training pictures that D never sees, for --reject drs: 1000, say")
     a("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of the networks, the order of the data, and all noise")
+    a("--paper", action="store_true", help="the paper's settings where no flag says otherwise, not the best ones")
     a("--dry-run", action="store_true", help="two iterations and one of everything else, on tiny data")
     p.fixed = vars(p.parse_args([])).keys()  # a resumed run has these of its checkpoint: its networks and its data
     a("--lr-g", type=rate, help="learning rate of G")
@@ -285,15 +307,20 @@ def add_run_flags(p):
     a("--generate-to", metavar="DIR", help="where to; default: RUN/generated")
     a("--z-file", metavar="FILE", help="with --generate: z from a .npy or .pt (N, latent-dim)")
 
-def resolve(p, argv):
-    """Flags, with those not given taken from --resume's checkpoint, and the defaults that depend on others."""
-    args, defaults = p.parse_args(argv), vars(p.parse_args([]))
+def resolve(p, argv, best, mlp, paper):
+    """Flags. Those not given are the checkpoint's with --resume, else the `paper`'s with --paper, else the `best`, and
+    with --arch mlp those of `mlp` on top."""
+    args, old = p.parse_args(argv), {}
     if args.resume:
         checkpoint = read_checkpoint(args.resume)
         if checkpoint["script"] != SCRIPT.stem: fail(f"{args.resume} is a checkpoint of {checkpoint['script']}.py")
         old = {k: v for k, v in checkpoint["args"].items() if k in p.kept | {"classes", "data"}}
-        p.set_defaults(**old | ({"epochs": None} if old["steps"] else {}))
-        args = p.parse_args(argv)
+        args.paper, args.arch = old.setdefault("paper", True), old["arch"]  # once all runs were such
+    p.set_defaults(**(paper if args.paper else best | (mlp if args.arch == "mlp" else {})))
+    defaults = vars(p.parse_args([]))
+    p.set_defaults(**old | ({"epochs": None} if old.get("steps") else {}))
+    args = p.parse_args(argv)
+    if args.resume:
         if args.epochs and args.steps == old["steps"]: args.steps = None  # --epochs was given, to go further
         for k in p.fixed & old.keys() - ({"seed"} if args.generate and args.reject != "drs" else set()):
             if vars(args)[k] != old[k]: fail(f"--{k.replace('_', '-')} is {old[k]} in {args.resume}: it cannot change")
@@ -305,7 +332,8 @@ def resolve(p, argv):
     changed = [f"{k}{v}".removesuffix("True") for k, v in vars(args).items() if k in p.named and v != defaults[k]]
     while len("-".join(changed)) > 60: changed.pop()  # what a legend can hold
     args.name = "-".join([SCRIPT.stem, args.dataset, *changed, f"s{args.seed}"])
-    args.image_size = args.image_size or {"dcgan": 32, "mlp": 28}[args.arch]
+    sides = {"cifar10": 32, "celeba": 64, "folder": 64} if args.arch == "dcgan" else {}
+    args.image_size = args.image_size or (32 if args.paper and args.arch == "dcgan" else sides.get(args.dataset, 28))
     if args.dry_run:
         args.steps, args.batch_size, args.holdout = 2 * args.d_steps, min(args.batch_size, 16), min(args.holdout, 64)
         args.log_every = args.sample_every = args.eval_every = args.checkpoint_every = args.d_steps

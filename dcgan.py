@@ -42,26 +42,34 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 from torch import nn
 from torch.nn import functional as F
 
+# On MNIST, after ten minutes on two cores, these came out best of a search (tests/gallery/README.md); PAPER: --paper.
+BEST = dict(batch_size=64, d_steps=1, lr_g=2e-3, lr_d=2e-3, beta1=0.0, beta2=0.9, ema=0.995, ngf=16, ndf=16,
+            d_norm="none", r1=0.01, penalty_share=0.25, lr_decay="linear")
+MLP = dict(lr_g=1e-3, lr_d=1e-3)  # and these of --arch mlp
+PAPER = dict(batch_size=128, d_steps=1, lr_g=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999)
+
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     a = p.add_argument
-    a("--loss", choices=("ns", "minimax"), default="ns", help="G's: non-saturating, or eq. (1) itself")
+    a("--loss", choices=("ns", "minimax", "relativistic"), default="ns",
+      help="ns: non-saturating for G; minimax: eq. (1) itself; relativistic: pairs of a real and a made picture")
     a("--gp", type=number(float, 0), default=0.0, help="weight of f's squared gradient norm on real and made pictures")
     a("--r1", type=number(float, 0), default=0.0, help="gamma of R1, half of which weighs that norm on real pictures")
+    a("--r2", type=number(float, 0), default=0.0, help="gamma of R2, the same on made pictures")
+    a("--penalty-share", type=number(float, 0.01, 1), default=1.0, help="of the batch, for the penalty")
     a("--upsample", choices=("deconv", "nearest", "bilinear"), default="deconv",
       help="how G doubles a side: transposed convolution of 4, or this resize and a convolution of 5")
     a("--init", choices=("dcgan", "default"), default="dcgan", help="N(0, .02), or PyTorch's own")
     a("--d-norm", choices=("batch", "none"), help="default: batch; none for an mlp and under a penalty")
     a("--norm-first", action="store_true", help="batch norm on D's first block too")
     add_run_flags(p)
-    p.set_defaults(batch_size=128, d_steps=1, lr_g=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999)
-    args = resolve(p, argv)
-    if (args.gp or args.r1) and args.arch == "dcgan" and args.d_norm is None:
-        sys.stderr.write("--gp and --r1 set --d-norm none: the penalty is a statement about one picture at a time\n")
-    if (args.gp or args.r1) and args.d_norm == "batch":
+    args = resolve(p, argv, BEST, MLP, PAPER)
+    if (args.gp or args.r1 or args.r2) and args.arch == "dcgan" and args.d_norm is None:
+        sys.stderr.write("--gp, --r1, --r2 set --d-norm none: the penalty is a statement about one picture at a time\n")
+    if (args.gp or args.r1 or args.r2) and args.d_norm == "batch":
         sys.stderr.write("the penalty is a statement about one picture, and batch norm mixes them in D(x)\n")
-    args.d_norm = args.d_norm or ("none" if args.gp or args.r1 or args.arch == "mlp" else "batch")
+    args.d_norm = args.d_norm or ("none" if args.gp or args.r1 or args.r2 or args.arch == "mlp" else "batch")
     return args
 
 
@@ -77,17 +85,17 @@ def make_generator(args, channels):
             layers += [nn.Linear(width, w, bias=False), nn.BatchNorm1d(w), nn.LeakyReLU(negative_slope=0.2)]
             width = w
         return Net(*layers, nn.Linear(width, channels * S * S), nn.Tanh(), nn.Unflatten(1, (channels, S, S)))
-    start, widths = dcgan_plan(args, args.ngf)
+    start, widths, kernels = dcgan_plan(args, args.ngf)
     layers = [nn.Unflatten(1, (nz, 1, 1)), nn.ConvTranspose2d(nz, widths[0], start, 1, 0, bias=False)]
-    for w_in, w_out in zip(widths, [*widths[1:], channels]):  # each block doubles the side
-        layers += [nn.BatchNorm2d(w_in), nn.ReLU(), *double(args.upsample, w_in, w_out)]
+    for w_in, w_out, k in zip(widths, [*widths[1:], channels], kernels):  # each block doubles the side
+        layers += [nn.BatchNorm2d(w_in), nn.ReLU(), *double(args.upsample, w_in, w_out, k)]
     net = Net(*layers, nn.Tanh())
     return net.apply(dcgan_init) if args.init == "dcgan" else net
 
 
-def double(how, w_in, w_out):
+def double(how, w_in, w_out, k):
     """Twice the side. A resize treats all pixels alike, a transposed convolution leaves checkerboards (Odena 2016)."""
-    if how == "deconv": return [nn.ConvTranspose2d(w_in, w_out, 4, 2, 1, bias=False)]
+    if how == "deconv" or k == 3: return [nn.ConvTranspose2d(w_in, w_out, k, 2, 1, bias=False)]
     return [nn.Upsample(scale_factor=2, mode=how), nn.Conv2d(w_in, w_out, 5, padding=2, bias=False)]
 
 
@@ -101,23 +109,25 @@ def make_discriminator(args, channels):
             layers += [nn.Linear(width, w, bias=not norm), *norm, nn.LeakyReLU(negative_slope=0.2)]
             width = w
         return Net(*layers, nn.Linear(width, 1), nn.Flatten(0))  # (B, 1) -> (B,)
-    start, widths = dcgan_plan(args, args.ndf)
+    start, widths, kernels = dcgan_plan(args, args.ndf)
     layers, width = [], channels
-    for i, w in enumerate(reversed(widths)):  # each block halves the side
+    for i, (w, k) in enumerate(zip(widths[::-1], kernels[::-1])):  # each block halves the side
         norm = [nn.BatchNorm2d(w)] if args.d_norm == "batch" and (i > 0 or args.norm_first) else []
-        layers += [nn.Conv2d(width, w, 4, 2, 1, bias=not norm), *norm, nn.LeakyReLU(negative_slope=0.2)]
+        layers += [nn.Conv2d(width, w, k, 2, 1, bias=not norm), *norm, nn.LeakyReLU(negative_slope=0.2)]
         width = w
     net = Net(*layers, nn.Conv2d(width, 1, start, 1, 0, bias=False), nn.Flatten(0))
     return net.apply(dcgan_init) if args.init == "dcgan" else net
 
 
 def dcgan_plan(args, base):
-    """Side of the smallest feature map, and the channels from there to the picture: 4, [128, 64, 32] at side 32."""
-    plans = {28: (7, [2, 1]), 32: (4, [4, 2, 1]), 64: (4, [8, 4, 2, 1])}
+    """Side of the smallest feature map, the channels from there to the picture, and the kernels of the blocks between:
+    4, [128, 64, 32], [4, 4, 4] at side 32. With stride 2 and padding 1 a kernel of 4 doubles a side, 3 makes 7 of 4."""
+    plans = {28: (4, [4, 2, 1], [3, 4, 4]), 32: (4, [4, 2, 1], [4, 4, 4]), 64: (4, [8, 4, 2, 1], [4, 4, 4, 4])}
+    if args.paper: plans[28] = 7, [2, 1], [4, 4]
     if args.image_size not in plans:
         fail(f"--arch dcgan makes pictures of 28, 32 or 64 pixels, not --image-size {args.image_size}")
-    start, factors = plans[args.image_size]
-    return start, [base * f for f in factors]
+    start, factors, kernels = plans[args.image_size]
+    return start, [base * f for f in factors], kernels
 
 
 def dcgan_init(m):
@@ -131,13 +141,17 @@ def dcgan_init(m):
 # LOSS -----------------------------------------------------------------------------------------------------------------
 
 
-def discriminator_loss(logit_real, logit_fake):
-    """E[softplus(-f(x))] + E[softplus(f(G(z)))] for logits (B,): cross-entropy, -log D(x) - log(1 - D(G(z)))."""
+def discriminator_loss(logit_real, logit_fake, kind="ns"):
+    """E[softplus(-f(x))] + E[softplus(f(G(z)))] for logits (B,): cross-entropy, -log D(x) - log(1 - D(G(z))).
+    relativistic: E[softplus(f(G(z)) - f(x))], each made picture against a real one (Huang et al. 2024, 2501.05441)."""
+    if kind == "relativistic": return F.softplus(logit_fake - logit_real).mean()
     return F.softplus(-logit_real).mean() + F.softplus(logit_fake).mean()
 
 
-def generator_loss(logit_fake, kind):
-    """ns: E[-log D(G(z))]. minimax: E[log(1 - D(G(z)))], whose gradient vanishes where D is sure. Of logits (B,)."""
+def generator_loss(logit_fake, kind, logit_real=None):
+    """ns: E[-log D(G(z))]. minimax: E[log(1 - D(G(z)))], whose gradient vanishes where D is sure. relativistic: D's
+    loss with the two exchanged. Of logits (B,)."""
+    if kind == "relativistic": return discriminator_loss(logit_fake, logit_real, kind)
     return F.softplus(-logit_fake).mean() if kind == "ns" else -F.softplus(logit_fake).mean()
 
 
@@ -174,9 +188,10 @@ def train(args):
             else:
                 score_real, score_fake = D(torch.cat([x_real, x_fake])).chunk(2)
             penalty = torch.zeros((), device=device)
-            if args.gp: penalty = penalty + args.gp * (squared_gradient(D, x_real) + squared_gradient(D, x_fake))
-            if args.r1: penalty = penalty + args.r1 / 2 * squared_gradient(D, x_real)
-            d_loss = discriminator_loss(score_real, score_fake) + penalty
+            k = math.ceil(args.penalty_share * len(x_real))  # the first k pictures: as good an estimate, and cheaper
+            for weight, pictures in ((args.gp + args.r1 / 2, x_real), (args.gp + args.r2 / 2, x_fake)):
+                if weight: penalty = penalty + weight * squared_gradient(D, pictures[:k])
+            d_loss = discriminator_loss(score_real, score_fake, args.loss) + penalty
             opt_d.zero_grad(set_to_none=True)
             d_loss.backward()
             average_gradients(D)
@@ -184,7 +199,8 @@ def train(args):
 
         D.requires_grad_(False)  # G's update needs D's gradient in x, not in its weights
         for _ in range(args.g_steps):
-            g_loss = generator_loss(D(G(sample_z(args, len(x_real), device))), args.loss)  # a fresh z
+            logit_real = D(x_real) if args.loss == "relativistic" else None
+            g_loss = generator_loss(D(G(sample_z(args, len(x_real), device))), args.loss, logit_real)  # a fresh z
             opt_g.zero_grad(set_to_none=True)
             g_loss.backward()
             average_gradients(G)
@@ -247,7 +263,7 @@ def add_run_flags(p):
     p.error, p.formatter_class = fail, argparse.ArgumentDefaultsHelpFormatter
     a, count, share, rate = p.add_argument, number(int, 0), number(float, 0, 0.999999), number(float, 0, 10)
     a("--dataset", choices=DATASETS, default="digits", help="digits: rendered here, no download")
-    a("--image-size", type=number(int, 8, 1024), help="dcgan: 28, 32 (its default) or 64; mlp: 28 (its default)")
+    a("--image-size", type=number(int, 8, 1024), help="28, 32 or 64; an mlp: any. Default: what suits the data")
     a("--arch", choices=("dcgan", "mlp"), default="dcgan", help="convolutional or fully connected networks")
     a("--ngf", type=number(int, 1, 4096), default=32, help="dcgan: channels of G's largest map; each smaller has twice")
     a("--ndf", type=number(int, 1, 4096), default=32, help="dcgan: channels of D's largest map; each smaller has twice")
@@ -262,6 +278,7 @@ def add_run_flags(p):
     a("--flip", action="store_true", help="mirror pictures at random: for faces and animals, not for digits")
     a("--holdout", type=count, default=0, help="training pictures that D never sees, for --reject drs: 1000, say")
     a("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of the networks, the order of the data, and all noise")
+    a("--paper", action="store_true", help="the paper's settings where no flag says otherwise, not the best ones")
     a("--dry-run", action="store_true", help="two iterations and one of everything else, on tiny data")
     p.fixed = vars(p.parse_args([])).keys()  # a resumed run has these of its checkpoint: its networks and its data
     a("--lr-g", type=rate, help="learning rate of G")
@@ -291,15 +308,20 @@ def add_run_flags(p):
     a("--generate-to", metavar="DIR", help="where to; default: RUN/generated")
     a("--z-file", metavar="FILE", help="with --generate: z from a .npy or .pt (N, latent-dim)")
 
-def resolve(p, argv):
-    """Flags, with those not given taken from --resume's checkpoint, and the defaults that depend on others."""
-    args, defaults = p.parse_args(argv), vars(p.parse_args([]))
+def resolve(p, argv, best, mlp, paper):
+    """Flags. Those not given are the checkpoint's with --resume, else the `paper`'s with --paper, else the `best`, and
+    with --arch mlp those of `mlp` on top."""
+    args, old = p.parse_args(argv), {}
     if args.resume:
         checkpoint = read_checkpoint(args.resume)
         if checkpoint["script"] != SCRIPT.stem: fail(f"{args.resume} is a checkpoint of {checkpoint['script']}.py")
         old = {k: v for k, v in checkpoint["args"].items() if k in p.kept | {"classes", "data"}}
-        p.set_defaults(**old | ({"epochs": None} if old["steps"] else {}))
-        args = p.parse_args(argv)
+        args.paper, args.arch = old.setdefault("paper", True), old["arch"]  # once all runs were such
+    p.set_defaults(**(paper if args.paper else best | (mlp if args.arch == "mlp" else {})))
+    defaults = vars(p.parse_args([]))
+    p.set_defaults(**old | ({"epochs": None} if old.get("steps") else {}))
+    args = p.parse_args(argv)
+    if args.resume:
         if args.epochs and args.steps == old["steps"]: args.steps = None  # --epochs was given, to go further
         for k in p.fixed & old.keys() - ({"seed"} if args.generate and args.reject != "drs" else set()):
             if vars(args)[k] != old[k]: fail(f"--{k.replace('_', '-')} is {old[k]} in {args.resume}: it cannot change")
@@ -311,7 +333,8 @@ def resolve(p, argv):
     changed = [f"{k}{v}".removesuffix("True") for k, v in vars(args).items() if k in p.named and v != defaults[k]]
     while len("-".join(changed)) > 60: changed.pop()  # what a legend can hold
     args.name = "-".join([SCRIPT.stem, args.dataset, *changed, f"s{args.seed}"])
-    args.image_size = args.image_size or {"dcgan": 32, "mlp": 28}[args.arch]
+    sides = {"cifar10": 32, "celeba": 64, "folder": 64} if args.arch == "dcgan" else {}
+    args.image_size = args.image_size or (32 if args.paper and args.arch == "dcgan" else sides.get(args.dataset, 28))
     if args.dry_run:
         args.steps, args.batch_size, args.holdout = 2 * args.d_steps, min(args.batch_size, 16), min(args.holdout, 64)
         args.log_every = args.sample_every = args.eval_every = args.checkpoint_every = args.d_steps

@@ -45,6 +45,12 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+# On MNIST, after ten minutes on two cores, these came out best of a search (tests/gallery/README.md); PAPER: --paper.
+BEST = dict(batch_size=64, d_steps=1, lr_g=1e-3, lr_d=2e-4, beta1=0.5, beta2=0.999, ema=0.995, ngf=16, ndf=16, k=1,
+            lr_decay="linear")
+MLP = dict()  # and these of --arch mlp
+PAPER = dict(batch_size=32, d_steps=1, lr_g=1e-3, lr_d=2e-4, beta1=0.5, beta2=0.999, ngf=16, ndf=16)
+
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -55,8 +61,7 @@ def parse_args(argv=None):
     a("--inner-lr", type=number(float, 0), default=0.05, help="rate of --inner sgd; at 1e-4 D would hardly move")
     a("--loss", choices=("ns", "minimax"), default="ns", help="G's: non-saturating, or the paper's game")
     add_run_flags(p)
-    p.set_defaults(batch_size=32, d_steps=1, lr_g=1e-3, lr_d=2e-4, beta1=0.5, beta2=0.999, ngf=16, ndf=16)
-    return resolve(p, argv)
+    return resolve(p, argv, BEST, MLP, PAPER)
 
 
 # MODEL ----------------------------------------------------------------------------------------------------------------
@@ -71,10 +76,10 @@ def make_generator(args, channels):
             layers += [nn.Linear(width, w, bias=False), nn.BatchNorm1d(w), nn.LeakyReLU(negative_slope=0.2)]
             width = w
         return Net(*layers, nn.Linear(width, channels * S * S), nn.Tanh(), nn.Unflatten(1, (channels, S, S)))
-    start, widths = dcgan_plan(args, args.ngf)
+    start, widths, kernels = dcgan_plan(args, args.ngf)
     layers = [nn.Unflatten(1, (nz, 1, 1)), nn.ConvTranspose2d(nz, widths[0], start, 1, 0, bias=False)]
-    for w_in, w_out in zip(widths, [*widths[1:], channels]):  # each block doubles the side
-        layers += [nn.BatchNorm2d(w_in), nn.ReLU(), nn.ConvTranspose2d(w_in, w_out, 4, 2, 1, bias=False)]
+    for w_in, w_out, k in zip(widths, [*widths[1:], channels], kernels):  # each block doubles the side
+        layers += [nn.BatchNorm2d(w_in), nn.ReLU(), nn.ConvTranspose2d(w_in, w_out, k, 2, 1, bias=False)]
     return Net(*layers, nn.Tanh()).apply(dcgan_init)
 
 
@@ -87,21 +92,23 @@ def make_discriminator(args, channels):
             layers += [nn.Linear(width, w), nn.LeakyReLU(negative_slope=0.2)]
             width = w
         return Net(*layers, nn.Linear(width, 1), nn.Flatten(0))  # (B, 1) -> (B,)
-    start, widths = dcgan_plan(args, args.ndf)
+    start, widths, kernels = dcgan_plan(args, args.ndf)
     layers, width = [], channels
-    for w in reversed(widths):  # each block halves the side
-        layers += [nn.Conv2d(width, w, 4, 2, 1), nn.LeakyReLU(negative_slope=0.2)]
+    for w, k in zip(widths[::-1], kernels[::-1]):  # each block halves the side
+        layers += [nn.Conv2d(width, w, k, 2, 1), nn.LeakyReLU(negative_slope=0.2)]
         width = w
     return Net(*layers, nn.Conv2d(width, 1, start, 1, 0, bias=False), nn.Flatten(0)).apply(dcgan_init)
 
 
 def dcgan_plan(args, base):
-    """Side of the smallest feature map, and the channels from there to the picture: 4, [128, 64, 32] at side 32."""
-    plans = {28: (7, [2, 1]), 32: (4, [4, 2, 1]), 64: (4, [8, 4, 2, 1])}
+    """Side of the smallest feature map, the channels from there to the picture, and the kernels of the blocks between:
+    4, [128, 64, 32], [4, 4, 4] at side 32. With stride 2 and padding 1 a kernel of 4 doubles a side, 3 makes 7 of 4."""
+    plans = {28: (4, [4, 2, 1], [3, 4, 4]), 32: (4, [4, 2, 1], [4, 4, 4]), 64: (4, [8, 4, 2, 1], [4, 4, 4, 4])}
+    if args.paper: plans[28] = 7, [2, 1], [4, 4]
     if args.image_size not in plans:
         fail(f"--arch dcgan makes pictures of 28, 32 or 64 pixels, not --image-size {args.image_size}")
-    start, factors = plans[args.image_size]
-    return start, [base * f for f in factors]
+    start, factors, kernels = plans[args.image_size]
+    return start, [base * f for f in factors], kernels
 
 
 def dcgan_init(m):
@@ -245,7 +252,7 @@ def add_run_flags(p):
     p.error, p.formatter_class = fail, argparse.ArgumentDefaultsHelpFormatter
     a, count, share, rate = p.add_argument, number(int, 0), number(float, 0, 0.999999), number(float, 0, 10)
     a("--dataset", choices=DATASETS, default="digits", help="digits: rendered here, no download")
-    a("--image-size", type=number(int, 8, 1024), help="dcgan: 28, 32 (its default) or 64; mlp: 28 (its default)")
+    a("--image-size", type=number(int, 8, 1024), help="28, 32 or 64; an mlp: any. Default: what suits the data")
     a("--arch", choices=("dcgan", "mlp"), default="dcgan", help="convolutional or fully connected networks")
     a("--ngf", type=number(int, 1, 4096), default=32, help="dcgan: channels of G's largest map; each smaller has twice")
     a("--ndf", type=number(int, 1, 4096), default=32, help="dcgan: channels of D's largest map; each smaller has twice")
@@ -260,6 +267,7 @@ def add_run_flags(p):
     a("--flip", action="store_true", help="mirror pictures at random: for faces and animals, not for digits")
     a("--holdout", type=count, default=0, help="training pictures that D never sees, for --reject drs: 1000, say")
     a("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of the networks, the order of the data, and all noise")
+    a("--paper", action="store_true", help="the paper's settings where no flag says otherwise, not the best ones")
     a("--dry-run", action="store_true", help="two iterations and one of everything else, on tiny data")
     p.fixed = vars(p.parse_args([])).keys()  # a resumed run has these of its checkpoint: its networks and its data
     a("--lr-g", type=rate, help="learning rate of G")
@@ -289,15 +297,20 @@ def add_run_flags(p):
     a("--generate-to", metavar="DIR", help="where to; default: RUN/generated")
     a("--z-file", metavar="FILE", help="with --generate: z from a .npy or .pt (N, latent-dim)")
 
-def resolve(p, argv):
-    """Flags, with those not given taken from --resume's checkpoint, and the defaults that depend on others."""
-    args, defaults = p.parse_args(argv), vars(p.parse_args([]))
+def resolve(p, argv, best, mlp, paper):
+    """Flags. Those not given are the checkpoint's with --resume, else the `paper`'s with --paper, else the `best`, and
+    with --arch mlp those of `mlp` on top."""
+    args, old = p.parse_args(argv), {}
     if args.resume:
         checkpoint = read_checkpoint(args.resume)
         if checkpoint["script"] != SCRIPT.stem: fail(f"{args.resume} is a checkpoint of {checkpoint['script']}.py")
         old = {k: v for k, v in checkpoint["args"].items() if k in p.kept | {"classes", "data"}}
-        p.set_defaults(**old | ({"epochs": None} if old["steps"] else {}))
-        args = p.parse_args(argv)
+        args.paper, args.arch = old.setdefault("paper", True), old["arch"]  # once all runs were such
+    p.set_defaults(**(paper if args.paper else best | (mlp if args.arch == "mlp" else {})))
+    defaults = vars(p.parse_args([]))
+    p.set_defaults(**old | ({"epochs": None} if old.get("steps") else {}))
+    args = p.parse_args(argv)
+    if args.resume:
         if args.epochs and args.steps == old["steps"]: args.steps = None  # --epochs was given, to go further
         for k in p.fixed & old.keys() - ({"seed"} if args.generate and args.reject != "drs" else set()):
             if vars(args)[k] != old[k]: fail(f"--{k.replace('_', '-')} is {old[k]} in {args.resume}: it cannot change")
@@ -309,7 +322,8 @@ def resolve(p, argv):
     changed = [f"{k}{v}".removesuffix("True") for k, v in vars(args).items() if k in p.named and v != defaults[k]]
     while len("-".join(changed)) > 60: changed.pop()  # what a legend can hold
     args.name = "-".join([SCRIPT.stem, args.dataset, *changed, f"s{args.seed}"])
-    args.image_size = args.image_size or {"dcgan": 32, "mlp": 28}[args.arch]
+    sides = {"cifar10": 32, "celeba": 64, "folder": 64} if args.arch == "dcgan" else {}
+    args.image_size = args.image_size or (32 if args.paper and args.arch == "dcgan" else sides.get(args.dataset, 28))
     if args.dry_run:
         args.steps, args.batch_size, args.holdout = 2 * args.d_steps, min(args.batch_size, 16), min(args.holdout, 64)
         args.log_every = args.sample_every = args.eval_every = args.checkpoint_every = args.d_steps
