@@ -23,12 +23,13 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True)
-def paper(request, monkeypatch):
-    """Tests are of the papers' settings, which do not move when the defaults are searched for anew; those of the defaults
+def paper(request):
+    """Tests are of the papers' settings, which do not move when defaults are searched for anew; those of the defaults
     and of README's commands are in test_defaults.py and test_files.py."""
-    if request.path.name in ("test_defaults.py", "test_files.py"):
-        return
-    for name in ("wgan_gp", "dcgan", "cdcgan", "wgan_clip", "bigan", "unrolled", "mdgan"):
-        module = importlib.import_module(name)
-        monkeypatch.setattr(module, "parse_args", lambda argv=None, parse=module.parse_args: parse(
-            ["--paper", *(sys.argv[1:] if argv is None else argv)]))
+    with pytest.MonkeyPatch.context() as m:  # of its own, as some tests undo theirs
+        for name in ("wgan_gp", "dcgan", "cdcgan", "wgan_clip", "bigan", "unrolled", "mdgan"):
+            module = importlib.import_module(name)
+            if request.path.name not in ("test_defaults.py", "test_files.py"):
+                m.setattr(module, "parse_args", lambda argv=None, parse=module.parse_args: parse(
+                    ["--paper", *(sys.argv[1:] if argv is None else argv)]))
+        yield

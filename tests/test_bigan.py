@@ -27,7 +27,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 import bigan
 import metrics
 
-TINY = ["--paper", "--image-size", "28", "--ngf", "4", "--ndf", "4", "--latent-dim", "6", "--batch-size", "8", "--device", "cpu",
+TINY = ["--paper", "--image-size", "28", "--ngf", "4", "--ndf", "4", "--latent-dim", "6", "--batch-size", "8",
+        "--device", "cpu",
         "--log-every", "0", "--sample-every", "0", "--eval-every", "0", "--checkpoint-every", "0"]
 rendered = functools.cache(bigan.render_digits)
 

@@ -30,7 +30,8 @@ import wgan_clip
 import wgan_gp
 
 ROOT = Path(wgan_gp.__file__).parent
-TINY = ["--paper", "--image-size", "28", "--ngf", "4", "--ndf", "4", "--latent-dim", "6", "--batch-size", "8", "--device", "cpu",
+TINY = ["--paper", "--image-size", "28", "--ngf", "4", "--ndf", "4", "--latent-dim", "6", "--batch-size", "8",
+        "--device", "cpu",
         "--log-every", "5", "--sample-every", "20", "--eval-every", "0"]
 LIKE_WGAN_GP = ["--d-steps", "5", "--lr-g", "1e-4", "--lr-d", "1e-4"]  # so that one schedule suits all
 
