@@ -60,6 +60,8 @@ def parse_args(argv=None):
       help="optimizer of the k steps: D's own Adam, from its moments and at its rate; or gradient descent")
     a("--inner-lr", type=number(float, 0), default=0.05, help="rate of --inner sgd; at 1e-4 D would hardly move")
     a("--loss", choices=("ns", "minimax"), default="ns", help="G's: non-saturating, or the paper's game")
+    a("--r1", type=number(float, 0), default=0.0, help="gamma of R1 in D's own steps, not in the paper")
+    a("--penalty-share", type=number(float, 0.01, 1), default=1.0, help="of the batch, for the penalty")
     add_run_flags(p)
     return resolve(p, argv, BEST, MLP, PAPER)
 
@@ -133,6 +135,14 @@ def generator_loss(logit_real, logit_fake, kind):
     return F.softplus(-logit_fake).mean() if kind == "ns" else -discriminator_loss(logit_real, logit_fake)
 
 
+def squared_gradient(D, x):
+    """E[||grad f(x)||^2], of x (B, C, H, W): the sum over a picture's numbers, the mean over pictures. R1 is half of it
+    on real pictures, times gamma (Mescheder et al. 2018, 1801.04406, eq. 9); not in the paper of this model."""
+    x = x.detach().requires_grad_(True)
+    (grad,) = torch.autograd.grad(D(x).sum(), x, create_graph=True)
+    return grad.flatten(1).square().sum(1).mean()
+
+
 def look_ahead(D, opt, x_real, x_fake, k, inner="adam", inner_lr=0.05):
     """D's parameters {name: tensor} after k more steps on one batch, eq. (8), as differentiable functions of x_fake and
     of D's parameters; neither D nor its optimizer changes. adam: torch.optim.Adam of `opt`, from the moments, count and
@@ -181,6 +191,9 @@ def train(args):
                 x_fake = G(sample_z(args, len(x_real), device))
             score_real, score_fake = D(torch.cat([x_real, x_fake])).chunk(2)  # no batch norm: one forward for both
             d_loss = discriminator_loss(score_real, score_fake)
+            if args.r1:  # not in the steps ahead, where it would be a third derivative
+                k = math.ceil(args.penalty_share * len(x_real))  # of the first k: as good an estimate, and cheaper
+                d_loss = d_loss + args.r1 / 2 * squared_gradient(D, x_real[:k])
             opt_d.zero_grad(set_to_none=True)
             d_loss.backward()
             average_gradients(D)

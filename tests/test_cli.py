@@ -176,6 +176,17 @@ def test_the_shipped_networks_are_one_scale_at_28_and_32(name, no_training, tmp_
     assert all(s == scores[0] for s in scores) and scores[0]["fid"] < 2 * scores[0]["floor"]
 
 
+def test_a_shipped_network_is_of_its_pictures_and_not_of_a_name(monkeypatch):
+    """A folder called digits, or other MNIST files under --data-dir, have a network of their own."""
+    trained = []
+    monkeypatch.setattr(metrics, "train_classifier", lambda x, *a, **k: trained.append(
+        len(x)) or metrics.Classifier(1, 10))
+    x, y = digits("train")
+    metrics.classifier("digits", (x[:-1], y[:-1]), digits("test"), say=str)
+    metrics.classifier("digits", (x, y.roll(1)), digits("test"), say=str)
+    assert trained == [19_999, 20_000]
+
+
 @pytest.mark.skipif(not MNIST.exists(), reason="real MNIST is not under data/")
 def test_stacked_mnist_has_the_shipped_network_of_single_digits(no_training):
     x, y = wgan_gp.load_data("mnist", str(ROOT / "data"), 28, "train")

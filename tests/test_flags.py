@@ -246,6 +246,13 @@ def picture(path, colour=(10, 200, 30), size=(40, 40), mode="RGB"):
     (image.quantize(4) if mode == "P" else image.convert(mode)).save(path)
 
 
+def alone(root):
+    """root/train: what is put there is for training to the last picture, since root/test has one of its own."""
+    picture(root / "test/0.png")
+    (root / "train").mkdir(exist_ok=True)
+    return root / "train"
+
+
 def load(root, size=32, split="train", **more):
     return dcgan.load_data("folder", str(root), size, split, **more)
 
@@ -293,6 +300,13 @@ def test_folder_without_a_split_keeps_every_tenth_file_for_testing(tmp_path):
     assert torch.equal(load(tmp_path / "elsewhere", split="test")[0], test)  # the names decide, not where or when
 
 
+@pytest.mark.parametrize("n", [2, 5, 9, 10, 11])
+def test_a_folder_of_a_few_has_one_for_testing(tmp_path, n):
+    for i in range(n): picture(tmp_path / f"few/{i}.png", (i, 0, 0))
+    x, test = load(tmp_path / "few")[0], load(tmp_path / "few", split="test")[0]
+    assert len(x) == n - 1 and len(test) == 1 and sorted(shades(x) + shades(test)) == list(range(n))
+
+
 def test_folder_of_classes_without_a_split(tmp_path):
     root = tmp_path / "kinds"
     for i, kind in enumerate("ab"):
@@ -308,8 +322,9 @@ def test_an_empty_class_folder_is_no_class(tmp_path):
     """Nothing is to be made of it, so a conditional script must not ask for it."""
     root = tmp_path / "kinds"
     (root / "a").mkdir(parents=True)
-    for kind in "bc": picture(root / kind / "0.png")
-    assert sorted(load(root)[1].tolist()) == [0, 1]
+    for kind in "bc":
+        for i in range(9): picture(root / kind / f"{i}.png")
+    assert set(load(root)[1].tolist()) == {0, 1}
 
 
 @pytest.mark.parametrize("mode, suffix, wanted", [
@@ -318,9 +333,9 @@ def test_an_empty_class_folder_is_no_class(tmp_path):
     ("P", "gif", (10, 200, 30)), ("RGB", "tif", (10, 200, 30)), ("L", "TIFF", (124, 124, 124)),
     ("RGB", "JPG", None), ("RGB", "jpeg", None), ("L", "jpg", None), ("RGB", "webp", None), ("CMYK", "jpg", None)])
 def test_folder_modes_and_formats(tmp_path, capsys, mode, suffix, wanted):
-    picture(tmp_path / f"one/0.{suffix}", mode="RGB" if mode == "1" else mode,
+    picture(alone(tmp_path / "one") / f"0.{suffix}", mode="RGB" if mode == "1" else mode,
             colour=(255, 255, 255) if mode == "1" else (10, 200, 30))
-    (tmp_path / "one/notes.txt").write_text("not a picture")
+    (tmp_path / "one/train/notes.txt").write_text("not a picture")
     x, _ = load(tmp_path / "one")
     mean = x.double().mean((0, 2, 3))
     if wanted:
@@ -337,35 +352,36 @@ def test_folder_transparency_goes_on_white(tmp_path, suffix):
     image = np.zeros((40, 40, 4), np.uint8)
     image[:] = (10, 200, 30, 0)
     image[:, 20:, 3] = 255
-    (tmp_path / "set").mkdir()
+    home = alone(tmp_path / "set")
     if suffix == "gif":  # one colour of its palette is see-through
         im = Image.fromarray((np.indices((40, 40))[1] >= 20).astype(np.uint8), "P")
         im.putpalette([0, 0, 0, 10, 200, 30])
-        im.save(tmp_path / "set/a.gif", transparency=0)
+        im.save(home / "a.gif", transparency=0)
     else:
-        Image.fromarray(image).save(tmp_path / f"set/a.{suffix}", lossless=True)
+        Image.fromarray(image).save(home / f"a.{suffix}", lossless=True)
     x = load(tmp_path / "set", 40)[0]
     assert x.shape == (1, 3, 40, 40)
     assert (x[..., :18] == 255).all() and colours(x[..., 22:]) == [(10, 200, 30)]
-    Image.new("LA", (40, 40), (0, 128)).save(tmp_path / "set/a.png")
-    for p in (tmp_path / "set").glob("a.[gw]*"): p.unlink()
+    Image.new("LA", (40, 40), (0, 128)).save(home / "a.png")
+    for p in home.glob("a.[gw]*"): p.unlink()
     assert colours(load(tmp_path / "set", 40)[0]) == [(127, 127, 127)]
 
 
 def test_folder_takes_the_first_frame_of_an_animation(tmp_path):
-    (tmp_path / "set").mkdir()
+    home = alone(tmp_path / "set")
     first, *others = (Image.new("RGB", (40, 40), (40 * i + 10, 0, 0)) for i in range(4))
-    first.save(tmp_path / "set/a.gif", save_all=True, append_images=others, duration=50)
-    assert Image.open(tmp_path / "set/a.gif").n_frames == 4 and colours(load(tmp_path / "set")[0]) == [(10, 0, 0)]
+    first.save(home / "a.gif", save_all=True, append_images=others, duration=50)
+    assert Image.open(home / "a.gif").n_frames == 4 and colours(load(tmp_path / "set")[0]) == [(10, 0, 0)]
 
 
 def test_folder_of_one_pixel_and_of_odd_names(tmp_path):
     root = tmp_path / "my fotos \u00fc"
+    home = alone(root)
     for i, name in enumerate(("one.png", "zwei W\u00f6rter \u00e4.png", "a.b.c.png", "\u5199\u771f.PNG")):
-        picture(root / "gr\u00fcn kraut" / name, (i, 0, 0), size=(1, 1) if i == 0 else (30, 20))
+        picture(home / "gr\u00fcn kraut" / name, (i, 0, 0), size=(1, 1) if i == 0 else (30, 20))
     for name in ("._one.png", ".hidden.png", "__MACOSX/._a.png"):  # what a Mac leaves: not pictures
-        (root / name).parent.mkdir(exist_ok=True)
-        (root / name).write_bytes(b"\0\5\26\7")
+        (home / name).parent.mkdir(exist_ok=True)
+        (home / name).write_bytes(b"\0\5\26\7")
     x, y = load(root)
     assert x.shape == (4, 3, 32, 32) and shades(x) == [0, 1, 2, 3] and y.tolist() == [0] * 4
     assert len(caches(tmp_path)) == 1 and caches(tmp_path)[0].startswith("my fotos \u00fc-32-")
@@ -373,17 +389,17 @@ def test_folder_of_one_pixel_and_of_odd_names(tmp_path):
 
 def test_folder_sixteen_bit_grey_keeps_its_shade(tmp_path):
     """40,000 of 65,535 is 156 of 255."""
-    (tmp_path / "deep").mkdir()
-    Image.fromarray(np.full((40, 40), 40_000, np.uint16)).save(tmp_path / "deep/0.png")
+    home = alone(tmp_path / "deep")
+    Image.fromarray(np.full((40, 40), 40_000, np.uint16)).save(home / "0.png")
     assert (load(tmp_path / "deep")[0].double() - 40_000 / 65_535 * 255).abs().max() <= 1
 
 
 def test_folder_pictures_are_cut_to_the_middle_square(tmp_path):
     bands = np.zeros((30, 90, 3), np.uint8)
     bands[:, :30], bands[:, 30:60], bands[:, 60:] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
-    (tmp_path / "wide").mkdir()
-    Image.fromarray(bands).save(tmp_path / "wide/a.png")
-    Image.fromarray(bands.transpose(1, 0, 2).copy()).save(tmp_path / "wide/b.png")
+    home = alone(tmp_path / "wide")
+    Image.fromarray(bands).save(home / "a.png")
+    Image.fromarray(bands.transpose(1, 0, 2).copy()).save(home / "b.png")
     x = load(tmp_path / "wide", 28)[0][..., 2:-2, 2:-2]  # a resize may look past the cut for its last pixels
     assert colours(x) == [(0, 255, 0)] * 2
 
@@ -391,18 +407,18 @@ def test_folder_pictures_are_cut_to_the_middle_square(tmp_path):
 def test_folder_pictures_are_upright_and_unmirrored(tmp_path):
     image = np.zeros((32, 32, 3), np.uint8)
     image[:16, :16, 0], image[:16, 16:, 1] = 255, 255  # red top left, green top right
-    (tmp_path / "up").mkdir()
-    Image.fromarray(image).save(tmp_path / "up/a.png")
+    home = alone(tmp_path / "up")
+    Image.fromarray(image).save(home / "a.png")
     turned, exif = Image.fromarray(np.rot90(image).copy()), Image.Exif()
     exif[0x112] = 6  # shown turned by 90 degrees clockwise, as phones write it
-    turned.save(tmp_path / "up/b.png", exif=exif)
+    turned.save(home / "b.png", exif=exif)
     x, _ = load(tmp_path / "up")
     for p in x: assert torch.equal(p, torch.from_numpy(image).permute(2, 0, 1))
 
 
 def test_folder_pictures_shrink_with_antialiasing(tmp_path):
-    (tmp_path / "fine").mkdir()
-    Image.fromarray((np.indices((256, 256)).sum(0) % 2 * 255).astype(np.uint8)).save(tmp_path / "fine/a.png")
+    home = alone(tmp_path / "fine")
+    Image.fromarray((np.indices((256, 256)).sum(0) % 2 * 255).astype(np.uint8)).save(home / "a.png")
     x, _ = load(tmp_path / "fine")
     assert (x[..., 2:-2, 2:-2].float() - 127.5).abs().max() < 4  # a checkerboard of pixels is grey from afar
 
@@ -413,10 +429,11 @@ def caches(folder):
 
 def test_folder_cache_is_used_and_follows_every_change(tmp_path, monkeypatch):
     root = tmp_path / "set"
-    for i in range(4): picture(root / f"{i}.bmp", (i, 0, 0))
+    home = alone(root)
+    for i in range(4): picture(home / f"{i}.bmp", (i, 0, 0))
     first, _ = load(root)
     assert len(caches(tmp_path)) == 1 and {p.name for p in tmp_path.iterdir()} == {*caches(tmp_path), "set"}
-    assert sorted(p.name for p in root.iterdir()) == [f"{i}.bmp" for i in range(4)]  # beside it, not in it
+    assert sorted(p.name for p in home.iterdir()) == [f"{i}.bmp" for i in range(4)]  # beside it, not in it
     (name,) = caches(tmp_path)
     assert name.startswith("set-32-") and len(name) == len("set-32-") + 12 + len(".npz")
     with np.load(tmp_path / name) as saved:
@@ -426,18 +443,18 @@ def test_folder_cache_is_used_and_follows_every_change(tmp_path, monkeypatch):
         m.setattr(dcgan.Image, "open", lambda *a: pytest.fail("decoded again"))
         again, y = load(root)
         assert torch.equal(first, again) and y.tolist() == [-1] * 4
-    before = (root / "2.bmp").stat()
-    picture(root / "2.bmp", (77, 0, 0))
-    assert (root / "2.bmp").stat().st_size == before.st_size
-    os.utime(root / "2.bmp", ns=(before.st_atime_ns, before.st_mtime_ns + 1_000_000))
+    before = (home / "2.bmp").stat()
+    picture(home / "2.bmp", (77, 0, 0))
+    assert (home / "2.bmp").stat().st_size == before.st_size
+    os.utime(home / "2.bmp", ns=(before.st_atime_ns, before.st_mtime_ns + 1_000_000))
     assert shades(load(root)[0]) == [0, 1, 3, 77]  # changed
-    picture(root / "9.bmp", (9, 0, 0))
+    picture(home / "9.bmp", (9, 0, 0))
     assert shades(load(root)[0]) == [0, 1, 3, 9, 77]  # added
-    (root / "0.bmp").rename(root / "8.bmp")
+    (home / "0.bmp").rename(home / "8.bmp")
     made = caches(tmp_path)
     assert shades(load(root)[0]) == [0, 1, 3, 9, 77]  # renamed: another order
     assert len(caches(tmp_path)) == len(made) + 1
-    (root / "1.bmp").unlink()
+    (home / "1.bmp").unlink()
     assert shades(load(root)[0]) == [0, 3, 9, 77]  # removed
     assert load(root, 28)[0].shape == (4, 3, 28, 28)  # another size
     made = len(caches(tmp_path))
@@ -446,7 +463,7 @@ def test_folder_cache_is_used_and_follows_every_change(tmp_path, monkeypatch):
 
 
 def test_folder_cache_that_cannot_be_written_is_no_obstacle(tmp_path, monkeypatch, capsys):
-    picture(tmp_path / "set/0.png")
+    picture(alone(tmp_path / "set") / "0.png")
 
     def full(*a, **k):
         raise OSError("no space left")
@@ -468,13 +485,13 @@ def damaged(path, kind):
 @pytest.mark.parametrize("suffix", ["jpg", "png"])
 def test_a_picture_that_cannot_be_read_is_left_out_counted_and_named(tmp_path, capsys, kind, suffix):
     """The others keep their labels; the second run, from the cache, says nothing."""
-    root = tmp_path / "set"
+    root, home = tmp_path / "set", alone(tmp_path / "set")
     for i in range(4):
-        for label in "ab": picture(root / label / f"{i}.png", (10 * i, ord(label), 0))
-    damaged(root / "a" / f"so bad.{suffix}", kind)
+        for label in "ab": picture(home / label / f"{i}.png", (10 * i, ord(label), 0))
+    damaged(home / "a" / f"so bad.{suffix}", kind)
     x, y = load(root)
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "left out 1 of" in err and str(root / "a" / f"so bad.{suffix}") in err
+    assert err.count("\n") == 1 and "left out 1 of" in err and str(home / "a" / f"so bad.{suffix}") in err
     assert "Traceback" not in err and len(x) == len(y) == 8 and shades(x) == [0, 0, 10, 10, 20, 20, 30, 30]
     assert [c[1] - ord("a") for c in colours(x)] == y.tolist()
     (name,) = caches(tmp_path)
@@ -484,10 +501,9 @@ def test_a_picture_that_cannot_be_read_is_left_out_counted_and_named(tmp_path, c
 
 
 def test_many_pictures_that_cannot_be_read_are_one_line(tmp_path, capsys):
-    root = tmp_path / "set"
-    for i in range(9): picture(root / f"train/{i}.png", (i, 0, 0))
-    picture(root / "test/0.png")
-    for i in range(7): damaged(root / f"train/bad {i}.jpg", "short")
+    root, home = tmp_path / "set", alone(tmp_path / "set")
+    for i in range(9): picture(home / f"{i}.png", (i, 0, 0))
+    for i in range(7): damaged(home / f"bad {i}.jpg", "short")
     x, y = load(root)
     err = capsys.readouterr().err
     assert len(x) == len(y) == 9 and shades(x) == [*range(9)]
