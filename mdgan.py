@@ -415,7 +415,8 @@ def list_folder(root, split):
     """Picture files below `root`, and labels by the first folder on the way, -1 without. Its train/ and test/ are the
     split, or else every tenth file is for testing. In the order of their names' hashes, so the first n are a sample."""
     apart, kinds = (root / "train").is_dir() and (root / "test").is_dir(), "png jpg jpeg bmp webp gif tif tiff"
-    found = [p.relative_to(root) for p in root.rglob("[!.]*") if p.suffix[1:].lower() in kinds.split()]
+    found = [p.relative_to(root) for p in root.rglob("*") if p.suffix[1:].lower() in kinds.split()]
+    found = [p for p in found if not any(part.startswith(".") for part in p.parts)]  # hidden, or a Mac's ._ companions
     found.sort(key=lambda p: hashlib.sha256(p.as_posix().encode()).digest())
     names = sorted({p.parts[apart] for p in found if len(p.parts) > 1 + apart})  # of both splits: labels mean the same
     files = ([p for p in found if p.parts[0] == split] if apart else  # of fewer than ten, the last
@@ -434,8 +435,8 @@ def read_files(root, files, labels, size, limit):
         with np.load(cache) as saved: return torch.from_numpy(saved["x"]), y[saved["good"]]
     with ThreadPoolExecutor() as pool: pictures = list(pool.map(lambda path: read_picture(path, size), files))
     good, bad = ([i for i, p in enumerate(pictures) if isinstance(p, kind)] for kind in (np.ndarray, str))
+    if not good: fail(f"no picture in {root} can be read: {pictures[0]}")
     if bad: sys.stderr.write(f"left out {len(bad)} of {len(files)} files: {'; '.join(pictures[i] for i in bad[:3])}\n")
-    if not good: fail(f"no picture in {root} can be read")
     x = np.stack([pictures[i] for i in good])
     try:
         if not limit: write_whole(cache, lambda f: np.savez(f, x=x, good=good))

@@ -1,5 +1,5 @@
 """What a script does where no flag says otherwise, --paper, and what came with the new defaults: three levels at 28
-pixels, penalties on a share of the batch, R1 where the paper has none, relativistic pairs. conftest adds no --paper here."""
+pixels, penalties on a share of the batch, R1 where the paper has none, relativistic pairs."""
 import numpy as np
 import pytest
 import torch

@@ -577,19 +577,19 @@ def test_scores_are_of_fresh_pictures_and_of_the_labels_asked_for(w, monkeypatch
 def test_best_fid_goes_back_and_halves_the_rates(w, monkeypatch):
     scripted_judge(monkeypatch, [50, 40, 45, 46, 30, 31, 32], w)
     flags = [*w.tiny, "--steps", "40", "--eval-every", "5", "--lr-decay", "best-fid", "--patience", "2"]
-    seen, evaluate = [], w.Run.evaluate
+    seen, training = [], w.Run.training
 
-    def watched(run, last=False):
-        rate = run.args.lr_g
-        evaluate(run, last)
-        if run.args.lr_g == rate: return
+    def watched(run):
+        rate, more = run.args.lr_g, training(run)
+        if run.args.lr_g == rate: return more
         best = torch.load(run.folder / "best.pt", weights_only=True)
         seen.append((run.step, best["step"]))
         same(run.nets["G"].state_dict(), best["nets"]["G"])
         same(run.opts["d"].state_dict()["state"], best["opts"]["d"]["state"])
         assert run.state["stale"] == 0
+        return more
 
-    monkeypatch.setattr(w.Run, "evaluate", watched)
+    monkeypatch.setattr(w.Run, "training", watched)
     w.main([*flags, "--run-dir", "a"])
     assert seen == [(20, 10), (35, 25)]
     rows = [r for r in csv.DictReader(open("a/log.csv")) if r["lr_g"]]

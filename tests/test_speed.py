@@ -424,7 +424,7 @@ def test_graph_without_cuda_is_one_line(capsys):
 
 def test_the_rate_of_a_captured_adam_is_written_in_place():
     run = object.__new__(wgan_gp.Run)
-    run.signal = run.leaving = None
+    run.signal, run.leaving, run.state = None, None, {"stale": 0}
     run.args, run.step, run.total = wgan_gp.parse_args([*TINY, "--lr-g", "3e-4", "--lr-decay", "linear"]), 5, 10
     weight = torch.nn.Parameter(torch.zeros(1))
     run.opts = {k: torch.optim.Adam([weight], 1.0) for k in "gd"}
