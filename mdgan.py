@@ -43,7 +43,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 from torch import nn
 from torch.nn import functional as F
 
-# On MNIST, after ten minutes on two cores, these came out best of a search (tests/gallery/README.md); PAPER: --paper.
+# The best of a search on MNIST, two minutes of one core a run (tests/gallery/README.md); PAPER: --paper.
 BEST = dict(batch_size=64, d_steps=1, lr_g=2e-3, lr_d=2e-3, beta1=0.0, beta2=0.9, ema=0.995, ngf=16, ndf=16, r1=0.01,
             penalty_share=0.25, lr_decay="linear")
 MLP = dict(lr_g=1e-3, lr_d=1e-3)  # and these of --arch mlp

@@ -298,15 +298,21 @@ def test_an_old_checkpoint_resumes(w):
     ("mdgan", "--mixture published", "mixturepublished"), ("bigan", "--prior uniform", "prioruniform")], indirect=["w"])
 def test_a_runs_name_holds_the_flags_that_were_changed(w, flags, named):
     """Those of the method and of training, not where and how often it writes; few enough for a legend."""
-    plain = w.module.parse_args([]).name
-    assert plain == f"{w.module.__name__}-digits-s0"
+    def parts(*more):
+        name = w.parse_args([*more]).name
+        assert name.startswith(f"{w.module.__name__}-") and len(name) <= 90
+        return name.split("-")[1:]
+
+    assert parts() == ["digits", "paper", "s0"]
+    assert parts("--d-steps", str(w.parse_args([]).d_steps), "--beta1", "0.5") == ["digits", "paper", "s0"]
     others = "--eval-every 7 --log-every 7 --epochs 7 --steps 7 --device cpu --data-dir x --seed 3".split()
-    assert w.parse_args([*flags.split(), *others]).name == f"{plain[:-3]}-{named}-s3"
-    name = w.parse_args([*flags.split(), "--lr-g", "3e-4", "--flip", "--dataset", "mnist", *others]).name
-    assert name == f"{plain.replace('digits', 'mnist')[:-3]}-{named}-flip-lr_g0.0003-s3"
-    name = w.parse_args([*w.tiny, *flags.split(), "--beta1", ".3", "--lr-d", "7e-4", "--g-steps", "2"]).name
-    assert named in name and len(name) <= 90
-    assert w.parse_args(["--d-steps", str(w.parse_args([]).d_steps), "--beta1", "0.5"]).name == plain
+    data, *flags_of, seed = parts(*flags.split(), *others)
+    assert (data, seed) == ("digits", "s3") and sorted(flags_of) == sorted([named, "paper"])
+    data, *flags_of, seed = parts(*flags.split(), "--lr-g", "3e-4", "--flip", "--dataset", "mnist", *others)
+    assert (data, seed) == ("mnist", "s3") and sorted(flags_of) == sorted([named, "paper", "flip", "lr_g0.0003"])
+    many = [*w.tiny, *flags.split(), "--beta1", ".3", "--beta2", ".33", "--lr-d", "7e-4", "--g-steps", "2"]
+    whole = {f"{k}{v}".removesuffix("True") for k, v in vars(w.parse_args(many)).items()}
+    assert named in parts(*many) and set(parts(*many)[1:-1]) <= whole  # as many as fit, none of them cut
 
 
 def test_two_runs_of_one_second_get_two_folders(w, monkeypatch):
@@ -314,7 +320,7 @@ def test_two_runs_of_one_second_get_two_folders(w, monkeypatch):
     monkeypatch.setattr(w.module, "datetime", type("Clock", (), {"now": staticmethod(lambda: times.pop(0))}))
     for _ in range(2): w.main(["--steps", "5", "--gp-weight", "1", "--eval-every", "0", "--device", "cpu"])
     one, two = sorted(Path("runs").iterdir())
-    assert one.name == "wgan_gp-digits-gp_weight1.0-s0-20260102-030405-000017" and two.name[:-1] == one.name[:-1]
+    assert one.name == "wgan_gp-digits-gp_weight1.0-paper-s0-20260102-030405-000017" and two.name[:-1] == one.name[:-1]
     assert all((run / "samples.png").exists() for run in (one, two))
 
 
@@ -976,7 +982,7 @@ def test_copied_alone_it_runs_from_the_shell(w, tmp_path):
 MINE = {
     "from torch import nn\n": "from torch import nn\nfrom torch.nn.utils.parametrizations import spectral_norm\n",
     "default=10.0,": "default=0.0,",
-    "[nn.Conv2d(width, w, 4, 2, 1), ": "[spectral_norm(nn.Conv2d(width, w, 4, 2, 1)), ",
+    "[nn.Conv2d(width, w, k, 2, 1), ": "[spectral_norm(nn.Conv2d(width, w, k, 2, 1)), ",
     "nn.Conv2d(width, 1, start, 1, 0), ": "spectral_norm(nn.Conv2d(width, 1, start, 1, 0)), ",
     "return score_fake.mean() - score_real.mean()":
         "return F.relu(1 - score_real).mean() + F.relu(1 + score_fake).mean()",
@@ -1036,7 +1042,7 @@ def test_ten_lines_make_a_script_of_ones_own(tmp_path, monkeypatch):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     torch.manual_seed(0)
-    D = module.make_discriminator(module.parse_args([]), 1)
+    D = module.make_discriminator(module.parse_args(["--paper"]), 1)
     weights = [p for n, p in D.named_parameters() if n.endswith("original")]
     assert len(weights) == 4 and all(p.std().item() == pytest.approx(0.02, rel=0.06) for p in weights), weights
 
