@@ -3,17 +3,19 @@
 Goodfellow et al. 2014, arXiv 1406.2661, eq. (1); networks of Radford et al. 2016, arXiv 1511.06434; f is D's logit:
 
     discriminator  min_D  E[softplus(-f(x))] + E[softplus(f(G(z)))]
-                          + gp (E||grad f(x)||^2 + E||grad f(G(z))||^2) + r1/2 E||grad f(x)||^2, both 0 by default
+                          + (gp + r1/2) E||grad f(x)||^2 + (gp + r2/2) E||grad f(G(z))||^2
     generator      min_G  E[softplus(-f(G(z)))], non-saturating; or E[-softplus(f(G(z)))], eq. (1) as it stands
 
     python dcgan.py                                      numerals rendered at start-up, no download
-    python dcgan.py --dataset mnist --steps 1500
+    python dcgan.py --dataset mnist --epochs 200
+    python dcgan.py --dataset mnist --paper              the paper's settings, not the best ones
 
-Expect readable digits of the second command: FID[classifier] 114. With --norm-first, batch norm on D's first block too,
-it is 555: that norm takes out each batch's mean grey, and so D never sees that G's background is not black.
+Expect FID[classifier] 24 of --dataset mnist --amp --steps 6000, three minutes of one CPU core, where real digits have
+2: seed 0, 10,000 samples against the test set, network 565494b9; tests/gallery/README.md has the protocol. By default D
+has R1 and no batch norm. --norm-first hides each batch's mean grey from D: G's background is then not black.
 
-Where D has batch norm, real and fake go through it in separate batches. G is in train mode for D's fakes and is sampled
-in eval mode with averaged weights.
+Where D has batch norm (--paper), real and fake go through it in separate batches. G is in train mode for D's fakes and
+is sampled in eval mode with averaged weights.
 """
 
 import argparse
