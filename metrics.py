@@ -1184,7 +1184,8 @@ def table(s, fake, real):
             ("coverage", "coverage", ".3f", "k 5"),
             ("classes", "classes", "d", "of {class_min:.1%} to {class_max:.1%}"),
             ("modes", "modes", "d", "of 1000, KL {modes_kl:.3f} to the uniform law")]
-    accuracy = f", {s['accuracy']:.2%} of its test set right" if s["accuracy"] else ""
+    what = "labels" if s["labelled"] else "rotations"
+    accuracy = f", {s['accuracy']:.2%} of its test set's {what} right" if s["accuracy"] else ""
     lines = [f"features {s['features']}{accuracy}, n {s['n_real']} + {s['n_fake']}", f"fake     {fake}",
              f"real     {real}"]
     for name, key, form, more in rows:

@@ -174,6 +174,8 @@ def test_the_shipped_networks_are_one_scale_at_28_and_32(name, no_training, tmp_
     assert JUDGES[name] == judges[28].net.name == judges[32].net.name and judges[28].floor == judges[32].floor
     scores = [judges[at](sets[size]) for at in (28, 32) for size in (28, 32)]
     assert all(s == scores[0] for s in scores) and scores[0]["fid"] < 2 * scores[0]["floor"]
+    with pytest.raises(ValueError, match="pictures of 64 pixels, where the network was trained on 32"):
+        judges[28](wgan_gp.fit(sets[28], 64))
 
 
 def test_a_shipped_network_is_of_its_pictures_and_not_of_a_name(monkeypatch):
@@ -444,6 +446,7 @@ def test_folder_against_folder_alone_offline_as_printed(folders, tmp_path):
         assert "300 pictures of each kind: FID is too large" in done.stderr
     s = json.loads(first.stdout)
     assert "no labels" in again.stdout and s["features"] in again.stdout and f"{s['coverage']:.3f}" in again.stdout
+    assert f"{s['accuracy']:.2%} of its test set's rotations right, n 300 + 300" in again.stdout
     assert s["n_real"] == s["n_fake"] == 300 and s["features"].startswith("rotation-photos-32/128 ")
     assert s["labelled"] is False and s["fid"] > 0 and 0.85 < s["coverage"] <= 1 and s["accuracy"] > 0.5
     assert "inception_score" not in s
@@ -667,6 +670,23 @@ def test_another_classifier_scores_the_named_data(data_dir, tmp_path, capsys, mo
     flags = ["--classifier", "digits", "--data-dir", data_dir, "--json", "--fake", tmp_path / "x.pt", "--real"]
     own, other = (json.loads(run(capsys, *flags, name)) for name in ("digits", "mnist"))
     assert other["fid"] > 20 * own["fid"] and other["floor"] == own["floor"]
+
+
+@pytest.mark.parametrize("flags", [[], ["--real", "digits"], ["--fake", "x.pt"], ["--json"], ["--n", "100"]])
+def test_half_a_command_is_one_line(capsys, flags):
+    assert "name --real and --fake, or --plot" in error(capsys, *flags)
+
+
+def test_statistics_belong_to_the_bytes_of_the_pictures(tmp_path):
+    """Files of the same length and name, one pixel apart."""
+    digests = []
+    for level in (10, 10, 11):
+        x = torch.full((60, 1, 8, 8), 10, dtype=torch.uint8)
+        x[7, 0, 3, 3] = level
+        for i, p in enumerate(x):
+            grey(p).save(tmp_path / f"{i:02}.bmp")
+        digests.append([metrics.Pictures(source, 1).first(n).digest() for source in (tmp_path, x) for n in (50, 60)])
+    assert digests[0] == digests[1] and not set(digests[0]) & set(digests[2]) and len(set(digests[0])) == 4
 
 
 def test_out_paths_that_cannot_be_written_are_one_line(tmp_path, capsys):
@@ -925,6 +945,14 @@ def test_too_few_test_pictures_are_no_scores_and_no_reason_to_stop(script, n):
     (s.folder / "last.pt").touch()
     s.study.last_scores(lambda name: pytest.fail("there is nothing to score"))
     assert not (s.folder / "scores.json").exists() and "no curves.png" in s.said[-1]  # a run shorter than --log-every
+
+
+def test_last_scores_of_a_run_without_a_best_checkpoint(script):
+    s = script()
+    (s.folder / "last.pt").touch()
+    s.study.evaluate(20)
+    s.study.last_scores(lambda name: {"last.pt": 20}[name])
+    assert list(json.loads((s.folder / "scores.json").read_text())) == ["last.pt"] and "few pictures" not in s.said[1]
 
 
 @pytest.mark.parametrize("reject", ["none", "naive"])

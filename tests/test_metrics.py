@@ -809,6 +809,7 @@ def test_judge_of_stacked_digits_counts_modes(stacked_judge):
         "modes_kl_real": pytest.approx(math.log(40), abs=1e-12)}
     assert scores["features"] == "classifier-mnist on each of 3 channels/384 abcdef12" and scores["n_real"] == 200
     assert "50 of 1000 modes, KL 2.996 (real 25, 3.689)" in stacked_judge.line(scores)
+    assert "n 200 + 200) few pictures: compare at this n only" in stacked_judge.line(scores)
     assert scores["class_max"] == 0.02 and scores["class_min"] == 0
 
 
