@@ -271,7 +271,9 @@ def probe(args, first, device):
     print(f"\nreconstruction ratio {reconstruction_ratio(real, made, args.seed):.3f}")
     if SCRIPT.with_name("metrics.py").exists():
         import metrics
-        judge = metrics.Judge(args.dataset, load, None if few else Path(args.data_dir), device)
+        home = Path(args.data_dir).resolve().parent if args.dataset == "folder" else args.data_dir  # not among pictures
+        with or_fail("no network to tell the reconstructions' classes"):
+            judge = metrics.Judge(args.dataset, load, None if few else home, device)
         kept = (judge.net.embed(to_uint8(made))[1].argmax(1).cpu() == y_test).double().mean()
         print(f"{kept:.2%} of the reconstructions are of the picture's class, by that classifier")
 
@@ -774,7 +776,8 @@ class Run:
         self.log = Log(args, self.folder, self.step, self.total, batch.per_epoch, self.state["seconds"])
         if self.step == 0 and args.sample_every: self.sheet("samples/step_0000000.png")
         on_signals(self.stop)
-        say(f"{self.folder}: {self.total} D updates of {args.batch_size} pictures on {WORLD} x {batch.device}")
+        say(f"{self.folder}: {self.total} D updates of {args.batch_size} out of {len(batch.x)} pictures"
+            + ", which are few," * (len(batch.x) < 500) + f" on {WORLD} x {batch.device}")
 
     def noise(self, n, *key):
         """z (n, latent_dim) for figures and scores: a pure function of the seed and a key; 0 is the data's."""

@@ -710,7 +710,8 @@ class Run:
         self.log = Log(args, self.folder, self.step, self.total, batch.per_epoch, self.state["seconds"])
         if self.step == 0 and args.sample_every: self.sheet("samples/step_0000000.png")
         on_signals(self.stop)
-        say(f"{self.folder}: {self.total} D updates of {args.batch_size} pictures on {WORLD} x {batch.device}")
+        say(f"{self.folder}: {self.total} D updates of {args.batch_size} out of {len(batch.x)} pictures"
+            + ", which are few," * (len(batch.x) < 500) + f" on {WORLD} x {batch.device}")
 
     def noise(self, n, *key):
         """z (n, latent_dim) for figures and scores: a pure function of the seed and a key; 0 is the data's."""

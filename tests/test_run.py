@@ -328,13 +328,15 @@ def test_two_runs_of_one_second_get_two_folders(w, monkeypatch):
 
 
 def epochs(w, n, first, *flags):
-    """Which of 300 pictures are mirrored in each of n epochs, (n, 300), from epoch `first` on."""
+    """Which of 300 pictures are mirrored in each of n epochs, (n, 300), from epoch `first` on, each in its own order."""
     args = w.parse_args([*w.tiny, "--batch-size", "30", *flags])
     batch = w.Batches(args, torch.device("cpu"))
     batch.step, mirrored = first * batch.per_epoch, torch.full((n, 300), -1)
     for i in range(n):
-        for _ in range(batch.per_epoch):
+        order = torch.randperm(300, generator=w.seeded(args.seed, 0, first + i))
+        for wanted in order.split(30):
             x, index = batch()
+            assert torch.equal(index, wanted)
             for picture, j in zip(x, index):
                 same, turned = (torch.equal(picture, p) for p in (DATA[j], DATA[j].flip(2)))
                 assert same != turned
