@@ -328,7 +328,7 @@ def test_two_runs_of_one_second_get_two_folders(w, monkeypatch):
 
 
 def epochs(w, n, first, *flags):
-    """Which of 300 pictures are mirrored in each of n epochs, (n, 300), from `first` on, each in an order of its own."""
+    """Which of 300 pictures are mirrored in each of n epochs, (n, 300), from `first` on, each in its own order."""
     args = w.parse_args([*w.tiny, "--batch-size", "30", *flags])
     batch = w.Batches(args, torch.device("cpu"))
     batch.step, mirrored = first * batch.per_epoch, torch.full((n, 300), -1)
