@@ -271,7 +271,8 @@ def probe(args, first, device):
     print(f"\nreconstruction ratio {reconstruction_ratio(real, made, args.seed):.3f}")
     if SCRIPT.with_name("metrics.py").exists():
         import metrics
-        home = Path(args.data_dir).resolve().parent if args.dataset == "folder" else args.data_dir  # not among pictures
+        home = Path(args.data_dir)
+        if args.dataset == "folder": home = home.resolve().parent  # not among the pictures
         with or_fail("no network to tell the reconstructions' classes"):
             judge = metrics.Judge(args.dataset, load, None if few else home, device)
         kept = (judge.net.embed(to_uint8(made))[1].argmax(1).cpu() == y_test).double().mean()
