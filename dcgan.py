@@ -5,6 +5,7 @@ Goodfellow et al. 2014, arXiv 1406.2661, eq. (1); networks of Radford et al. 201
     discriminator  min_D  E[softplus(-f(x))] + E[softplus(f(G(z)))]
                           + (gp + r1/2) E||grad f(x)||^2 + (gp + r2/2) E||grad f(G(z))||^2
     generator      min_G  E[softplus(-f(G(z)))], non-saturating; or E[-softplus(f(G(z)))], eq. (1) as it stands
+    relativistic   E[softplus(f(G(z)) - f(x))] for D, E[softplus(f(x) - f(G(z)))] for G: Huang et al. 2024, 2501.05441
 
     python dcgan.py                                      numerals rendered at start-up, no download
     python dcgan.py --dataset mnist --epochs 200
