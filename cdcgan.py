@@ -21,35 +21,16 @@ in eval mode with averaged weights.
 """
 
 import argparse
-import contextlib
-import copy
-import functools
-import hashlib
-import importlib
-import itertools
-import json
 import math
-import os
-import shutil
-import signal
-import sys
-import time
-import zlib
-from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime, timedelta
-from pathlib import Path
 
-import numpy as np
 import torch
-import torchvision
-from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 from torch import nn
 from torch.nn import functional as F
 
 # The best of a search on MNIST, two minutes of one core a run (tests/gallery/README.md); PAPER: --paper.
 BEST = dict(image_size=32, batch_size=64, d_steps=1, lr_g=2e-3, lr_d=2e-3, beta1=0.0, beta2=0.9, ema=0.995,
             ngf=16, ndf=16, d_norm="none", r1=0.01, penalty_share=0.25, lr_decay="linear")
-MLP = dict(image_size=28, lr_g=1e-3, lr_d=1e-3)  # and these of --arch mlp
+MLP = dict(image_size=28, lr_g=2e-3, lr_d=5e-4)  # and these of --arch mlp
 PAPER = dict(batch_size=128, d_steps=1, lr_g=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999, ngf=128, ndf=64)
 
 
@@ -235,11 +216,18 @@ def train(args):
 # The method ends here. Below is the plumbing, the same in all seven scripts: FLAGS, DATA, STEP, RUN, in the order in
 # which a run uses them. Its home is wgan_gp.py; after a change there `python tests/sync.py` copies it to the others.
 # ======================================================================================================================
+import contextlib, copy, functools, hashlib, importlib, itertools, json, os, shutil, signal, sys, time, zlib
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timedelta
+from pathlib import Path
+import numpy as np
+import torchvision
+from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
+
 SCRIPT = Path(__file__)
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun: one process for each GPU
 
 # FLAGS ----------------------------------------------------------------------------------------------------------------
-
 def fail(message):
     """A user's mistake: one line on stderr, exit code 2, no traceback."""
     sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}\n")
@@ -248,10 +236,8 @@ def fail(message):
 @contextlib.contextmanager
 def or_fail(message):
     """Around a line or two whose exceptions are a user's mistake; around more it would hide ours."""
-    try:
-        yield
-    except Exception as e:
-        fail(f"{message} ({type(e).__name__}: {e})")
+    try: yield
+    except Exception as e: fail(f"{message} ({type(e).__name__}: {e})")
 
 def number(kind, low, high=2**40):
     """An argparse type: an int or a float in [low, high]; NaN and infinity are out."""
@@ -262,7 +248,7 @@ def number(kind, low, high=2**40):
     return parse
 
 def add_run_flags(p):
-    """The flags of every image script. Its own stand before them, and its defaults follow by p.set_defaults."""
+    """The flags of every image script. Its own stand before them, and its defaults follow in resolve."""
     p.error, p.formatter_class = fail, argparse.ArgumentDefaultsHelpFormatter
     a, count, share, rate = p.add_argument, number(int, 0), number(float, 0, 0.999999), number(float, 0, 10)
     a("--dataset", choices=DATASETS, default="digits", help="digits: rendered here, no download")
@@ -283,7 +269,7 @@ def add_run_flags(p):
     a("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of the networks, the order of the data, and all noise")
     a("--paper", action="store_true", help="the paper's settings where no flag says otherwise, not the best ones")
     a("--dry-run", action="store_true", help="two iterations and one of everything else, on tiny data")
-    p.fixed = vars(p.parse_args([])).keys()  # a resumed run has these of its checkpoint: its networks and its data
+    p.fixed = vars(p.parse_args([])).keys()  # those so far a resumed run has of its checkpoint: its networks and data
     a("--lr-g", type=rate, help="learning rate of G")
     a("--lr-d", type=rate, help="learning rate of D")
     a("--lr-decay", choices=("none", "linear", "best-fid"), default="none", help="linear: to 0 at the last step; "
@@ -302,7 +288,7 @@ def add_run_flags(p):
       "keep with chance sigmoid(score), which a critic's is not for; drs: Azadi et al. 2019, calibrated on --holdout")
     a("--drs-percentile", type=number(float, 0, 100), default=60.0, help="of D's scores, kept half; the paper: 80, 95")
     a("--tensorboard", action="store_true", help="also write the log for TensorBoard, if it is installed")
-    p.kept = vars(p.parse_args([])).keys()  # what a checkpoint gives to the run that resumes it
+    p.kept = vars(p.parse_args([])).keys()  # those so far a checkpoint gives to the run that resumes it
     a("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="mps is written for but untested")
     a("--graph", action=argparse.BooleanOptionalAction, default=False, help="CUDA: replay the iteration as one graph")
     a("--run-dir", help="default: runs/SCRIPT-DATASET-FLAGS-sSEED-TIME, FLAGS those that are not the default")
@@ -324,10 +310,9 @@ def resolve(p, argv, best, mlp, paper):
     defaults = vars(p.parse_args([]))
     p.set_defaults(**old | ({"epochs": None} if old.get("steps") else {}))
     args = p.parse_args(argv)
-    if args.resume:
-        if args.epochs and args.steps == old["steps"]: args.steps = None  # --epochs was given, to go further
-        for k in p.fixed & old.keys() - ({"seed"} if args.generate and args.reject != "drs" else set()):
-            if vars(args)[k] != old[k]: fail(f"--{k.replace('_', '-')} is {old[k]} in {args.resume}: it cannot change")
+    if old and args.epochs and args.steps == old["steps"]: args.steps = None  # --epochs was given, to go further
+    for k in p.fixed & old.keys() - ({"seed"} if args.generate and args.reject != "drs" else set()):
+        if vars(args)[k] != old[k]: fail(f"--{k.replace('_', '-')} is {old[k]} in {args.resume}: it cannot change")
     if args.generate and not args.resume: fail("--generate N needs --resume FILE, the checkpoint to draw from")
     if args.z_file and not args.generate: fail("--z-file needs --generate N")
     if args.z_file and args.reject != "none": fail("--z-file names the pictures, --reject would choose among them")
@@ -360,7 +345,6 @@ def pick_device(args):
     return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
 
 # DATA -----------------------------------------------------------------------------------------------------------------
-
 # name: channels
 DATASETS = {"digits": 1, "mnist": 1, "fashion": 1, "cifar10": 3, "celeba": 3, "folder": 3, "stacked_mnist": 3}
 TORCHVISION = {"mnist": ("MNIST", "MNIST/raw"), "fashion": ("FashionMNIST", "FashionMNIST/raw"),
@@ -369,19 +353,15 @@ TORCHVISION = {"mnist": ("MNIST", "MNIST/raw"), "fashion": ("FashionMNIST", "Fas
 def load_data(name, data_dir, size, split, limit=None):
     """The "train" or "test" pictures of a data set: uint8 (N, C, size, size) in 0..255, int64 labels (N,) or -1."""
     root, train = Path(data_dir), split == "train"
-    if name == "folder":
-        return read_files(root, *list_folder(root, split), size, limit)
+    if name == "folder": return read_files(root, *list_folder(root, split), size, limit)
     if name == "celeba":
         with or_fail(f"--dataset celeba: put torchvision's files of it into {root / 'celeba'}, or pip install gdown"):
             names = torchvision.datasets.CelebA(str(root), split=split, download=True).filename
         faces = root / "celeba" / "img_align_celeba"
         return read_files(faces, [faces / n for n in names], [-1] * len(names), size, limit)
-    if name == "digits":
-        x, y = render_digits(*((20_000, 1) if train else (10_000, 2)))
-    elif name == "stacked_mnist":
-        x, y = stack(*torchvision_data("mnist", root, train), *((128_000, 3) if train else (26_000, 4)))
-    else:
-        x, y = torchvision_data(name, root, train)
+    if name == "digits": x, y = render_digits(*((20_000, 1) if train else (10_000, 2)))
+    elif name != "stacked_mnist": x, y = torchvision_data(name, root, train)
+    else: x, y = stack(*torchvision_data("mnist", root, train), *((128_000, 3) if train else (26_000, 4)))
     return fit(x[:limit], size), y[:limit]
 
 def torchvision_data(name, root, train):
@@ -404,11 +384,12 @@ def list_folder(root, split):
     found = [p.relative_to(root) for p in root.rglob("*") if p.suffix[1:].lower() in kinds.split()]
     found = [p for p in found if not any(part.startswith(".") for part in p.parts)]  # hidden, or a Mac's ._ companions
     found.sort(key=lambda p: hashlib.sha256(p.as_posix().encode()).digest())
-    names = sorted({p.parts[apart] for p in found if len(p.parts) > 1 + apart})  # of both splits: labels mean the same
+    label = {p: p.parts[apart] for p in found if len(p.parts) > 1 + apart}
+    names = sorted(set(label.values()))  # of both splits: labels mean the same
     files = ([p for p in found if p.parts[0] == split] if apart else  # of fewer than ten, the last
              [p for i, p in enumerate(found) if (i % 10 == min(9, len(found) - 1)) == (split == "test")])
     if not files: fail(f"--dataset folder: no {kinds} in {root / split if apart else root}: name one by --data-dir")
-    return [root / p for p in files], [names.index(p.parts[apart]) if len(p.parts) > 1 + apart else -1 for p in files]
+    return [root / p for p in files], [names.index(label[p]) if p in label else -1 for p in files]
 
 def read_files(root, files, labels, size, limit):
     """uint8 (N, 3, size, size) and labels (N,) of the files that can be read. Decoded once, by threads, and kept beside
@@ -426,8 +407,7 @@ def read_files(root, files, labels, size, limit):
     x = np.stack([pictures[i] for i in good])
     try:
         if not limit: write_whole(cache, lambda f: np.savez(f, x=x, good=good))
-    except OSError as e:
-        sys.stderr.write(f"not kept for the next run: {cache} ({e})\n")
+    except OSError as e: sys.stderr.write(f"not kept for the next run: {cache} ({e})\n")
     return torch.from_numpy(x), y[good]
 
 def read_picture(path, size):
@@ -441,8 +421,7 @@ def read_picture(path, size):
                 im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im.convert("RGBA"))
             im = ImageOps.fit(im.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
             return np.asarray(im).transpose(2, 0, 1)
-    except Exception as e:  # Pillow raises a different kind for each kind of damage
-        return f"{path} ({e})"
+    except Exception as e: return f"{path} ({e})"  # Pillow raises a different kind for each kind of damage
 
 def render_digits(n, seed):
     """n numerals (n, 1, 28, 28), labels 0..9 in turn: Pillow's own font, strokes, blurs and affine maps at random."""
@@ -452,8 +431,8 @@ def render_digits(n, seed):
         ImageDraw.Draw(im).text((32, 32), digit, 255, ImageFont.load_default(54), anchor="mm", stroke_width=stroke)
         bank.append(torch.from_numpy(np.array(im.filter(ImageFilter.GaussianBlur(blur)))))
     glyphs = torch.stack(bank)[y * 4 + torch.randint(4, (n,), generator=rng), None]
-    angle, shear, sx, sy, tx, ty = (torch.rand(6, n, generator=rng) * 2 - 1) * torch.tensor(
-        [[0.18], [0.2], [0.12], [0.1], [0.08], [0.08]])  # +-10 degrees, shear .2, scales, shifts of a pixel
+    scale = torch.tensor([0.18, 0.2, 0.12, 0.1, 0.08, 0.08])  # +-10 degrees, shear .2, scales, shifts of a pixel
+    angle, shear, sx, sy, tx, ty = (torch.rand(6, n, generator=rng) * 2 - 1) * scale[:, None]
     c, s = angle.cos(), angle.sin()
     theta = torch.stack([c * (1.05 + sx), shear - s, tx, s, c * (1.05 + sy), ty], 1).view(n, 2, 3)
     for part, t in zip(glyphs.split(2000), theta.split(2000)):
@@ -485,6 +464,9 @@ class Batches:
         x, y = load_data(args.dataset, args.data_dir, args.image_size, "train", 256 if args.dry_run else None)
         if not RANK: from_rank_0()
         crc = zlib.crc32(x.contiguous().numpy()) if args.dataset == "folder" else 0  # others stay the same
+        if args.dataset == "folder":
+            n, tests = (len(list_folder(Path(args.data_dir), split)[0]) for split in ("train", "test"))
+            say(f"{args.data_dir}: {len(x)} of {n} pictures read, {tests} more set aside for testing")
         data = f"{len(x)} pictures of CRC {crc:08x}"
         if vars(args).setdefault("data", data) != data: fail(f"{args.resume} saw {args.data}, the data is {data}")
         args.classes = int(y.max()) + 1 if y.min() >= 0 else 0
@@ -498,14 +480,13 @@ class Batches:
         (epoch, i), a, n = divmod(self.step, self.per_epoch), self.args, len(self.x)
         if epoch != self.epoch:
             self.epoch, self.order = epoch, torch.randperm(n, generator=seeded(a.seed, 0, epoch)).to(self.device)
-            self.mirror = torch.randint(2, (n, 1, 1, 1), generator=seeded(a.seed, 11, epoch)).bool().to(self.device)
+            if a.flip: self.mirror = torch.randint(2, (n, 1, 1, 1), generator=seeded(a.seed, 11, epoch)).to(self.device)
         self.step += 1
-        index = self.order[i * a.batch_size:(i + 1) * a.batch_size].chunk(WORLD)[RANK]
+        index = self.order[i * a.batch_size:(i + 1) * a.batch_size][RANK::WORLD]
         x = self.x[index]
-        return torch.where(self.mirror[index], x.flip(3), x) if a.flip else x, self.y[index]
+        return torch.where(self.mirror[index] > 0, x.flip(3), x) if a.flip else x, self.y[index]
 
 # STEP -----------------------------------------------------------------------------------------------------------------
-
 def to_uint8(x):
     """[-1, 1] -> uint8 0..255: the one way out, for files and for metrics alike."""
     return ((x + 1) * 127.5).round().clamp(0, 255).byte()
@@ -526,17 +507,18 @@ class Net(nn.Sequential):
 
 def rand(n, *shape, like):
     """U[0, 1) of shape (n, *shape), device and dtype of `like`. Ranks draw for the whole batch and keep their rows."""
-    return torch.rand(WORLD * n, *shape, device=like.device, dtype=like.dtype).chunk(WORLD)[RANK]
+    return torch.rand(WORLD * n, *shape, device=like.device, dtype=like.dtype)[RANK::WORLD]
 
 def sample_z(args, n, device, generator=None):
     """z (n, latent_dim) from the prior. Without a generator as in training: ranks draw all and keep their own rows."""
     shape = n if generator else WORLD * n, args.latent_dim
-    z = (torch.randn(shape, device=device, generator=generator) if args.prior == "normal" else
-         torch.rand(shape, device=device, generator=generator) * 2 - 1)
-    return z if generator else z.chunk(WORLD)[RANK]
+    draw = torch.randn if args.prior == "normal" else lambda *a, **k: torch.rand(*a, **k) * 2 - 1
+    z = draw(shape, device=device, generator=generator)
+    return z if generator else z[RANK::WORLD]
 
 def seeded(*key):
-    """A CPU generator, a pure function of whole numbers: hashed, as torch keeps only 32 bits of a seed."""
+    """A CPU generator, a pure function of whole numbers: hashed, as torch keeps only 32 bits of a seed. After the run's
+    seed: 0 the order of data, 1 sheets, 2-5 scores and figures, 6 --generate, 7 --holdout, 10 the probe, 11 --flip."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 def adam(net, lr, args):
@@ -564,12 +546,10 @@ def pair_accuracy(score_real, score_fake):
     return (score_real.detach()[:, None] > score_fake.detach()).float().mean()
 
 def average_gradients(net):
-    """Their mean over ranks, by one flat all_reduce."""
-    if WORLD > 1:
-        grads = [p.grad for p in net.parameters()]
-        flat = torch.cat([g.flatten() for g in grads])
-        torch.distributed.all_reduce(flat)
-        for g, mean in zip(grads, (flat / WORLD).split([g.numel() for g in grads])): g.copy_(mean.view_as(g))
+    """Their mean over ranks."""
+    for p in net.parameters() if WORLD > 1 else ():
+        torch.distributed.all_reduce(p.grad)
+        p.grad /= WORLD
 
 def from_rank_0(value=None):
     """What rank 0 passes; the others wait for it."""
@@ -596,7 +576,6 @@ def captured(step, args):
     return functools.partial(next, calls()) if args.graph else step
 
 # RUN ------------------------------------------------------------------------------------------------------------------
-
 def write_whole(path, write):
     """write(file) into a temporary file beside `path`, flush, rename: a kill at any moment leaves the old file."""
     temporary = path.with_name(f"{path.name}.tmp")
@@ -606,19 +585,10 @@ def write_whole(path, write):
         os.fsync(f.fileno())
     os.replace(temporary, path)
 
-def read_checkpoint(path):
-    with or_fail(f"{path} is not a whole checkpoint of these scripts"):
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        for k in ("script", "args", "step", "nets", "ema", "opts", "rng", "state", "window"): checkpoint[k]
-    return checkpoint
-
-def to_image(x):
-    """uint8 (C, H, W) -> a grey or a colour Pillow image."""
-    return Image.fromarray(x[0].numpy() if len(x) == 1 else x.permute(1, 2, 0).contiguous().numpy())
-
-def save_sheet(x, path, columns):
-    """uint8 (N, C, H, W) as one PNG, row by row, two pixels of white between pictures."""
-    to_image(torchvision.utils.make_grid(x.cpu(), columns, padding=2, pad_value=255)[:x.shape[1]]).save(path)
+def save_sheet(x, path, columns=8):
+    """uint8 (N, C, H, W) as one PNG, row by row, two pixels of white between pictures; one picture as it is."""
+    sheet = torchvision.utils.make_grid(x.cpu(), columns, padding=2, pad_value=255)[:x.shape[1]]  # grey comes back RGB
+    Image.fromarray(sheet.permute(1, 2, 0).squeeze(2).contiguous().numpy()).save(path)
 
 def say(text, redraw=False):
     """A line on stdout, rank 0's; on a terminal the next one is written over a `redraw` line."""
@@ -640,44 +610,7 @@ def make_folder(args):
         fail(f"--run-dir {folder} is in use: name another, or go on with --resume {folder / 'last.pt'}")
     with or_fail(f"--run-dir {folder}"): (folder / "samples").mkdir(parents=True, exist_ok=True)
     if fresh: shutil.copy(SCRIPT, folder / SCRIPT.name)
-    (folder / "args.json").write_text(json.dumps(vars(args), indent=1))
     return folder
-
-class Log:
-    """log.csv, the progress line and TensorBoard: rank 0's."""
-
-    def __init__(self, args, folder, step, total, per_epoch, seconds):
-        self.args, self.path, self.total, self.per_epoch, self.board = args, folder / "log.csv", total, per_epoch, None
-        self.start, self.mark = time.time() - seconds, (time.time(), step)
-        self.header, *rows = (self.path.read_text() if self.path.exists() else "").splitlines() or [""]
-        # a resumed run leaves what an unbroken one would: rows past its step go, and one that a kill cut
-        self.rows = [r for r in rows if r.count(",") == self.header.count(",") and int(r.split(",")[0]) <= step]
-        if self.rows != rows and not RANK: self.write()
-        if args.tensorboard and not RANK: self.board = torch.utils.tensorboard.SummaryWriter(folder, purge_step=step)
-
-    def write(self):
-        """All of it, since a small file is soon written: a column that is new is empty in the rows before."""
-        rows = [r + "," * (self.header.count(",") - r.count(",")) for r in self.rows]
-        write_whole(self.path, lambda f: f.write("\n".join([self.header, *rows, ""]).encode()))
-
-    def row(self, step, row):
-        """One more row, {column: number}."""
-        row = {"step": step, "epoch": step / self.per_epoch, "g_updates": g_updates(self.args, step),
-               "seconds": time.time() - self.start, **row}
-        cells = {k: f"{v:.6g}" if isinstance(v, float) else str(v) for k, v in row.items()}
-        columns = list(dict.fromkeys([*filter(None, self.header.split(",")), *row]))
-        self.header, self.rows = ",".join(columns), [*self.rows, ",".join(cells.get(k, "") for k in columns)]
-        self.write()
-        for k, v in row.items() if self.board else (): self.board.add_scalar(k, v, step)
-
-    def progress(self, step, means, rates):
-        """A row of mean losses and learning rates, and the line on how far the run is and when it will end."""
-        speed = (step - self.mark[1]) / max(time.time() - self.mark[0], 1e-9)  # D updates a second
-        self.mark, images = (time.time(), step), speed * self.args.batch_size
-        self.row(step, {**means, "images_per_s": images, **rates})
-        say(f"epoch {step / self.per_epoch:.1f}/{self.total / self.per_epoch:.4g}  "
-            f"D {step} G {g_updates(self.args, step)}  " + "".join(f"{k} {v:.3f}  " for k, v in means.items())
-            + f"{images:.0f} images/s  ETA {timedelta(seconds=int(max(0, self.total - step) / speed))}", redraw=True)
 
 class Run:
     """Drives a training: its cadence, log, checkpoints, scores and end. It sees the method only through these
@@ -686,19 +619,18 @@ class Run:
     def __init__(self, args, nets, opts, ema, draw, rate, batch, labels=1):
         """labels: the number of classes that draw's y can ask for; 1: it has no y."""
         self.args, self.nets, self.opts, self.ema, self.batch, self.labels = args, nets, opts, ema, batch, labels
-        self.draw, self.rate = (apart(f, nets, batch.device, labels) for f in (draw, rate))
+        self.draw, self.rate = (functools.partial(in_parts, self, f) for f in (draw, rate))
         self.step, self.sums, self.count = 0, torch.zeros((), device=batch.device), 0
-        self.signal = self.leaving = self.study = None
+        self.signal = self.leaving = self.study = self.board = None
         self.state = {"best_fid": math.inf, "stale": 0, "scored": -1, "seconds": 0.0}
         if args.resume: restore(self, args.resume)
         alone = not SCRIPT.with_name("metrics.py").exists()
         if alone and (args.reject != "none" or args.lr_decay == "best-fid"):
             fail("--reject and --lr-decay best-fid need metrics.py beside the script")
-        if args.tensorboard:
-            with or_fail("--tensorboard: pip install tensorboard"): importlib.import_module("torch.utils.tensorboard")
+        with or_fail("--tensorboard: pip install tensorboard"):
+            writer = args.tensorboard and importlib.import_module("torch.utils.tensorboard").SummaryWriter
         self.folder = from_rank_0(None if RANK else make_folder(args))
-        if alone:
-            say("metrics.py is not beside this script: no scores, and of the figures only the sheets")
+        if alone: say("metrics.py is not beside this script: no scores, and of the figures only the sheets")
         elif not RANK:
             import metrics
             load = functools.partial(load_data, args.dataset, args.data_dir, args.image_size)
@@ -707,8 +639,12 @@ class Run:
         if args.generate: return
         if not (self.folder / "best.pt").exists(): self.state.update(best_fid=math.inf, stale=0)
         self.total = args.steps or args.epochs * batch.per_epoch
-        self.log = Log(args, self.folder, self.step, self.total, batch.per_epoch, self.state["seconds"])
-        if self.step == 0 and args.sample_every: self.sheet("samples/step_0000000.png")
+        self.start, self.mark = time.time() - self.state["seconds"], (time.time(), self.step)
+        if not RANK:
+            (self.folder / "args.json").write_text(json.dumps(vars(args), indent=1))
+            self.rows = open_log(self.folder / "log.csv", self.step)
+            if writer: self.board = writer(self.folder, purge_step=self.step)
+        if self.step == 0 and args.sample_every: self.sheet()
         on_signals(self.stop)
         say(f"{self.folder}: {self.total} D updates of {args.batch_size} out of {len(batch.x)} pictures"
             + ", which are few," * (len(batch.x) < 500) + f" on {WORLD} x {batch.device}")
@@ -728,7 +664,7 @@ class Run:
         if args.generate: return False
         if WORLD == 1 or self.step // args.d_steps % 10 == 0:
             self.leaving = from_rank_0(self.signal)  # all ranks after the same iteration, when rank 0 is told to
-        if self.leaving is None and due(self, args.eval_every):  # a resumed run too, if it was killed at it
+        if self.leaving is None and self.due(args.eval_every):  # a resumed run too, if it was killed at it
             self.evaluate()
             state["stale"] = from_rank_0(state["stale"])
         if args.lr_decay == "best-fid" and state["stale"] >= args.patience:
@@ -740,52 +676,47 @@ class Run:
                 group["lr"] = group["lr"].fill_(lr) if torch.is_tensor(group["lr"]) else lr
         return self.step < self.total and self.leaving is None
 
+    def due(self, every):
+        """At the first end of an iteration at or past each multiple of `every` D updates."""
+        return every > 0 < self.step and self.step % every < self.args.d_steps
+
     def record(self, values):
         """Once an iteration: its losses go onto sums that stay on the device; then whatever is due."""
-        args, self.step, self.count = self.args, self.step + self.args.d_steps, self.count + 1
+        self.step, self.count = self.step + self.args.d_steps, self.count + 1
         self.sums = self.sums + torch.stack([v.detach() for v in values.values()])
-        if due(self, args.log_every): self.write_means(list(values))
-        if due(self, args.sample_every): self.sheet(f"samples/step_{self.step:07}.png")
-        if due(self, args.checkpoint_every): self.save("last.pt")
+        if self.due(self.args.log_every): progress(self, list(values))
+        if self.due(self.args.sample_every): self.sheet()
+        if self.due(self.args.checkpoint_every): save(self)
 
-    def write_means(self, names):
-        check_finite(self)  # waits for the device
-        sums, count, self.sums, self.count = self.sums.clone(), self.count, torch.zeros_like(self.sums), 0
-        if WORLD > 1: torch.distributed.all_reduce(sums)
-        rates = {f"lr_{k}": float(opt.param_groups[0]["lr"]) for k, opt in self.opts.items()}
-        if not RANK: self.log.progress(self.step, dict(zip(names, (sums / WORLD / count).tolist())), rates)
+    def g_updates(self):
+        return self.step // self.args.d_steps * self.args.g_steps
 
-    def sheet(self, name):
+    def sheet(self, name=None):
         """Of one fixed z: 64 pictures, or eight columns and a row for each label, of which 20 are shown."""
         check_finite(self)
-        if RANK: return
         n, rows = (64, 1) if self.labels == 1 else (8, min(self.labels, 20))
-        x, _ = self.draw(self.noise(n, 1).repeat(rows, 1), torch.arange(rows).repeat_interleave(n))
-        save_sheet(x, self.folder / name, 8)
-        self.log.mark = time.time(), self.step
+        if not RANK:
+            x, _ = self.draw(self.noise(n, 1).repeat(rows, 1), torch.arange(rows).repeat_interleave(n))
+            save_sheet(x, self.folder / (name or f"samples/step_{self.step:07}.png"))
+        self.mark = time.time(), self.step  # images_per_s is of training alone
 
     def evaluate(self):
         """Scores of fresh samples; best.pt by the FID to training pictures: that to the test set stays a measure."""
-        check_finite(self)
         if not self.study or self.state["scored"] == self.step: return  # a resumed run may know of it
-        self.save("last.pt")  # what scores may be missing: that must not cost the run
+        save(self)  # what scores may be missing: that must not cost the run
         if scores := self.study.evaluate(self.step):
             self.state.update(scored=self.step, stale=self.state["stale"] + 1)
             if scores["fid_train"] < self.state["best_fid"]:
                 self.state.update(best_fid=scores["fid_train"], stale=0)
-                self.save("best.pt")
-            self.log.row(self.step, scores)
-            self.save("last.pt")  # it now knows of the score
-        self.log.mark = time.time(), self.step  # images_per_s is of training alone
-
-    def save(self, name):
-        check_finite(self)
-        if not RANK: write_whole(self.folder / name, functools.partial(torch.save, snapshot(self)))
+                save(self, "best.pt")
+            log_row(self, scores)
+            save(self)  # it now knows of the score
+        self.mark = time.time(), self.step
 
     def finish(self, more_figures=lambda: None):
         """The last checkpoint, figures and scores; with --generate the pictures asked for."""
         if self.args.generate: return None if RANK else generate(self)
-        self.save("last.pt")
+        save(self)
         if self.leaving is not None:
             say(f"stopped at step {self.step}: go on with --resume {self.folder / 'last.pt'}")
             raise SystemExit(128 + self.leaving)
@@ -799,6 +730,15 @@ class Run:
             self.study.last_scores(lambda name: restore(self, self.folder / name, weights_only=True))
         say(f"done: {self.folder}")
 
+@torch.no_grad()
+def in_parts(run, f, rows, y=None):
+    """f, draw or rate, of any number of rows: 500 at a time, in eval mode and back, without gradients; on the CPU."""
+    y, device = torch.arange(len(rows)) % run.labels if y is None else y, run.batch.device
+    for net in run.nets.values(): net.eval()
+    parts = [f(a.to(device), b.to(device)) for a, b in zip(rows.split(500), y.split(500))]
+    for net in run.nets.values(): net.train()
+    return torch.cat(parts).cpu() if torch.is_tensor(parts[0]) else [torch.cat(p).cpu() for p in zip(*parts)]
+
 def check_finite(run):
     """Before anything is read or written: a NaN stops the run and leaves the last good checkpoint."""
     weights = (p for net in run.nets.values() for p in net.parameters())
@@ -806,38 +746,60 @@ def check_finite(run):
         fail(f"a loss or weight is not finite by step {run.step}: try lower --lr-d, --lr-g"
              + f"; {run.folder / 'last.pt'} is from before" * (run.folder / "last.pt").exists())
 
-def due(run, every):
-    """At the first end of an iteration at or past each multiple of `every` D updates."""
-    return every > 0 < run.step and run.step // every > (run.step - run.args.d_steps) // every
+def progress(run, names):
+    """A row of mean losses and learning rates, and the line on how far the run is and when it will end."""
+    check_finite(run)  # waits for the device
+    if WORLD > 1: torch.distributed.all_reduce(run.sums)
+    means = dict(zip(names, (run.sums / WORLD / run.count).tolist()))
+    speed = (run.step - run.mark[1]) / max(time.time() - run.mark[0], 1e-9)  # D updates a second
+    run.sums, run.count, run.mark = torch.zeros_like(run.sums), 0, (time.time(), run.step)
+    rates = {f"lr_{k}": float(opt.param_groups[0]["lr"]) for k, opt in run.opts.items()}
+    log_row(run, {**means, "images_per_s": speed * run.args.batch_size, **rates})
+    epoch, epochs = run.step / run.batch.per_epoch, run.total / run.batch.per_epoch
+    say(f"epoch {epoch:.1f}/{epochs:.4g}  D {run.step} G {run.g_updates()}  "
+        + "".join(f"{k} {v:.3f}  " for k, v in means.items()) + f"{speed * run.args.batch_size:.0f} images/s  "
+        f"ETA {timedelta(seconds=int(max(0, run.total - run.step) / speed))}", redraw=True)
 
-def g_updates(args, step):
-    return step // args.d_steps * args.g_steps
+def open_log(path, step):
+    """Leaves what log.csv would be of an unbroken run at this step, no row past it and none cut; its lines."""
+    header, *rows = path.read_text().split() if path.exists() else ["step"]
+    rows = [header, *(r for r in rows if r.count(",") == header.count(",") and int(r.split(",")[0]) <= step)]
+    if path.exists(): write_whole(path, lambda f: f.write("\n".join([*rows, ""]).encode()))
+    return rows
 
-def apart(f, nets, device, labels):
-    """draw or rate for any number of rows: 500 at a time, in eval mode and back, without gradients; on the CPU."""
-    @torch.no_grad()
-    def call(rows, y=None):
-        y = torch.arange(len(rows)) % labels if y is None else y
-        for net in nets.values(): net.eval()
-        parts = [f(a.to(device), b.to(device)) for a, b in zip(rows.split(500), y.split(500))]
-        for net in nets.values(): net.train()
-        return torch.cat(parts).cpu() if torch.is_tensor(parts[0]) else [torch.cat(p).cpu() for p in zip(*parts)]
-    return call
+def log_row(run, row):
+    """One more row {column: number} of log.csv. The file is small: it is written whole, and a column may be new."""
+    if RANK: return
+    row = {"step": run.step, "epoch": run.step / run.batch.per_epoch, "g_updates": run.g_updates(),
+           "seconds": time.time() - run.start, **row}
+    columns = list(dict.fromkeys([*run.rows[0].split(","), *row]))
+    cells = {k: f"{v:.6g}" if isinstance(v, float) else str(v) for k, v in row.items()}
+    run.rows = [",".join(columns), *(r + "," * (len(columns) - 1 - r.count(",")) for r in run.rows[1:]),
+                ",".join(cells.get(k, "") for k in columns)]
+    write_whole(run.folder / "log.csv", lambda f: f.write("\n".join([*run.rows, ""]).encode()))
+    for k, v in row.items() if run.board else (): run.board.add_scalar(k, v, run.step)
 
-def snapshot(run):
+def save(run, name="last.pt"):
     """A checkpoint: plain types and tensors."""
-    kind, rng = run.batch.device.type, {"cpu": torch.get_rng_state()}
-    if kind != "cpu": rng[kind] = getattr(torch, kind).get_rng_state()
-    return {"script": SCRIPT.stem, "args": dict(vars(run.args)), "step": run.step, "rng": rng,
-            "state": {**run.state, "seconds": time.time() - run.log.start},
-            "window": {"sums": run.sums, "count": run.count},
-            "nets": {k: net.state_dict() for k, net in run.nets.items()}, "ema": run.ema.state_dict(),
-            "opts": {k: opt.state_dict() for k, opt in run.opts.items()}}
+    check_finite(run)
+    run.state["seconds"], kind = time.time() - run.start, run.batch.device.type
+    rng = {"cpu": torch.get_rng_state()} | ({kind: getattr(torch, kind).get_rng_state()} if kind != "cpu" else {})
+    checkpoint = {"script": SCRIPT.stem, "args": dict(vars(run.args)), "step": run.step, "rng": rng,
+                  "state": run.state, "window": {"sums": run.sums, "count": run.count},
+                  "nets": {k: net.state_dict() for k, net in run.nets.items()}, "ema": run.ema.state_dict(),
+                  "opts": {k: opt.state_dict() for k, opt in run.opts.items()}}
+    if not RANK: write_whole(run.folder / name, functools.partial(torch.save, checkpoint))
+
+def read_checkpoint(path):
+    with or_fail(f"{path} is not a whole checkpoint of these scripts"):
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        for k in ("script", "args", "step", "nets", "ema", "opts", "rng", "state", "window"): checkpoint[k]
+    return checkpoint
 
 def restore(run, path, weights_only=False):
-    """Networks, average and moments, in place, as a captured step reads them; then step, noise and log. Rates and betas
-    are flags. Returns the checkpoint's step."""
-    checkpoint, kind = read_checkpoint(path), run.batch.device.type
+    """Networks, average and moments, in place, as a captured step reads them; then step, noise and log. Rates and
+    betas are flags. Returns the checkpoint's step."""
+    checkpoint, device = read_checkpoint(path), run.batch.device
     with or_fail(f"{path} does not fit these networks"):
         for k, net in run.nets.items(): net.load_state_dict(checkpoint["nets"][k])
         run.ema.load_state_dict(checkpoint["ema"])
@@ -845,13 +807,15 @@ def restore(run, path, weights_only=False):
             params = [p for group in opt.param_groups for p in group["params"]]
             for i, moments in checkpoint["opts"][k]["state"].items():
                 for m, v in moments.items(): opt.state[params[i]].setdefault(m, v.to(params[i].device)).copy_(v)
-    if weights_only: return checkpoint["step"]
-    run.step = run.batch.step = checkpoint["step"]
-    run.sums, run.count = checkpoint["window"]["sums"].to(run.batch.device), checkpoint["window"]["count"]
-    run.state.update(checkpoint["state"])
-    run.ema.updates.fill_(g_updates(run.args, run.step))
-    torch.set_rng_state(checkpoint["rng"]["cpu"])
-    if kind in checkpoint["rng"] and kind != "cpu": getattr(torch, kind).set_rng_state(checkpoint["rng"][kind])
+    if not weights_only:
+        run.step = run.batch.step = checkpoint["step"]
+        run.sums, run.count = checkpoint["window"]["sums"].to(device), checkpoint["window"]["count"]
+        run.state.update(checkpoint["state"])
+        run.ema.updates.fill_(run.g_updates())
+        for kind, state in checkpoint["rng"].items():
+            if kind == "cpu": torch.set_rng_state(state)
+            elif kind == device.type: getattr(torch, kind).set_rng_state(state)
+    return checkpoint["step"]
 
 def generate(run):
     """--generate N pictures as PNG files: of fresh z, of --z-file, or chosen by --reject."""
@@ -863,19 +827,16 @@ def generate(run):
             z = np.load(args.z_file) if args.z_file.endswith(".npy") else torch.load(args.z_file, weights_only=True)
             z = torch.as_tensor(z).float()[:args.generate]
             if z.shape != (args.generate, args.latent_dim) or not z.isfinite().all(): raise ValueError(tuple(z.shape))
-    if args.reject == "none":
-        x, _ = run.draw(z)
+    if args.reject == "none": x, _ = run.draw(z)
     else:
         with or_fail(f"--reject {args.reject}"): x, took = run.study.kept(args.generate, 6)
     with or_fail(f"--generate-to {out}"): out.mkdir(parents=True, exist_ok=True)
-    for i, picture in enumerate(x): to_image(picture).save(out / f"{i:05}.png")
+    for i in range(len(x)): save_sheet(x[i:i + 1], out / f"{i:05}.png")
     say(f"{args.generate} pictures in {out}" + (f": {took['line']}" if took else ""))
 
 def main(argv=None):
-    try:
-        train(parse_args(argv))
-    except KeyboardInterrupt:  # outside the training loop, or the second one
-        raise SystemExit(128 + signal.SIGINT) from None
+    try: train(parse_args(argv))
+    except KeyboardInterrupt: raise SystemExit(128 + signal.SIGINT) from None  # outside the loop, or the second one
     finally:
         if WORLD > 1 and torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
 

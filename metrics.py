@@ -4,12 +4,13 @@ rejection sampling, and what a training asks for: scores on the way, figures, pl
     python metrics.py --real mnist --fake runs/NAME/generated     a folder of PNG; or a .npy or .pt, uint8 (N, C, H, W)
     python metrics.py --real photos --fake generated              a folder against a folder: no labels, no download
     python metrics.py --real photos --fake generated --features inception --scores fid
-    python metrics.py --plot runs/A runs/B -o curves.png
+    python metrics.py --plot runs/A runs/B -o curves.png          runs that differ in the seed alone become one band
+    python metrics.py --table runs/A runs/B                       their final scores, mean and deviation over seeds
 
     from metrics import fid, kid, inception_score, density_coverage       on features and logits, tensors (N, d), (N, K)
 
 The sections: SCORES, functions of features and logits; FEATURES, the networks that give them; JUDGE, a data set's own
-scale; REJECTION; STUDY, for the scripts; PLOT; COMMAND LINE.
+scale; REJECTION; STUDY, for the scripts; PLOT, logs and final scores; COMMAND LINE.
 
 The features come from a small convnet that is trained on the data set itself, on its labels or, where there are fewer
 than two, on telling by how many quarter turns a picture was rotated; or from the Inception network of 2015 that
@@ -51,7 +52,6 @@ def checked(least, *tables):
             raise ValueError("features or logits that are not finite")
     return [t.double() for t in tables]
 
-
 def inception_score(logits, splits=10):
     """exp(E KL(p(y|x) || p(y))), Salimans et al. 2016 (1606.03498), section 4: 1 (worst) to K.
 
@@ -65,11 +65,9 @@ def inception_score(logits, splits=10):
     scores = torch.stack([kl(part, part.mean(0)).mean().exp() for part in parts])
     return scores.mean().item(), scores.std(correction=0).item()
 
-
 def kl(p, q):
     """KL(p || q) in nats over the last dimension, 0 log 0 = 0."""
     return (torch.xlogy(p, p) - torch.xlogy(p, q)).sum(-1)
-
 
 def mode_score(logits_fake, logits_real):
     """(as printed, as meant) for logits (N, K) and (M, K).
@@ -84,13 +82,11 @@ def mode_score(logits_fake, logits_real):
     meant = (kl(p, p_fake).mean() - kl(p_fake, p_real)).exp()
     return printed.item(), meant.item()
 
-
 def mean_and_covariance(x):
     """Features (N, d) -> mean (d,) and covariance (d, d) in float64, divided by N - 1 as np.cov does."""
     (x,) = checked(2, x)
     mean = x.mean(0)
     return mean, (x - mean).T @ (x - mean) / (len(x) - 1)
-
 
 def frechet_distance(mean1, cov1, mean2, cov2):
     """|m1 - m2|^2 + Tr(C1 + C2 - 2 (C1 C2)^(1/2)), Heusel et al. 2017 (1706.08500), section 4.
@@ -107,7 +103,6 @@ def frechet_distance(mean1, cov1, mean2, cov2):
     return clamp_rounding((mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * trace,
                           cov1.trace() + cov2.trace())
 
-
 def fid(x, y):
     """Frechet distance of features (N, d) and (M, d). With fewer pictures than dimensions the trace is the nuclear norm
     of the centred product (N, M): exact, and no (d, d) matrix is made. Biased upwards by O(1/N): use equal N."""
@@ -119,13 +114,11 @@ def fid(x, y):
     traces = a.square().sum() + b.square().sum()
     return clamp_rounding((x.mean(0) - y.mean(0)).square().sum() + traces - 2 * trace, traces)
 
-
 def clamp_rounding(distance, scale):
     """Rounding can leave a distance just below 0; more than that is an error and must be seen."""
     if distance < -1e-5 * scale - 1e-12:
         raise ArithmeticError(f"a squared distance of {distance.item()}")
     return max(distance.item(), 0.0)
-
 
 class Moments:
     """Mean and covariance of features that come in batches (B, d), in float64. Fewer than d of them are kept as they
@@ -161,7 +154,6 @@ class Moments:
             raise ValueError("a covariance needs two pictures or more")
         return frechet_distance(*self.mean_and_covariance(), *other.mean_and_covariance())
 
-
 def kid(real, fake, subsets=100, size=1000):
     """Kernel Inception Distance, Binkowski et al. 2018 (1801.01401), section 4: mean and standard deviation over
     `subsets` of `size` of the unbiased squared MMD under (x'y / d + 1)^3.
@@ -181,11 +173,9 @@ def kid(real, fake, subsets=100, size=1000):
     values = torch.stack(values)
     return values.mean().item(), values.std(correction=0).item()
 
-
 # Distances: a matrix product finds who is near, five times faster than measuring each pair; what it finds is measured
 # directly. The product alone is off by 1e-8 of the features' size, which would lose duplicates and ties; so they are
 # taken about their mean.
-
 
 def nearness(x, y, y2):
     """Shares (B, d) of x (N, d) and |x - y|^2 - |x|^2 (B, M), which for each x orders the y (M, d), of squares y2 (M,).
@@ -198,7 +188,6 @@ def nearness(x, y, y2):
 def measured(x, y):
     return (x - y).square().sum(-1).sqrt()
 
-
 def ball_radius(x, k):
     """The distance (N,) from each of x (N, d) to its k-th neighbour, itself not counted. ValueError: only k rows."""
     (x,), parts = checked(k + 1, x), []
@@ -207,7 +196,6 @@ def ball_radius(x, k):
         index = near.topk(k + 1, largest=False).indices
         parts += [measured(p[:, None], x[i]).sort(1).values[:, k] for p, i in zip(part.split(100), index.split(100))]
     return torch.cat(parts)
-
 
 def coverage(real, fake, k=5, radius=None):
     """The share of real points whose ball, as wide as the distance to the k-th other real point, holds a fake one.
@@ -219,7 +207,6 @@ def coverage(real, fake, k=5, radius=None):
     checked(len(x), radius[:, None])
     nearest = torch.cat([near.argmin(1) for _, near in nearness(x, y, y.square().sum(1))])
     return (measured(x, y[nearest]) < radius).double().mean().item()
-
 
 def inside(points, centres, radius, closed):
     """Blocks (B, M) of a table of all: does ball j, its rim included if `closed`, hold point i?"""
@@ -235,7 +222,6 @@ def inside(points, centres, radius, closed):
             result[i, j] = d <= radius[j] if closed else d < radius[j]
         yield result
 
-
 def precision_recall(real, fake, k=3, radii=None):
     """Kynkaanniemi et al. 2019 (1904.06991), eq. (1) and (2): the share of fakes within any real picture's ball, as
     wide as the distance to its k-th neighbour, and the share of real pictures within any fake's. Features (N, d),
@@ -244,14 +230,12 @@ def precision_recall(real, fake, k=3, radii=None):
     return tuple(torch.cat([block.any(1) for block in inside(points, centres, radius, True)]).double().mean().item()
                  for points, centres, radius in ((fake, real, radii[0]), (real, fake, radii[1])))
 
-
 def density_coverage(real, fake, k=5, radius=None):
     """Naeem et al. 2020 (2002.09797), eq. (7) and (8): the number of real balls around a fake, over k, on average (1
     for equal laws, more where fakes crowd), and `coverage`. Features (N, d), (M, d)."""
     radius = ball_radius(real, k) if radius is None else radius
     count = sum(block.sum().item() for block in inside(fake, real, radius, False))
     return count / (k * len(fake)), coverage(real, fake, k, radius)
-
 
 # FEATURES: a small convnet, trained here; or Inception ----------------------------------------------------------------
 
@@ -266,7 +250,6 @@ def exact():
     finally:
         torch.set_float32_matmul_precision(before)
 
-
 def as_pictures(x, *channels):
     """x, if it is uint8 (N, C, H, W), C one of `channels` if any are named. ValueError: floats, whose scale is unknown,
     and every other shape."""
@@ -275,7 +258,6 @@ def as_pictures(x, *channels):
         kind = getattr(x, "dtype", type(x))
         raise ValueError(f"pictures are uint8 (N, C, H, W), C of {channels or 'any'}, not {kind} {tuple(np.shape(x))}")
     return x
-
 
 class Classifier(nn.Module):
     """uint8 pictures (N, C, S, S) -> features (N, 128), logits (N, K). Inside, 32x32 pictures in [0, 1]. It judges the
@@ -326,7 +308,6 @@ def turned(x, quarters):
         out[quarters == k] = torch.rot90(x[quarters == k], k, (2, 3))
     return out
 
-
 def train_classifier(x, y, classes, device, epochs=None, say=print):
     """A Classifier of uint8 pictures (N, C, H, W) and labels (N,); y None: of rotations (Gidaris et al. 2018,
     1803.07728). AdamW under a one-cycle rate, pictures shifted by up to 2 pixels, 180,000 pictures in all (3 to 20
@@ -355,7 +336,6 @@ def train_classifier(x, y, classes, device, epochs=None, say=print):
                 say(f"the scores' network: epoch {epoch + 1} of {epochs}, {time.time() - start:.0f} s")
     return net.half().float().eval()
 
-
 class Stacked(nn.Module):
     """A classifier of single grey digits on pictures of three, red, green and blue (stacked MNIST)."""
 
@@ -371,9 +351,7 @@ class Stacked(nn.Module):
         joint = r[:, :, None, None] + g[:, None, :, None] + b[:, None, None, :]
         return torch.cat([features for features, _ in parts], 1), joint.flatten(1)
 
-
 JUDGES = Path(__file__).parent / "tests" / "judges"  # networks that come with the collection: one scale for everyone
-
 
 @torch.random.fork_rng([])  # building a network draws its first weights: not from the caller's stream
 def classifier(dataset, train, test, folder=None, device="cpu", epochs=None, say=print):
@@ -418,7 +396,6 @@ def classifier(dataset, train, test, folder=None, device="cpu", epochs=None, say
         * (net.accuracy - chance < 0.13 * (1 - chance)))
     return net.to(device, memory_format=torch.channels_last)
 
-
 def picture_key(x, y):
     """A hash of pictures and labels, the same for MNIST at 28 and padded to 32."""
     x = F.pad(x, (2, 2, 2, 2)) if x.shape[-1] == 28 else x
@@ -437,9 +414,7 @@ def keep(path, what, say):
 def digest(net):
     return hashlib.sha256(b"".join(t.cpu().numpy().tobytes() for t in net.state_dict().values())).hexdigest()[:8]
 
-
 INCEPTION = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
-
 
 class Inception(nn.Module):
     """uint8 pictures (N, 1 or 3, H, W) -> features (N, 2048), logits (N, 1008): the 2015 network of published FIDs.
@@ -488,7 +463,6 @@ class Inception(nn.Module):
             parts = [self(self.prepare(b.to(device))) for b in as_pictures(x, 1, 3).split(self.batch)]
         return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
-
 def mean_pool(x):
     return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
 
@@ -516,7 +490,6 @@ def mixed_e(b, x, pool):
     return torch.cat([b.branch1x1(x), b.branch3x3_2a(y), b.branch3x3_2b(y), b.branch3x3dbl_3a(z), b.branch3x3dbl_3b(z),
                       chain(x, pool, b.branch_pool)], 1)
 
-
 def inception(weights, device):
     """The Inception of the file `weights`, or of the one that torch.hub keeps, fetched if need be; .name as above.
     ValueError where there is no such file or it holds another network."""
@@ -540,11 +513,9 @@ def inception(weights, device):
     net.name, net.accuracy, net.labelled = f"inception-2015/2048 {digest(net)}", None, True
     return net.to(device)
 
-
 # JUDGE: samples against a data set ------------------------------------------------------------------------------------
 
 SCORES = ("fid", "kid", "is", "mode", "pr", "dc")
-
 
 class Sample:
     """What a network makes of pictures: .n, .moments and, if kept, .features (N, d) and .logits (N, K)."""
@@ -556,7 +527,6 @@ class Sample:
         if k not in self.radii:
             self.radii[k] = ball_radius(self.features, k)
         return self.radii[k]
-
 
 def embed(net, pictures, keep=True, what="pictures"):
     """A Sample of uint8 pictures (N, C, H, W), or of a Pictures, which are read as they are needed. Without `keep` no
@@ -570,7 +540,6 @@ def embed(net, pictures, keep=True, what="pictures"):
             features.append(f)
             logits.append(l)
     return Sample(moments, torch.cat(features), torch.cat(logits)) if keep else Sample(moments)
-
 
 def progress(batches, total, what):
     """The batches, and a line on stderr on how far they are: kept fresh on a terminal, every 10 s elsewhere."""
@@ -586,7 +555,6 @@ def progress(batches, total, what):
             said = now
     if live and said > start:
         sys.stderr.write("\r\033[K")
-
 
 def compare(fake, real, scores=SCORES, train=None):
     """The `scores` of a Sample against a real one, as a dict of plain numbers; fid_train if there is a third."""
@@ -612,13 +580,11 @@ def compare(fake, real, scores=SCORES, train=None):
         s["coverage"] = coverage(real.features, fake.features, k, real.radius(k))
     return s
 
-
 def class_shares(logits):
     (logits,), classes = checked(1, logits), logits.shape[1]
     shares = torch.bincount(logits.argmax(1), minlength=classes).double() / len(logits)
     return {"classes": int((shares >= 1 / (4 * classes)).sum()), "class_min": shares.min().item(),
             "class_max": shares.max().item()}
-
 
 def mode_coverage(labels, classes):
     """Of the labels (N,) a classifier gives: the number of classes that occur (modes), and KL(their law || uniform),
@@ -628,9 +594,9 @@ def mode_coverage(labels, classes):
     p = torch.bincount(labels, minlength=classes).double() / len(labels)
     return {"modes": int((p > 0).sum()), "modes_kl": torch.xlogy(p, p * classes).sum().item()}
 
-
 FEWEST = 50  # pictures of a kind, below which a score is no score; below 1,000 it is printed with a warning
 
+class TooFew(ValueError): """Too few pictures for any score."""
 
 class Judge:
     """Scores pictures against a data set. judge(x, y=None) takes uint8 (N, C, S, S), and the labels (N,) that were
@@ -653,7 +619,7 @@ class Judge:
         train, test = load("train"), load("test")
         self.n = min(n, len(train[0]), len(test[0]))
         if self.n < FEWEST:
-            raise ValueError(f"{self.n} test pictures, where {FEWEST} would be few")
+            raise TooFew(f"{self.n} test pictures, where {FEWEST} would be few")
         self.net, self.labels = classifier(dataset, train, test, folder, device, epochs, say), train[1]
         self.train, self.real = embed(self.net, train[0][:self.n], False), embed(self.net, test[0][:self.n])
         self.floor = self.train.moments.fid(self.real.moments)
@@ -685,7 +651,6 @@ class Judge:
                 + (f"  {s['modes']} of 1000 modes, KL {s['modes_kl']:.3f} (real {s['modes_real']}, "
                    f"{s['modes_kl_real']:.3f})" if "modes" in s else ""))
 
-
 # REJECTION: which of a generator's pictures to keep, by their scores --------------------------------------------------
 
 def ratings(score, most=1e300):
@@ -694,12 +659,10 @@ def ratings(score, most=1e300):
         raise ValueError(f"scores that are not finite, or above {most}")
     return score
 
-
 def naive(score):
     """The chance (N,) to keep a picture of this score (N,): sigmoid, as the reports do. Even for the best D this draws
     from p_g p_d / (p_g + p_d), normalised, and not from p_d; for a critic's raw score it means nothing."""
     return ratings(score.double()).sigmoid()
-
 
 def drs(score, top, gamma=0.0, eps=1e-8):
     """Discriminator rejection sampling: the chance (N,) to keep a picture whose score (N,) is log p_d / p_g.
@@ -709,12 +672,10 @@ def drs(score, top, gamma=0.0, eps=1e-8):
     p_d; a larger gamma keeps less, at a law between the two."""
     return (drs_logit(score, top, eps) - gamma).sigmoid()
 
-
 def drs_logit(score, top, eps=1e-8):
     """F for scores and top (numbers or (N,)), in float64: in float32, and without expm1, it is inf at the maximum."""
     d = ratings(torch.as_tensor(score).double() - top, 0.0)
     return d - (-torch.expm1(d - eps)).log()
-
 
 def platt(score_real, score_fake):
     """(a, b, auc): sigmoid(a score + b) is the chance that a picture is real, if as many are real as fake.
@@ -753,7 +714,6 @@ def platt(score_real, score_fake):
     if not a > 0:
         raise ValueError(f"D does not rate held-out real pictures above fakes (AUC {auc:.3f}): nothing to select by")
     return a, (w[1] - w[0] * centre / scale).item(), auc
-
 
 def rejected(kind, more, n, generator, head=None, percentile=60, burn_in=10_000, batch=1000, patience=1000):
     """n of a generator's pictures, kept by their scores, and a dict of what that took.
@@ -806,11 +766,9 @@ def rejected(kind, more, n, generator, head=None, percentile=60, burn_in=10_000,
     return torch.cat(kept), {"attempts": attempts, "attempts_per_10000": 10_000 * attempts / n,
                              "acceptance": n / attempts, "auc": auc, "burn_in": burn_in, "warning": warning}
 
-
 # STUDY: what the training scripts ask for -----------------------------------------------------------------------------
 
 NOT_LOGGED = {"n_real", "n_fake", "floor", "accuracy", "features", "inception_score_std", "modes_real", "modes_kl_real"}
-
 
 class Study:
     """What looks at a generator while it trains and when it is done: scores, choice by rejection, figures, curves.
@@ -835,7 +793,7 @@ class Study:
             try:
                 self.judge = Judge(a.dataset, load, None if a.dry_run else home, device,
                                    epochs=1 if a.dry_run else None, say=self.say)
-            except ValueError as e:
+            except TooFew as e:  # the training goes on
                 return self.say(f"no scores: {e}")
         scores = self.scores(2, step)
         self.say(f"step {step}: {self.judge.line(scores)}")
@@ -931,13 +889,11 @@ def seeded(*key):
     """A CPU generator, a pure function of whole numbers, the same as the scripts'."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
-
 def save_sheet(x, path, columns):
     """uint8 (N, C, H, W) as one PNG, row by row, two pixels of white between pictures."""
     from torchvision.utils import make_grid
     sheet = make_grid(x, columns, padding=2, pad_value=255)[:x.shape[1]]
     Image.fromarray(sheet[0].numpy() if len(sheet) == 1 else sheet.permute(1, 2, 0).contiguous().numpy()).save(path)
-
 
 def save_gif(paths, out, limit=300 * 1024):
     """The sheets as an animation of at most `limit` bytes: fewer frames and grey levels until it fits."""
@@ -952,13 +908,11 @@ def save_gif(paths, out, limit=300 * 1024):
             Path(out).write_bytes(file.getvalue())
             return
 
-
 # PLOT -----------------------------------------------------------------------------------------------------------------
 
 COLOURS = ("#1f5fa8", "#c8452b", "#2f8f4e", "#8a4fa3", "#b58a00", "#444444", "#3fb0c9", "#d477a8", "#7a5230", "#8fb339",
            "#6a6acd", "#e08a2e")
 NOT_PLOTTED = {"step", "epoch", "g_updates", "seconds", "images_per_s", "lr_g", "lr_d", "class_min", "class_max"}
-
 
 def read_log(run):
     """A run directory's log.csv -> {column: (steps, values)}, rows without a value left out. ValueError: it is none."""
@@ -969,7 +923,6 @@ def read_log(run):
     except (OSError, KeyError, IndexError, ValueError, TypeError) as e:
         raise ValueError(f"{path} is not the log of a run ({type(e).__name__}: {e})") from None
 
-
 def ticks(low, high, wanted=6):
     """Round numbers from low to high: 1, 2 or 5 times a power of ten apart."""
     raw = (high - low) / wanted
@@ -977,33 +930,84 @@ def ticks(low, high, wanted=6):
     step = next(m * unit for m in (1, 2, 5, 10) if m * unit >= raw)
     return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
+NOT_COMPARED = {"seed", "name", "paper", "data", "data_dir", "device", "run_dir", "resume", "generate", "generate_to",
+                "z_file", "tensorboard", "log_every", "sample_every", "eval_every", "checkpoint_every"}
 
-def plot(runs, out, names=None):
-    """Each logged column of one or several runs against the step (D updates), a panel each, as one PNG. ValueError:
-    logs without rows, or a file that cannot be written."""
-    logs = [read_log(r) for r in runs]
-    names = names or [Path(r).resolve().name for r in runs]
-    panels = [c for c in dict.fromkeys(c for log in logs for c in log) if c not in NOT_PLOTTED
-              and any(log.get(c, ((), ()))[0] for log in logs)]
+def groups(runs):
+    """{label: [run directories]}: those that differ in the seed alone together, in the order given. A label is the
+    script and the flags that tell its groups apart. What has no args.json is a group of its own."""
+    flags, out = {}, {}
+    for run in (r for r in runs if (Path(r) / "args.json").exists()):
+        args = json.loads((Path(run) / "args.json").read_text())
+        flags[run] = args["name"].split("-")[0], {k: v for k, v in args.items() if k not in NOT_COMPARED}
+    for run in runs:
+        if run in flags:
+            script, mine = flags[run]
+            apart = [k for k in mine if len({repr(f.get(k)) for s, f in flags.values() if s == script}) > 1]
+            label = " ".join([script, *(f"--{k.replace('_', '-')} {mine[k]}" for k in apart)])
+        out.setdefault(label if run in flags else Path(run).resolve().name, []).append(run)
+    return out
+
+def scores_table(runs):
+    """The final scores of run directories (scores.json) as Markdown, for each group of seeds and each checkpoint: the
+    mean and, of two runs or more, the standard deviation (n - 1). ValueError: a run without scores."""
+    columns = {"FID": ("fid", ".1f"), "IS": ("inception_score", ".2f"), "coverage": ("coverage", ".3f"),
+               "classes": ("classes", ".3g"), "least": ("class_min", ".1%"), "labels right": ("label_accuracy", ".1%"),
+               "modes": ("modes", ".0f"), "attempts": ("attempts", ".0f")}
+    rows, networks = [], set()
+    for label, members in groups(runs).items():
+        try:
+            scores = [json.loads((Path(run) / "scores.json").read_text()) for run in members]
+        except (OSError, ValueError) as e:
+            raise ValueError(f"a run without scores: {e}") from None
+        for name in (n for n in scores[0] if all(n in s for s in scores)):
+            if name == "best.pt" and all(s[name] == s["last.pt"] for s in scores):
+                continue
+            values = {c: [s[name][k] for s in scores if s[name].get(k) is not None] for c, (k, _) in columns.items()}
+            rows.append((label, name, len(members), {c: v for c, v in values.items() if len(v) == len(members)}))
+            networks |= {f"{s[name]['features']}, floor {s[name]['floor']:.1f}, n {s[name]['n_fake']}" for s in scores}
+    shown = [c for c in columns if any(c in values for *_, values in rows)]
+    lines = ["; ".join(sorted(networks)), "", "| " + " | ".join(["run", "weights", "seeds", *shown]) + " |",
+             "|---" * (3 + len(shown)) + "|"]
+    for label, name, n, values in rows:
+        figures = np.mean, lambda v: np.std(v, ddof=1)
+        cells = [[format(f(values[c]), columns[c][1]) for f in figures[:n] if c in values] for c in shown]
+        lines.append("| " + " | ".join([label, name, str(n), *(" ± ".join(cell) for cell in cells)]) + " |")
+    return "\n".join(lines)
+
+def band(logs, column):
+    """Of one column in the logs of several seeds: the steps that all have, means, least and largest values."""
+    found = [dict(zip(*log.get(column, ((), ())))) for log in logs]
+    steps = [s for s in found[0] if all(s in f for f in found)]
+    values = np.array([[f[s] for f in found] for s in steps]).reshape(-1, len(found))
+    return steps, *(f(values, 1).tolist() for f in (np.mean, np.min, np.max))
+
+def plot(runs, out):
+    """Each logged column of runs against the step (D updates), a panel each, as one PNG; of runs that differ in the
+    seed alone the mean, in a band from least to largest. ValueError: logs without rows, or no such file."""
+    names, members = zip(*groups(runs).items())
+    names, logs = names if names[1:] else [Path(runs[0]).resolve().name], [[read_log(r) for r in m] for m in members]
+    panels = [c for c in dict.fromkeys(c for seeds in logs for log in seeds for c in log) if c not in NOT_PLOTTED
+              and any(band(seeds, c)[0] for seeds in logs)]
     if not panels:
         raise ValueError("nothing to plot: the logs have no rows yet")
     w, h, columns = 440, 260, min(3, len(panels))
-    image = Image.new("RGB", (w * columns, h * -(-len(panels) // columns) + 18 * len(runs) + 8), "white")
+    image = Image.new("RGB", (w * columns, h * -(-len(panels) // columns) + 18 * len(names) + 8), "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(13)
     for i, name in enumerate(names):
         draw.line([(14, 15 + 18 * i), (44, 15 + 18 * i)], COLOURS[i % len(COLOURS)], 3)
         draw.text((52, 15 + 18 * i), name, "black", font, anchor="lm")
     for i, column in enumerate(panels):
-        x0, y0 = w * (i % columns) + 62, h * (i // columns) + 18 * len(runs) + 32
+        x0, y0 = w * (i % columns) + 62, h * (i // columns) + 18 * len(names) + 32
         x1, y1 = x0 + w - 80, y0 + h - 66
         log_scale = column.startswith("fid")
-        curves = [(s, [math.log10(max(v, 1e-3)) if log_scale else v for v in vs])
-                  for s, vs in (log.get(column, ((), ())) for log in logs)]
-        values = [v for _, vs in curves for v in vs if math.isfinite(v)] or [0.0]
+        curves = [(s, *([math.log10(max(v, 1e-3)) if log_scale else v for v in vs] for vs in values))
+                  for s, *values in (band(seeds, column) for seeds in logs)]
+        values = [v for _, *parts in curves for vs in parts for v in vs if math.isfinite(v)] or [0.0]
         low, high = min(values), max(values)
         margin = 0.04 * (high - low) if high - low > 1e-9 else 0.5
         low, high = low - margin, high + margin
-        last = max(max(s, default=0) for s, _ in curves) or 1
+        last = max(max(s, default=0) for s, *_ in curves) or 1
         draw.rectangle([x0, y0, x1, y1], outline="#999999")
         draw.text((x0, y0 - 6), column + (" (log scale)" if log_scale else ""), "black", font, anchor="ls")
         for t in ticks(0, last):
@@ -1016,24 +1020,28 @@ def plot(runs, out, names=None):
             y = y1 - (t - low) / (high - low) * (y1 - y0)
             draw.line([(x0, y), (x1, y)], "#e4e4e4")
             draw.text((x0 - 4, y), f"{10 ** t:.3g}" if log_scale else f"{t:g}", "#555555", font, anchor="rm")
-        for j, (s, vs) in enumerate(curves):
-            points = [(x0 + a / last * (x1 - x0), y1 - (v - low) / (high - low) * (y1 - y0))
-                      for a, v in zip(s, vs) if math.isfinite(v)]
-            draw.line(points, COLOURS[j % len(COLOURS)], 2)
+        def places(s, vs):
+            return [(x0 + a / last * (x1 - x0), y1 - (v - low) / (high - low) * (y1 - y0))
+                    for a, v in zip(s, vs) if math.isfinite(v)]
+        for j, (s, mean, least, most) in enumerate(curves):
+            colour = COLOURS[j % len(COLOURS)]
+            if least != most:
+                shade = Image.new("L", image.size)
+                ImageDraw.Draw(shade).polygon(places(s, least) + places(s, most)[::-1], fill=60)
+                image.paste(colour, mask=shade)
+            draw.line(points := places(s, mean), colour, 2)
             for a, b in points if len(points) < 60 else ():
-                draw.ellipse([a - 2, b - 2, a + 2, b + 2], fill=COLOURS[j % len(COLOURS)])
+                draw.ellipse([a - 2, b - 2, a + 2, b + 2], fill=colour)
     try:
         image.save(out)
     except (OSError, ValueError) as e:
         raise ValueError(f"-o {out}: {e}") from None
-
 
 # COMMAND LINE ---------------------------------------------------------------------------------------------------------
 
 JPEG_EFFECT = "10,000 real MNIST pictures had FID[classifier] 1.76 as PNG, 3.9 as JPEG of quality 75, 1.8 of quality 95"
 CROPPED = "--real folder --data-dir DIR crops and resizes real pictures as the scripts do"
 SUFFIXES = (".bmp", ".gif", ".jpg", ".jpeg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-
 
 class Pictures:
     """A folder of pictures in the order of their names, or a .npy or .pt of uint8 (N, C, S, S), or such a tensor.
@@ -1121,7 +1129,6 @@ class Pictures:
     def jpegs(self):
         return sum(n for kind, n in self.formats.items() if kind in ("JPEG", "MPO"))
 
-
 def read_picture(path, channels):
     """uint8 (channels, S, S), upright, and the kind of file, by its content; what is see-through becomes white. OSError
     where it cannot be read, ValueError where it is not 8 bits a channel or not square."""
@@ -1139,7 +1146,6 @@ def read_picture(path, channels):
     if x.shape[0] != x.shape[1]:
         raise ValueError(f"{path} is {x.shape[1]}x{x.shape[0]}: all must be square ({CROPPED})")
     return torch.from_numpy(x)[None] if channels == 1 else torch.from_numpy(x).permute(2, 0, 1), kind
-
 
 def cached(net, pictures, keep_features, folder, what):
     """embed(), but read from `folder` where the same network has seen the same pictures before; None: made anew."""
@@ -1163,7 +1169,6 @@ def cached(net, pictures, keep_features, folder, what):
         keep(path, {**vars(sample.moments), **saved}, say)
     return sample
 
-
 def say(text):
     print(text, file=sys.stderr)
 
@@ -1171,7 +1176,6 @@ def fail(message):
     """A user's mistake: one line on stderr, exit code 2, no traceback."""
     sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}\n")
     raise SystemExit(2)
-
 
 def table(s, fake, real):
     """The scores for a reader."""
@@ -1196,13 +1200,11 @@ def table(s, fake, real):
         lines.append("no labels        so no Inception Score, no Mode Score and no classes")
     return "\n".join(lines)
 
-
 def main(argv=None):
     try:
         command(argv)
     except (OSError, ValueError) as e:
         fail(e)
-
 
 def named_data():
     """wgan_gp's load_data and DATASETS: the one place where this file looks at a script, and only as a command."""
@@ -1211,7 +1213,6 @@ def named_data():
         return wgan_gp.load_data, wgan_gp.DATASETS
     except ImportError:
         return None, {}
-
 
 def command(argv):
     load_data, datasets = named_data()
@@ -1229,17 +1230,19 @@ def command(argv):
     p.add_argument("--n", type=int, default=10_000, help="pictures of each kind, at most")
     p.add_argument("--json", action="store_true", help="print the scores as one JSON object")
     p.add_argument("--plot", nargs="+", metavar="RUN", help="run directories, or their log.csv, in one plot")
+    p.add_argument("--table", nargs="+", metavar="RUN", help="run directories: their final scores as Markdown")
     p.add_argument("-o", "--out", default="curves.png", help="where --plot draws")
     args = p.parse_args(argv)
     if args.plot:
         plot(args.plot, args.out)
         return print(args.out)
+    if args.table:
+        return print(scores_table(args.table))
     if not (args.real and args.fake):
-        raise ValueError("name --real and --fake, or --plot")
+        raise ValueError("name --real and --fake, --plot or --table")
     if args.features == "classifier" and args.weights:
         raise ValueError("--weights goes with --features inception")
     score(args, load_data, datasets)
-
 
 def score(args, load_data, datasets):
     """Scores of --fake against --real, printed."""
@@ -1292,7 +1295,6 @@ def score(args, load_data, datasets):
     if n < 1000 or (not small and n < 4096 and "fid" in args.scores):
         say(f"warning: {n} pictures of each kind: FID is too large, and compares at this n only")
     print(json.dumps(scores, indent=1) if args.json else table(scores, fake, real))
-
 
 if __name__ == "__main__":
     main()

@@ -8,6 +8,7 @@
     python tests/bench.py --activation        the critic's activation beside nn.LeakyReLU
     python tests/bench.py --unroll            time and memory of unrolled.py's G update for k = 0, 1, 5, 10
     python tests/bench.py --yardstick 18760   train the textbook loop that long on MNIST, then score its samples
+    python tests/bench.py --to 140            seconds until wgan_gp.py, and until the textbook loop, has that FID
 
 The textbook loop is what the common single-file collections do with the same networks. The habits it copies: PIL
 pictures through torchvision transforms in a DataLoader without workers, made anew each epoch; z from numpy; real and
@@ -21,6 +22,7 @@ import functools
 import io
 import itertools
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -360,13 +362,13 @@ def activation(data):
         print(f"| {name} | {row(ours)} | {row(theirs)} | {row([b / a for a, b in zip(ours, theirs)])} |", flush=True)
 
 
-def yardstick(steps, data_dir):
+def public_script(data_dir):
     """The most used public script's defaults: its MLP pair (100-128-256-512-1024-784 with batch norm whose 0.8 is eps,
-    784-512-256-1), Adam 2e-4 (.5, .999), batch 64, 5 critic updates, lambda 10, no averaging; by metrics.Judge."""
-    import metrics
+    784-512-256-1), Adam 2e-4 (.5, .999), batch 64, 5 critic updates, lambda 10, no averaging. The loop that trains it,
+    and what draws 10,000 samples of it."""
     torch.manual_seed(0)
-    args = wgan_gp.parse_args(["--dataset", "mnist", "--arch", "mlp", "--data-dir", data_dir, "--lr-g", "2e-4",
-                               "--lr-d", "2e-4", "--beta2", ".999"])
+    args = wgan_gp.parse_args(["--paper", "--dataset", "mnist", "--arch", "mlp", "--data-dir", data_dir,
+                               "--lr-g", "2e-4", "--lr-d", "2e-4", "--beta2", ".999"])
     layers, width = [nn.Linear(100, 128), nn.LeakyReLU(0.2)], 128
     for w in (256, 512, 1024):
         layers += [nn.Linear(width, w), nn.BatchNorm1d(w, eps=0.8), nn.LeakyReLU(0.2)]
@@ -374,19 +376,70 @@ def yardstick(steps, data_dir):
     G = nn.Sequential(*layers, nn.Linear(1024, 784), nn.Tanh(), nn.Unflatten(1, (1, 28, 28)))
     D = nn.Sequential(nn.Flatten(), nn.Linear(784, 512), nn.LeakyReLU(0.2), nn.Linear(512, 256), nn.LeakyReLU(0.2),
                       nn.Linear(256, 1), nn.Flatten(0))
-    load = functools.partial(wgan_gp.load_data, "mnist", data_dir, 28)
-    loop = Textbook(wgan_gp, args, G, D, *load("train"))
-    judge, start = metrics.Judge("mnist", load, data_dir), time.time()
+
+    @torch.no_grad()
+    def samples():
+        z = torch.randn(10_000, 100, generator=torch.Generator().manual_seed(1))
+        x = torch.cat([wgan_gp.to_uint8(G.eval()(b)) for b in z.split(500)])
+        G.train()
+        return x
+
+    return Textbook(wgan_gp, args, G, D, *wgan_gp.load_data("mnist", data_dir, 28, "train")), samples
+
+
+def judge_of(data_dir):
+    import metrics
+    return metrics.Judge("mnist", functools.partial(wgan_gp.load_data, "mnist", data_dir, 28), data_dir)
+
+
+def yardstick(steps, data_dir):
+    """The public script's loop for that many critic updates, scored by metrics.Judge on the way."""
+    (loop, samples), judge, start = public_script(data_dir), judge_of(data_dir), time.time()
     for i in range(1, steps + 1):
         losses = loop.step()
         if i % 938 == 0:
             print(f"step {i}: d_loss {losses[0]:.3f}  {time.time() - start:.0f} s", flush=True)
-        if i == steps or i % 4690 == 0:
-            with torch.no_grad():
-                z = torch.randn(10_000, 100, generator=torch.Generator().manual_seed(1))
-                x = torch.cat([wgan_gp.to_uint8(G.eval()(b)) for b in z.split(500)])
-            G.train()
-            print(f"step {i}: {judge.line(judge(x))}", flush=True)
+        if i == steps or i % 4690 == 0: print(f"step {i}: {judge.line(judge(samples()))}", flush=True)
+
+
+def time_to(target, data_dir):
+    """Seconds of training, scoring not counted, until FID[classifier] on MNIST is `target` or less: wgan_gp.py's first
+    epochs as it comes, with --arch mlp and --amp beside, and then the public script's loop, up to 25 epochs of it."""
+    judge, table = judge_of(data_dir), [f"{where()}\n\n| to FID {target:g} | D updates | seconds | FID | times |\n"
+                                        "|---|---|---|---|---|"]
+    for name, flags in (("wgan_gp.py", []), ("wgan_gp.py --amp", ["--amp"]),
+                        ("wgan_gp.py --arch mlp --amp", ["--arch", "mlp", "--amp"])):
+        record, spent, got = wgan_gp.Run.record, [0.0, None], []
+
+        def watched(run, values, record=record, spent=spent, got=got):
+            record(run, values)
+            if run.step % 67: return
+            spent[0] += now() - spent[1]
+            fid = judge(run.draw(run.noise(10_000, 2))[0])["fid"]
+            print(f"{run.step} updates, {spent[0]:.1f} s: FID {fid:.1f}", flush=True)
+            if fid <= target:
+                got[:] = run.step, spent[0], fid
+                raise Done
+            spent[1] = now()
+
+        wgan_gp.Run.record = watched
+        spent[1] = now()
+        try:
+            with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Done):
+                wgan_gp.main(["--dataset", "mnist", "--data-dir", data_dir, "--epochs", "5", "--device", DEVICE,
+                              "--run-dir", f"{folder}/run", *QUIET, *flags])
+        finally:
+            wgan_gp.Run.record = record
+        table.append((name, *(got or (4685, spent[0], math.inf))))
+    (loop, samples), spent, i, fid = public_script(data_dir), 0.0, 0, math.inf
+    while i < 23_450 and fid > target:
+        start = now()
+        for _ in range(938): loop.step()
+        i, spent, fid = i + 938, spent + now() - start, judge(samples())["fid"]
+        print(f"textbook, {i} updates, {spent:.1f} s: FID {fid:.1f}", flush=True)
+    print(table[0])
+    for name, *got in [*table[1:], ("textbook loop, MLP", i, spent, fid)]:
+        print(f"| {name} | {got[0]} | {got[1]:.1f} | {got[2]:.1f} | {spent / got[1]:.1f} |")
 
 
 if __name__ == "__main__":
@@ -403,6 +456,7 @@ if __name__ == "__main__":
     p.add_argument("--profile", choices=CASES)
     p.add_argument("--activation", action="store_true")
     p.add_argument("--yardstick", type=int, metavar="STEPS")
+    p.add_argument("--to", type=float, metavar="FID")
     a = p.parse_args()
     has_mnist = os.path.exists(f"{a.data_dir}/MNIST/raw/train-images-idx3-ubyte")
     data = ["--dataset", "mnist", "--data-dir", a.data_dir] if has_mnist else []
@@ -420,5 +474,7 @@ if __name__ == "__main__":
         activation(data)
     elif a.yardstick:
         yardstick(a.yardstick, a.data_dir)
+    elif a.to:
+        time_to(a.to, a.data_dir)
     else:
         speed(a.cases, a.blocks, a.iterations, data)

@@ -747,11 +747,14 @@ def test_every_command_of_readme_runs(command, tmp_path, monkeypatch, capsys, qu
             net.name, net.accuracy, net.labelled = "inception-2015/2048 drawn", None, True
             return net
         monkeypatch.setattr(metrics, "inception", drawn)
-    runs = [a for a in args[args.index("--plot") + 1:] if not a.startswith("-")] if "--plot" in args else []
+    of_runs = next((a for a in ("--plot", "--table") if a in args), None)
+    runs = [a for a in args[args.index(of_runs) + 1:] if not a.startswith("-")] if of_runs else []
     out = args[args.index("-o") + 1] if "-o" in args else "curves.png"
     for name in (r for r in runs if r != out):
         Path(name).mkdir(parents=True, exist_ok=True)
         (Path(name) / "log.csv").write_text("step,d_loss,fid\n10,0.5,\n20,0.4,99\n")
+        (Path(name) / "scores.json").write_text(
+            json.dumps({"last.pt": {"fid": 9.0, "features": "net", "floor": 2.0, "n_fake": 500}}))
     for flag, seed in (("--real", 1), ("--fake", 2)):
         if flag in taken and taken[flag] not in wgan_gp.DATASETS:
             save(Path(taken[flag]), few(digits("train")[0], 120, seed))
@@ -759,6 +762,8 @@ def test_every_command_of_readme_runs(command, tmp_path, monkeypatch, capsys, qu
     shown = capsys.readouterr().out
     if "--plot" in args:
         assert Image.open(out).size[0] > 800 and out in shown
+    elif "--table" in args:
+        assert "| A | last.pt | 1 | 9.0 |" in shown
     elif "--json" in args:
         assert json.loads(shown)["fid"] > 0
     else:
@@ -791,6 +796,60 @@ def test_readme_names_commands_of_each_kind():
 
 
 # plots ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def study_runs(tmp_path):
+    """Runs of two settings: three seeds of one, of FID 10, 12, 17, and one of another."""
+    for name, flags, fid, values in (
+            ("a0", {"lr_g": 1e-3, "seed": 0}, 10.0, (1, 2, 3)), ("a1", {"lr_g": 1e-3, "seed": 1}, 12.0, (1, 4, 9)),
+            ("b0", {"lr_g": 5e-3, "seed": 0}, 40.0, (0, 0, 0)), ("a2", {"lr_g": 1e-3, "seed": 2}, 17.0, (1, 6, 6))):
+        (tmp_path / name).mkdir()
+        args = {"name": f"wgan_gp-mnist-s{flags['seed']}", "epochs": 20, "run_dir": name, **flags}
+        score = {"fid": fid, "inception_score": 8.0, "classes": 10, "features": "net 01ab", "floor": 2.0, "n_fake": 500}
+        (tmp_path / name / "args.json").write_text(json.dumps(args))
+        (tmp_path / name / "scores.json").write_text(json.dumps(
+            {"last.pt": score, "best.pt": score, "last.pt --reject drs": {**score, "fid": fid / 2, "attempts": 700}}))
+        (tmp_path / name / "log.csv").write_text(
+            "step,d_loss\n" + "".join(f"{i},{v}\n" for i, v in zip((10, 20, 30), values)))
+    return [str(tmp_path / name) for name in ("a0", "a1", "b0", "a2")]
+
+
+def test_table_is_mean_and_deviation_over_seeds(study_runs, tmp_path, capsys):
+    """10, 12, 17: mean 13, deviation sqrt((9 + 1 + 16) / 2) = 3.61; best.pt, here the same as last.pt, says nothing."""
+    assert metrics.groups(study_runs) == {"wgan_gp --lr-g 0.001": [study_runs[i] for i in (0, 1, 3)],
+                                          "wgan_gp --lr-g 0.005": study_runs[2:3]}
+    metrics.main(["--table", *study_runs])
+    assert capsys.readouterr().out.splitlines() == [
+        "net 01ab, floor 2.0, n 500", "", "| run | weights | seeds | FID | IS | classes | attempts |",
+        "|---|---|---|---|---|---|---|",
+        "| wgan_gp --lr-g 0.001 | last.pt | 3 | 13.0 ± 3.6 | 8.00 ± 0.00 | 10 ± 0 |  |",
+        "| wgan_gp --lr-g 0.001 | last.pt --reject drs | 3 | 6.5 ± 1.8 | 8.00 ± 0.00 | 10 ± 0 | 700 ± 0 |",
+        "| wgan_gp --lr-g 0.005 | last.pt | 1 | 40.0 | 8.00 | 10 |  |",
+        "| wgan_gp --lr-g 0.005 | last.pt --reject drs | 1 | 20.0 | 8.00 | 10 | 700 |"]
+    other = {"last.pt": {"fid": 9.0, "features": "net 01ab", "floor": 2.0, "n_fake": 500}}
+    (tmp_path / "b0" / "scores.json").write_text(json.dumps({**other, "best.pt": {**other["last.pt"], "fid": 8.0}}))
+    assert "| wgan_gp --lr-g 0.005 | best.pt | 1 | 8.0 |" in metrics.scores_table(study_runs)
+    (tmp_path / "b0" / "scores.json").unlink()
+    with pytest.raises(SystemExit):
+        metrics.main(["--table", *study_runs])
+    assert "without scores" in capsys.readouterr().err
+
+
+def test_plot_makes_a_band_of_seeds(study_runs, tmp_path):
+    """At step 20 the three seeds have 2, 4, 6 and at 30 3, 9, 6: means 4 and 6, from 2 to 6 and from 3 to 9."""
+    logs = [metrics.read_log(r) for r in (*study_runs[:2], study_runs[3])]
+    assert metrics.band(logs, "d_loss") == ([10, 20, 30], [1, 4, 6], [1, 2, 3], [1, 6, 9])
+    logs[1]["d_loss"] = ([10, 30], [1, 9])
+    assert metrics.band(logs, "d_loss")[:2] == ([10, 30], [1, 6]) and metrics.band(logs, "fid")[0] == []
+    metrics.plot(study_runs, tmp_path / "c.png")
+    image = np.asarray(Image.open(tmp_path / "c.png")).astype(int)
+    assert image.shape == (260 + 44, 440, 3)  # two lines of legend: the seeds are one
+    r, g, b = (int(metrics.COLOURS[0][i:i + 2], 16) for i in (1, 3, 5))
+    shade = np.array([255 + (c - 255) * 60 / 255 for c in (r, g, b)])
+    tall = (np.abs(image[60:] - shade).sum(2) < 12).sum(0)  # of each column of the panel, the pixels in the band
+    inside = np.flatnonzero(tall)
+    assert len(inside) > 100 and tall[inside[-1]] > 1.8 * tall[inside[len(inside) // 4]] > 20
 
 
 def test_plot_draws_every_curve_where_it_belongs(tmp_path, capsys):

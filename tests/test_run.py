@@ -156,9 +156,9 @@ def whole(ran):
 @EVERY
 def test_sigkill_after_a_checkpoint_resumes_bit_for_bit(w, whole, tmp_path):
     code = (f"import os, signal, sys; sys.path.insert(0, sys.argv.pop(1)); import {w.name} as w\n"
-            "render = w.render_digits; w.render_digits = lambda n, seed: render(300, seed); save = w.Run.save\n"
-            "def save_and_die(run, name): save(run, name); os.kill(os.getpid(), signal.SIGKILL)\n"
-            "w.Run.save = save_and_die; w.main(sys.argv[1:])")
+            "render = w.render_digits; w.render_digits = lambda n, seed: render(300, seed); save = w.save\n"
+            "def save_and_die(run, name='last.pt'): save(run, name); os.kill(os.getpid(), signal.SIGKILL)\n"
+            "w.save = save_and_die; w.main(sys.argv[1:])")
     flags = [*w.tiny, "--steps", "40", "--run-dir", "cut", "--lr-decay", "linear", "--checkpoint-every", "20"]
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "alone"), *flags], capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
@@ -478,7 +478,7 @@ def test_a_second_signal_stops_at_once_and_after_training_the_first(w, monkeypat
     assert stop.value.code == 130 and not Path("a/last.pt").exists()
     monkeypatch.setattr(w.Run, "record", record)
     sheet = w.Run.sheet
-    monkeypatch.setattr(w.Run, "sheet", lambda run, name: (
+    monkeypatch.setattr(w.Run, "sheet", lambda run, name=None: (
         os.kill(os.getpid(), signal.SIGINT) if name == "samples.png" else sheet(run, name)))
     with pytest.raises(SystemExit) as stop:
         w.main([*w.tiny, "--steps", "10", "--run-dir", "b"])

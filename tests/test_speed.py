@@ -53,9 +53,10 @@ def ranks(n, mishaps, *flags, name="wgan_gp"):
 def test_two_ranks_train_as_one_process_through_a_signal_and_a_resume():
     """30 iterations in float64. Both ranks are told to stop, as by Ctrl-C, but not in the same iteration, the second or
     third: both leave after the tenth. Resumed, a signal that reaches the second rank alone does not part them."""
-    assert ranks(1, "", *FLAGS, "--steps", "60", "--run-dir", "one")[0] == 0
+    flags = [*FLAGS, "--penalty-share", ".25", "--steps", "60"]
+    assert ranks(1, "", *flags, "--run-dir", "one")[0] == 0
     number = signal.SIGTERM.value
-    code, out, _ = ranks(2, f"4,1,{number} 6,0,{number}", *FLAGS, "--steps", "60", "--run-dir", "two")
+    code, out, _ = ranks(2, f"4,1,{number} 6,0,{number}", *flags, "--run-dir", "two")
     assert code != 0 and torch.load("two/last.pt", weights_only=True)["step"] == 20, out
     assert "stopped at step 20" in out and "Error" not in out.split("ChildFailedError")[0], out
     code, out, _ = ranks(2, f"24,1,{number}", "--resume", "two/last.pt")
@@ -108,7 +109,8 @@ def test_a_killed_rank_ends_the_others_within_a_minute():
 
 @pytest.mark.parametrize("prior", ["normal", "uniform"])
 def test_ranks_share_the_noise_and_the_batch_of_one_process(prior, monkeypatch):
-    """z, the numbers of rand() and the batch of three ranks are those of one process, cut into three."""
+    """z, the numbers of rand() and the batch of three ranks are those of one process, every third row to each: so the
+    first rows of all, which --penalty-share takes, are the first rows of one."""
     args = wgan_gp.parse_args([*TINY, "--batch-size", "6", "--prior", prior, "--flip"])
 
     def seen(rows):
@@ -127,7 +129,7 @@ def test_ranks_share_the_noise_and_the_batch_of_one_process(prior, monkeypatch):
         parts.append(seen(2))
     assert whole[0].shape == (6, 6) and whole[1].dtype == torch.float64 and whole[1].shape == (6, 1, 2)
     for one, three in zip(whole, zip(*parts)):
-        assert all(len(p) == 2 for p in three) and torch.equal(torch.cat(three), one)
+        assert all(len(p) == 2 for p in three) and torch.equal(torch.stack(three, 1).flatten(0, 1), one)
     args = wgan_gp.parse_args([*TINY, "--seed", "9"])
     z = wgan_gp.sample_z(args, 5, "cpu", wgan_gp.seeded(9, 1))  # of figures and scores: whole on every rank
     assert z.shape == (5, 6)
