@@ -24,11 +24,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-# The best of a search on MNIST, two minutes of one core a run (tests/gallery/README.md); PAPER: --paper.
+# The best of a search on MNIST, two minutes of one core a run (tests/gallery/README.md).
 BEST = dict(batch_size=64, d_steps=1, lr_g=2e-3, lr_d=2e-3, beta1=0.0, beta2=0.9, ema=0.995, ngf=16, ndf=16, clip=0.05,
             optimizer="adam", lr_decay="linear")
 MLP = dict(lr_g=2e-3, lr_d=5e-4)  # and these of --arch mlp
-PAPER = dict(batch_size=64, d_steps=5, lr_g=5e-5, lr_d=5e-5, beta1=0.5, beta2=0.999)
+PAPER = dict(batch_size=64, d_steps=5, lr_g=5e-5, lr_d=5e-5, beta1=0.5, beta2=0.999, ema=0.999, ngf=32, ndf=32,
+             clip=0.01, optimizer="rmsprop", lr_decay="none")  # --paper; the average is ours
 
 
 def parse_args(argv=None):
@@ -322,7 +323,7 @@ def add_run_flags(p):
     a("--lr-d", type=rate, help="learning rate of D")
     a("--lr-decay", choices=("none", "linear", "best-fid"), default="none", help="linear: to 0 at the last step; "
       "best-fid: after --patience evaluations without a better FID go back to the best checkpoint and halve both rates")
-    a("--amp", action="store_true", help="matrix products and convolutions of training in bfloat16")
+    a("--amp", action=argparse.BooleanOptionalAction, default=False, help="products and convolutions in bfloat16")
     p.named = vars(p.parse_args([])).keys() - {"dataset", "seed"}  # where they differ, they stand in the run's name
     a("--patience", type=number(int, 1), default=5, help="evaluations without a better FID, for best-fid")
     a("--epochs", type=number(int, 1), default=20, help="of N // batch D updates")
@@ -335,7 +336,7 @@ def add_run_flags(p):
     a("--reject", choices=("none", "naive", "drs"), default="none", help="choose pictures by D's score. naive: "
       "keep with chance sigmoid(score), which a critic's is not for; drs: Azadi et al. 2019, calibrated on --holdout")
     a("--drs-percentile", type=number(float, 0, 100), default=60.0, help="of D's scores, kept half; the paper: 80, 95")
-    a("--tensorboard", action="store_true", help="also write the log for TensorBoard, if it is installed")
+    a("--tensorboard", action=argparse.BooleanOptionalAction, default=False, help="write the log for TensorBoard too")
     p.kept = vars(p.parse_args([])).keys()  # those so far a checkpoint gives to the run that resumes it
     a("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="mps is written for but untested")
     a("--graph", action=argparse.BooleanOptionalAction, default=False, help="CUDA: replay the iteration as one graph")
@@ -347,30 +348,34 @@ def add_run_flags(p):
 
 def resolve(p, argv, best, mlp, paper):
     """Flags. Those not given are the checkpoint's with --resume, else the `paper`'s with --paper, else the `best`, and
-    with --arch mlp those of `mlp` on top."""
+    with --arch mlp those of `mlp` on top. The `paper` names all that the others name."""
+    p.set_defaults(**best)  # which --help shows
     args, old = p.parse_args(argv), {}
     if args.resume:
         checkpoint = read_checkpoint(args.resume)
         if checkpoint["script"] != SCRIPT.stem: fail(f"{args.resume} is a checkpoint of {checkpoint['script']}.py")
-        old = {k: v for k, v in checkpoint["args"].items() if k in p.kept | {"classes", "data"}}
+        old = {k: v for k, v in checkpoint["args"].items() if k in p.kept | {"classes", "data", "name"}}
         args.paper, args.arch = old.setdefault("paper", True), old["arch"]  # once all runs were such
     p.set_defaults(**(paper if args.paper else best | (mlp if args.arch == "mlp" else {})))
     defaults = vars(p.parse_args([]))
     p.set_defaults(**old | ({"epochs": None} if old.get("steps") else {}))
     args = p.parse_args(argv)
     if old and args.epochs and args.steps == old["steps"]: args.steps = None  # --epochs was given, to go further
-    for k in p.fixed & old.keys() - ({"seed"} if args.generate and args.reject != "drs" else set()):
+    free = {"seed"} if args.generate and args.reject != "drs" else set()  # other pictures; drs needs its --holdout
+    for k in (p.fixed & old.keys()) - free:
         if vars(args)[k] != old[k]: fail(f"--{k.replace('_', '-')} is {old[k]} in {args.resume}: it cannot change")
     if args.generate and not args.resume: fail("--generate N needs --resume FILE, the checkpoint to draw from")
     if args.z_file and not args.generate: fail("--z-file needs --generate N")
     if args.z_file and args.reject != "none": fail("--z-file names the pictures, --reject would choose among them")
     if args.lr_decay == "best-fid" and not args.eval_every: fail("--lr-decay best-fid needs --eval-every")
     if args.reject == "drs" and args.holdout < 2: fail("--reject drs needs pictures D never saw: --holdout 1000, say")
-    changed = [f"{k}{v}".removesuffix("True") for k, v in vars(args).items() if k in p.named and v != defaults[k]]
-    while len("-".join(changed)) > 60: changed.pop()  # what a legend can hold
-    args.name = "-".join([SCRIPT.stem, args.dataset, *changed, f"s{args.seed}"])
     sides = {"cifar10": 32, "celeba": 64, "folder": 64} if args.arch == "dcgan" else {}
-    args.image_size = args.image_size or (32 if args.paper and args.arch == "dcgan" else sides.get(args.dataset, 28))
+    side = defaults["image_size"] or (32 if args.paper and args.arch == "dcgan" else sides.get(args.dataset, 28))
+    args.image_size, before = args.image_size or side, defaults | {"image_size": side} | old
+    changed = [f"{k}{v}".removesuffix("True") for k, v in vars(args).items() if k in p.named and v != before[k]]
+    while len("-".join(changed)) > 60: changed.pop()  # what a legend can hold
+    name = old.get("name", f"{SCRIPT.stem}-{args.dataset}-").rpartition("-")[0]  # without its seed
+    args.name = "-".join([name, *changed, f"s{args.seed}"])
     if args.dry_run:
         args.steps, args.batch_size, args.holdout = 2 * args.d_steps, min(args.batch_size, 16), min(args.holdout, 64)
         args.log_every = args.sample_every = args.eval_every = args.checkpoint_every = args.d_steps
@@ -407,9 +412,10 @@ def load_data(name, data_dir, size, split, limit=None):
             names = torchvision.datasets.CelebA(str(root), split=split, download=True).filename
         faces = root / "celeba" / "img_align_celeba"
         return read_files(faces, [faces / n for n in names], [-1] * len(names), size, limit)
-    if name == "digits": x, y = render_digits(*((20_000, 1) if train else (10_000, 2)))
-    elif name != "stacked_mnist": x, y = torchvision_data(name, root, train)
-    else: x, y = stack(*torchvision_data("mnist", root, train), *((128_000, 3) if train else (26_000, 4)))
+    if name == "digits": x, y = render_digits(*((20_000, 1) if train else (10_000, 2)))  # how many, and a seed
+    elif name == "stacked_mnist":
+        x, y = stack(*torchvision_data("mnist", root, train), *((128_000, 3) if train else (26_000, 4)))
+    else: x, y = torchvision_data(name, root, train)
     return fit(x[:limit], size), y[:limit]
 
 def torchvision_data(name, root, train):
@@ -434,8 +440,8 @@ def list_folder(root, split):
     found.sort(key=lambda p: hashlib.sha256(p.as_posix().encode()).digest())
     label = {p: p.parts[apart] for p in found if len(p.parts) > 1 + apart}
     names = sorted(set(label.values()))  # of both splits: labels mean the same
-    files = ([p for p in found if p.parts[0] == split] if apart else  # of fewer than ten, the last
-             [p for i, p in enumerate(found) if (i % 10 == min(9, len(found) - 1)) == (split == "test")])
+    tests = set(found[9::10] or found[-1:])
+    files = [p for p in found if (p.parts[0] == split if apart else (p in tests) == (split == "test"))]
     if not files: fail(f"--dataset folder: no {kinds} in {root / split if apart else root}: name one by --data-dir")
     return [root / p for p in files], [names.index(label[p]) if p in label else -1 for p in files]
 
@@ -473,7 +479,7 @@ def read_picture(path, size):
 
 def render_digits(n, seed):
     """n numerals (n, 1, 28, 28), labels 0..9 in turn: Pillow's own font, strokes, blurs and affine maps at random."""
-    bank, rng, y, out = [], torch.Generator().manual_seed(seed), torch.arange(n) % 10, []
+    bank, rng, y = [], torch.Generator().manual_seed(seed), torch.arange(n) % 10
     for digit, stroke, blur in itertools.product("0123456789", (1, 2), (1.2, 1.8)):
         im = Image.new("L", (64, 64))
         ImageDraw.Draw(im).text((32, 32), digit, 255, ImageFont.load_default(54), anchor="mm", stroke_width=stroke)
@@ -483,10 +489,8 @@ def render_digits(n, seed):
     angle, shear, sx, sy, tx, ty = (torch.rand(6, n, generator=rng) * 2 - 1) * scale[:, None]
     c, s = angle.cos(), angle.sin()
     theta = torch.stack([c * (1.05 + sx), shear - s, tx, s, c * (1.05 + sy), ty], 1).view(n, 2, 3)
-    for part, t in zip(glyphs.split(2000), theta.split(2000)):
-        grid = F.affine_grid(t, [len(t), 1, 28, 28], align_corners=False)
-        out.append(F.grid_sample(part.float(), grid, align_corners=False).round().clamp(0, 255).byte())
-    return torch.cat(out), y
+    grid = F.affine_grid(theta, [n, 1, 28, 28], align_corners=False)
+    return F.grid_sample(glyphs.float(), grid, align_corners=False).round().clamp(0, 255).byte(), y
 
 def stack(x, y, n, seed):
     """n pictures (n, 3, H, W) of three digits drawn at random, red, green and blue; labels 0..999, red the hundreds."""
@@ -506,7 +510,7 @@ class Batches:
     def __init__(self, args, device):
         self.args, self.device, self.step, self.epoch, self.held = args, device, 0, None, None
         shape = args.d_steps, args.batch_size // WORLD, DATASETS[args.dataset], args.image_size, args.image_size
-        self.buffer = torch.empty(shape, dtype=torch.uint8, device=device)  # for an iteration's, at one place in memory
+        self.buffer = torch.empty(shape, dtype=torch.uint8, device=device)  # a CUDA graph reads it at one address
         if args.generate and args.reject != "drs": return  # the data is not needed
         if RANK: from_rank_0()  # which may have to download or decode
         x, y = load_data(args.dataset, args.data_dir, args.image_size, "train", 256 if args.dry_run else None)
@@ -559,10 +563,9 @@ def rand(n, *shape, like):
 
 def sample_z(args, n, device, generator=None):
     """z (n, latent_dim) from the prior. Without a generator as in training: ranks draw all and keep their own rows."""
-    shape = n if generator else WORLD * n, args.latent_dim
     draw = torch.randn if args.prior == "normal" else lambda *a, **k: torch.rand(*a, **k) * 2 - 1
-    z = draw(shape, device=device, generator=generator)
-    return z if generator else z[RANK::WORLD]
+    if generator: return draw(n, args.latent_dim, device=device, generator=generator)
+    return draw(WORLD * n, args.latent_dim, device=device)[RANK::WORLD]
 
 def seeded(*key):
     """A CPU generator, a pure function of whole numbers: hashed, as torch keeps only 32 bits of a seed. After the run's
@@ -690,7 +693,10 @@ class Run:
         self.start, self.mark = time.time() - self.state["seconds"], (time.time(), self.step)
         if not RANK:
             (self.folder / "args.json").write_text(json.dumps(vars(args), indent=1))
-            self.rows = open_log(self.folder / "log.csv", self.step)
+            log = self.folder / "log.csv"
+            header, *rows = log.read_text().split() if log.exists() else ["step"]
+            whole = (r for r in rows if r.count(",") == header.count(","))  # a kill can cut the last
+            self.rows = [header, *(r for r in whole if int(r.split(",")[0]) <= self.step)]  # as of an unbroken run
             if writer: self.board = writer(self.folder, purge_step=self.step)
         if self.step == 0 and args.sample_every: self.sheet()
         on_signals(self.stop)
@@ -718,7 +724,7 @@ class Run:
         if args.lr_decay == "best-fid" and state["stale"] >= args.patience:
             restore(self, self.folder / "best.pt", weights_only=True)
             state["stale"], args.lr_g, args.lr_d = 0, args.lr_g / 2, args.lr_d / 2
-        scale = 1 - self.step / self.total if args.lr_decay == "linear" else 1
+        scale = max(0, 1 - self.step / self.total) if args.lr_decay == "linear" else 1
         for opt, lr in ((self.opts["g"], args.lr_g * scale), (self.opts["d"], args.lr_d * scale)):
             for group in opt.param_groups:
                 group["lr"] = group["lr"].fill_(lr) if torch.is_tensor(group["lr"]) else lr
@@ -726,7 +732,7 @@ class Run:
 
     def due(self, every):
         """At the first end of an iteration at or past each multiple of `every` D updates."""
-        return every > 0 < self.step and self.step % every < self.args.d_steps
+        return every > 0 and self.step > 0 and self.step % every < self.args.d_steps
 
     def record(self, values):
         """Once an iteration: its losses go onto sums that stay on the device; then whatever is due."""
@@ -808,13 +814,6 @@ def progress(run, names):
         + "".join(f"{k} {v:.3f}  " for k, v in means.items()) + f"{speed * run.args.batch_size:.0f} images/s  "
         f"ETA {timedelta(seconds=int(max(0, run.total - run.step) / speed))}", redraw=True)
 
-def open_log(path, step):
-    """Leaves what log.csv would be of an unbroken run at this step, no row past it and none cut; its lines."""
-    header, *rows = path.read_text().split() if path.exists() else ["step"]
-    rows = [header, *(r for r in rows if r.count(",") == header.count(",") and int(r.split(",")[0]) <= step)]
-    if path.exists(): write_whole(path, lambda f: f.write("\n".join([*rows, ""]).encode()))
-    return rows
-
 def log_row(run, row):
     """One more row {column: number} of log.csv. The file is small: it is written whole, and a column may be new."""
     if RANK: return
@@ -841,8 +840,7 @@ def save(run, name="last.pt"):
 def read_checkpoint(path):
     with or_fail(f"{path} is not a whole checkpoint of these scripts"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        for k in ("script", "args", "step", "nets", "ema", "opts", "rng", "state", "window"): checkpoint[k]
-    return checkpoint
+        return {k: checkpoint[k] for k in ("script", "args", "step", "nets", "ema", "opts", "rng", "state", "window")}
 
 def restore(run, path, weights_only=False):
     """Networks, average and moments, in place, as a captured step reads them; then step, noise and log. Rates and
@@ -860,9 +858,8 @@ def restore(run, path, weights_only=False):
         run.sums, run.count = checkpoint["window"]["sums"].to(device), checkpoint["window"]["count"]
         run.state.update(checkpoint["state"])
         run.ema.updates.fill_(run.g_updates())
-        for kind, state in checkpoint["rng"].items():
-            if kind == "cpu": torch.set_rng_state(state)
-            elif kind == device.type: getattr(torch, kind).set_rng_state(state)
+        torch.set_rng_state(checkpoint["rng"].pop("cpu"))
+        if device.type in checkpoint["rng"]: getattr(torch, device.type).set_rng_state(checkpoint["rng"][device.type])
     return checkpoint["step"]
 
 def generate(run):

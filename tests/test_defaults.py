@@ -27,12 +27,24 @@ def test_a_flag_given_beats_the_best_ones_and_the_papers(module):
     best, mlp, paper = flags(module), flags(module, "--arch", "mlp"), flags(module, "--paper")
     assert {k: best[k] for k in module.BEST} == module.BEST
     assert {k: mlp[k] for k in module.BEST | module.MLP} == module.BEST | module.MLP
-    assert {k: paper[k] for k in module.PAPER} == module.PAPER
+    said = {k: v for k, v in module.PAPER.items() if v is not None}  # None: what follows from other flags
+    assert {k: paper[k] for k in said} == said and module.PAPER.keys() >= module.BEST.keys() | module.MLP.keys()
     assert (paper["ema"], paper["lr_decay"], paper.get("penalty_share", 1)) == (0.999, "none", 1)
     assert best["lr_decay"] == "linear" and best["paper"] is False and paper["paper"] is True
     for more in ([], ["--paper"], ["--arch", "mlp"]):
         given = flags(module, *more, "--lr-g", "3e-3", "--batch-size", "24", "--lr-decay", "none")
         assert (given["lr_g"], given["batch_size"], given["lr_decay"]) == (3e-3, 24, "none")
+
+
+@EACH
+def test_help_shows_what_a_run_would_take(module, capsys):
+    with pytest.raises(SystemExit) as stop:
+        module.main(["--help"])
+    shown = capsys.readouterr().out.split("options:")[1].split("\n  --")
+    text = {part.split()[0]: " ".join(part.split()) for part in shown}
+    assert stop.value.code == 0
+    for flag, value in module.BEST.items():
+        assert f"(default: {value})" in text[flag.replace("_", "-")], flag
 
 
 def test_the_papers_settings():

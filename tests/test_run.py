@@ -207,8 +207,8 @@ def test_rows_past_the_step_are_dropped(w, whole):
     w.main([*w.tiny, "--steps", "20", "--run-dir", "half", "--lr-decay", "linear", "--sample-every", "10"])
     with open("half/log.csv", "a") as f:
         f.write("25" + "," * (open("half/log.csv").readline().count(",")) + "\n20,1,")  # and a row cut by a kill
-    w.main(["--resume", "half/last.pt", "--sample-every", "0"])
-    assert [r[0] for r in losses("half")] == ["5", "10", "15", "20"]
+    w.main(["--resume", "half/last.pt", "--sample-every", "0", "--steps", "25"])
+    assert [r[0] for r in losses("half")] == ["5", "10", "15", "20", "25"]
     assert sorted(p.name for p in Path("half/samples").iterdir()) == [f"step_{i:07}.png" for i in (0, 10, 20)]
 
 
@@ -313,6 +313,16 @@ def test_a_runs_name_holds_the_flags_that_were_changed(w, flags, named):
     many = [*w.tiny, *flags.split(), "--beta1", ".3", "--beta2", ".33", "--lr-d", "7e-4", "--g-steps", "2"]
     whole = {f"{k}{v}".removesuffix("True") for k, v in vars(w.parse_args(many)).items()}
     assert named in parts(*many) and set(parts(*many)[1:-1]) <= whole  # as many as fit, none of them cut
+
+
+@EVERY
+def test_a_resumed_run_keeps_its_name(w):
+    sides = [i + j for i, f in enumerate(w.tiny) if f == "--image-size" for j in (0, 1)]
+    flags = [f for i, f in enumerate(w.tiny) if i not in sides] + ["--steps", "5", "--run-dir", "a"]
+    w.main(flags)
+    name = w.parse_args(flags).name
+    assert "image_size" not in name
+    assert w.parse_args(["--resume", "a/last.pt"]).name == name == json.loads(Path("a/args.json").read_text())["name"]
 
 
 def test_two_runs_of_one_second_get_two_folders(w, monkeypatch):
