@@ -24,6 +24,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+# What has no import, as number() and Run, stands below the ruled line.
 # The best of a search on MNIST, two minutes of one core a run (tests/gallery/README.md).
 BEST = dict(batch_size=64, d_steps=1, lr_g=2e-3, lr_d=2e-3, beta1=0.0, beta2=0.9, ema=0.995, ngf=16, ndf=16, clip=0.05,
             optimizer="adam", lr_decay="linear")

@@ -231,6 +231,32 @@ def as_folder(n, folder):
         Image.fromarray(picture.numpy()).save(path)
 
 
+@over("wgan_gp", "conditional")
+def test_another_seed_makes_other_pictures_of_one_checkpoint(w):
+    """With --generate alone may the seed change: the pictures are those of the noise that it makes."""
+    w.main([*w.tiny, "--steps", "5", "--run-dir", "a"])
+    made = {}
+    for name, flags in (("same", []), ("seven", ["--seed", "7"]), ("again", ["--seed", "7"])):
+        w.main(["--resume", "a/last.pt", "--generate", "3", *flags, "--generate-to", name])
+        made[name] = [Image.open(f"{name}/{i:05}.png").tobytes() for i in range(3)]
+    assert made["seven"] == made["again"] and all(x != y for x, y in zip(made["seven"], made["same"]))
+    with pytest.raises(SystemExit):
+        w.main(["--resume", "a/last.pt", "--seed", "7", "--steps", "10"])
+
+
+@pytest.mark.parametrize("w", ["dcgan"], indirect=True)
+def test_a_folders_first_line_counts_what_was_read_and_set_aside(w, capsys):
+    """42 files: every tenth, four, are for testing; of the other 38 one is cut short."""
+    as_folder(42, "data")
+    order = sorted(Path("data").rglob("*.png"), key=lambda p: hashlib.sha256(
+        p.relative_to("data").as_posix().encode()).digest())
+    order[3].write_bytes(order[3].read_bytes()[:60])
+    w.main([*w.tiny, "--dataset", "folder", "--data-dir", "data", "--steps", "5", "--run-dir", "a"])
+    out = capsys.readouterr()
+    assert "data: 37 of 38 pictures read, 4 more set aside for testing\n" in out.out
+    assert "left out 1 of 38 files" in out.err and str(order[3]) in out.err
+
+
 def test_other_data_than_the_checkpoint_saw_is_refused(w, monkeypatch, capsys):
     """By the number of pictures and, for a folder, by what is in them; where they lie does not matter."""
     def refused(*flags):
