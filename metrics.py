@@ -930,29 +930,29 @@ def ticks(low, high, wanted=6):
     step = next(m * unit for m in (1, 2, 5, 10) if m * unit >= raw)
     return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
-NOT_COMPARED = {"seed", "name", "paper", "data", "data_dir", "device", "run_dir", "resume", "generate", "generate_to",
-                "z_file", "tensorboard", "log_every", "sample_every", "eval_every", "checkpoint_every"}
+NOT_COMPARED = {"seed", "name", "data_dir", "device", "run_dir", "resume", "generate", "generate_to", "z_file",
+                "tensorboard", "log_every", "sample_every", "eval_every", "checkpoint_every"}
 
 def groups(runs):
     """{label: [run directories]}: those that differ in the seed alone together, in the order given. A label is the
     script and the flags that tell its groups apart. What has no args.json is a group of its own."""
-    flags, out = {}, {}
-    for run in (r for r in runs if (Path(r) / "args.json").exists()):
-        args = json.loads((Path(run) / "args.json").read_text())
-        flags[run] = args["name"].split("-")[0], {k: v for k, v in args.items() if k not in NOT_COMPARED}
+    flags, out, folders = {}, {}, {run: Path(run) if Path(run).is_dir() else Path(run).parent for run in runs}
+    for run in (r for r in runs if (folders[r] / "args.json").exists()):
+        args = json.loads((folders[run] / "args.json").read_text())
+        script = args.get("name", folders[run].resolve().name).split("-")[0]
+        flags[run] = script, {k: v for k, v in args.items() if k not in NOT_COMPARED}
     for run in runs:
-        if run in flags:
-            script, mine = flags[run]
-            apart = [k for k in mine if len({repr(f.get(k)) for s, f in flags.values() if s == script}) > 1]
-            label = " ".join([script, *(f"--{k.replace('_', '-')} {mine[k]}" for k in apart)])
-        out.setdefault(label if run in flags else Path(run).resolve().name, []).append(run)
+        script, mine = flags.get(run, (folders[run].resolve().name, {}))
+        apart = [k for k in mine if len({repr(f.get(k)) for s, f in flags.values() if s == script}) > 1]
+        label = " ".join([script, *(f"--{k.replace('_', '-')} {mine[k]}" for k in apart)])
+        out.setdefault(label if run in flags or label not in out else str(run), []).append(run)
     return out
 
 def scores_table(runs):
     """The final scores of run directories (scores.json) as Markdown, for each group of seeds and each checkpoint: the
     mean and, of two runs or more, the standard deviation (n - 1). ValueError: a run without scores."""
     columns = {"FID": ("fid", ".1f"), "IS": ("inception_score", ".2f"), "coverage": ("coverage", ".3f"),
-               "classes": ("classes", ".3g"), "least": ("class_min", ".1%"), "labels right": ("label_accuracy", ".1%"),
+               "classes": ("classes", ".4g"), "least": ("class_min", ".1%"), "labels right": ("label_accuracy", ".1%"),
                "modes": ("modes", ".0f"), "attempts": ("attempts", ".0f")}
     rows, networks = [], set()
     for label, members in groups(runs).items():
@@ -961,7 +961,7 @@ def scores_table(runs):
         except (OSError, ValueError) as e:
             raise ValueError(f"a run without scores: {e}") from None
         for name in (n for n in scores[0] if all(n in s for s in scores)):
-            if name == "best.pt" and all(s[name] == s["last.pt"] for s in scores):
+            if name.startswith("best.pt") and all(s[name] == s.get(name.replace("best", "last")) for s in scores):
                 continue
             values = {c: [s[name][k] for s in scores if s[name].get(k) is not None] for c, (k, _) in columns.items()}
             rows.append((label, name, len(members), {c: v for c, v in values.items() if len(v) == len(members)}))

@@ -517,7 +517,7 @@ class Batches:
         x, y = load_data(args.dataset, args.data_dir, args.image_size, "train", 256 if args.dry_run else None)
         if not RANK: from_rank_0()
         crc = zlib.crc32(x.contiguous().numpy()) if args.dataset == "folder" else 0  # others stay the same
-        if args.dataset == "folder":
+        if args.dataset == "folder" and not RANK and not args.dry_run:
             n, tests = (len(list_folder(Path(args.data_dir), split)[0]) for split in ("train", "test"))
             say(f"{args.data_dir}: {len(x)} of {n} pictures read, {tests} more set aside for testing")
         data = f"{len(x)} pictures of CRC {crc:08x}"
@@ -570,7 +570,7 @@ def sample_z(args, n, device, generator=None):
 
 def seeded(*key):
     """A CPU generator, a pure function of whole numbers: hashed, as torch keeps only 32 bits of a seed. After the run's
-    seed: 0 the order of data, 1 sheets, 2-5 scores and figures, 6 --generate, 7 --holdout, 10 the probe, 11 --flip."""
+    seed: 0 data, 1 sheets, 2-5, 9 scores and figures, 6 --generate, 7 --holdout, 8 --reject, 10 --probe, 11 --flip."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 def adam(net, lr, args):
@@ -695,9 +695,10 @@ class Run:
         if not RANK:
             (self.folder / "args.json").write_text(json.dumps(vars(args), indent=1))
             log = self.folder / "log.csv"
-            header, *rows = log.read_text().split() if log.exists() else ["step"]
+            header, *rows = (log.read_text() if log.exists() else "").split() or ["step"]
             whole = (r for r in rows if r.count(",") == header.count(","))  # a kill can cut the last
             self.rows = [header, *(r for r in whole if int(r.split(",")[0]) <= self.step)]  # as of an unbroken run
+            if rows: write_log(self)
             if writer: self.board = writer(self.folder, purge_step=self.step)
         if self.step == 0 and args.sample_every: self.sheet()
         on_signals(self.stop)
@@ -815,6 +816,9 @@ def progress(run, names):
         + "".join(f"{k} {v:.3f}  " for k, v in means.items()) + f"{speed * run.args.batch_size:.0f} images/s  "
         f"ETA {timedelta(seconds=int(max(0, run.total - run.step) / speed))}", redraw=True)
 
+def write_log(run):
+    write_whole(run.folder / "log.csv", lambda f: f.write("\n".join([*run.rows, ""]).encode()))
+
 def log_row(run, row):
     """One more row {column: number} of log.csv. The file is small: it is written whole, and a column may be new."""
     if RANK: return
@@ -824,7 +828,7 @@ def log_row(run, row):
     cells = {k: f"{v:.6g}" if isinstance(v, float) else str(v) for k, v in row.items()}
     run.rows = [",".join(columns), *(r + "," * (len(columns) - 1 - r.count(",")) for r in run.rows[1:]),
                 ",".join(cells.get(k, "") for k in columns)]
-    write_whole(run.folder / "log.csv", lambda f: f.write("\n".join([*run.rows, ""]).encode()))
+    write_log(run)
     for k, v in row.items() if run.board else (): run.board.add_scalar(k, v, run.step)
 
 def save(run, name="last.pt"):

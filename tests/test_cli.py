@@ -827,6 +827,15 @@ def test_table_is_mean_and_deviation_over_seeds(study_runs, tmp_path, capsys):
         "| wgan_gp --lr-g 0.001 | last.pt --reject drs | 3 | 6.5 ± 1.8 | 8.00 ± 0.00 | 10 ± 0 | 700 ± 0 |",
         "| wgan_gp --lr-g 0.005 | last.pt | 1 | 40.0 | 8.00 | 10 |  |",
         "| wgan_gp --lr-g 0.005 | last.pt --reject drs | 1 | 20.0 | 8.00 | 10 | 700 |"]
+    logs = [f"{r}/log.csv" for r in study_runs]
+    assert list(metrics.groups(logs).values()) == [[logs[0], logs[1], logs[3]], [logs[2]]]
+    for name in ("toy", "toy/x"):  # without a name, as toy2d.py's; without args.json, and of one folder's name
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "log.csv").write_text("step\n")
+    (tmp_path / "toy" / "args.json").write_text('{"method": "gan", "data": "ring", "seed": 0}')
+    (tmp_path / "a" / "x").mkdir(parents=True)
+    toys = [str(tmp_path / n) for n in ("toy", "toy/x", "a/x")]
+    assert metrics.groups(toys) == {"toy": toys[:1], "x": toys[1:2], toys[2]: toys[2:]}
     other = {"last.pt": {"fid": 9.0, "features": "net 01ab", "floor": 2.0, "n_fake": 500}}
     (tmp_path / "b0" / "scores.json").write_text(json.dumps({**other, "best.pt": {**other["last.pt"], "fid": 8.0}}))
     assert "| wgan_gp --lr-g 0.005 | best.pt | 1 | 8.0 |" in metrics.scores_table(study_runs)
