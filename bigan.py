@@ -26,12 +26,12 @@ from torch import nn
 from torch.nn import functional as F
 
 # What has no import, as number() and Run, stands below the ruled line.
-# The best of a search on MNIST, two minutes of one core a run (tests/gallery/README.md).
+# The best of a search on MNIST, two minutes of one core a run (tests/gallery/README.md); sizes of z: in resolve.
 BEST = dict(batch_size=64, d_steps=1, lr_g=2e-3, lr_d=2e-3, beta1=0.0, beta2=0.9, ema=0.995, ngf=16, ndf=16,
-            latent_dim=50, r1=0.01, penalty_share=0.25, lr_decay="linear")
-MLP = dict(lr_g=2e-3, lr_d=5e-4)  # and these of --arch mlp
-PAPER = dict(batch_size=128, d_steps=1, lr_g=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999, ema=0.999, ngf=32, ndf=32,
-             latent_dim=100, r1=0.0, penalty_share=1.0, lr_decay="none")  # --paper; the average is ours
+            r1=0.01, penalty_share=0.25, lr_decay="linear")
+MLP = dict(latent_dim=50, lr_g=2e-3, lr_d=5e-4)  # and these of --arch mlp
+PAPER = dict(latent_dim=100, batch_size=128, d_steps=1, lr_g=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999, ema=0.999,
+             ngf=32, ndf=32, r1=0.0, penalty_share=1.0, lr_decay="none")  # --paper; the average is ours
 
 
 def parse_args(argv=None):
@@ -325,7 +325,7 @@ def add_run_flags(p):
     a("--arch", choices=("dcgan", "mlp"), default="dcgan", help="convolutional or fully connected networks")
     a("--ngf", type=number(int, 1, 4096), default=32, help="dcgan: channels of G's largest map; each smaller has twice")
     a("--ndf", type=number(int, 1, 4096), default=32, help="dcgan: channels of D's largest map; each smaller has twice")
-    a("--latent-dim", type=number(int, 1, 65536), default=100, help="size of z")
+    a("--latent-dim", type=number(int, 1, 65536), help="size of z. Default: 16 for grey pictures by dcgan, 100 else")
     a("--prior", choices=("normal", "uniform"), default="normal", help="law of z: N(0, I) or U[-1, 1]")
     a("--batch-size", type=number(int, 2), help="pictures a step")
     a("--d-steps", "--n-critic", type=number(int, 1, 1000), help="D updates an iteration; WGAN-GP's paper: 5")
@@ -391,7 +391,10 @@ def resolve(p, argv, best, mlp, paper):
     if args.reject == "drs" and args.holdout < 2: fail("--reject drs needs pictures D never saw: --holdout 1000, say")
     sides = {"cifar10": 32, "celeba": 64, "folder": 64} if args.arch == "dcgan" else {}
     side = defaults["image_size"] or (32 if args.paper and args.arch == "dcgan" else sides.get(args.dataset, 28))
-    args.image_size, before = args.image_size or side, defaults | {"image_size": side} | old
+    few = DATASETS[args.dataset] == 1 and args.arch == "dcgan" and not args.paper
+    nz = defaults["latent_dim"] or (16 if few else 100)
+    args.image_size, args.latent_dim = args.image_size or side, args.latent_dim or nz
+    before = defaults | {"image_size": side, "latent_dim": nz} | old
     changed = [f"{k}{v}".removesuffix("True") for k, v in vars(args).items() if k in p.named and v != before[k]]
     while len("-".join(changed)) > 60: changed.pop()  # what a legend can hold
     name = old.get("name", f"{SCRIPT.stem}-{args.dataset}-").rpartition("-")[0]  # without its seed

@@ -69,6 +69,15 @@ def test_the_side_is_what_suits_the_data_set(module):
     assert flags(module, "--paper", "--dataset", "folder")["image_size"] == 32
 
 
+@EACH
+def test_the_size_of_z_is_what_suits_the_pictures(module):
+    def size(*argv):
+        return flags(module, *argv)["latent_dim"]
+    assert size("--paper") == size("--paper", "--arch", "mlp") == size("--dataset", "folder") == 100
+    assert size("--arch", "mlp", "--dataset", "mnist") == (50 if module is bigan else 100)
+    assert size("--dataset", "mnist") == size() == 16 and size("--latent-dim", "7", "--paper") == 7
+
+
 @pytest.mark.parametrize("module", [m for m in ALL if m is not cdcgan], ids=lambda m: m.__name__)
 @pytest.mark.parametrize("argv, sides", [([], [4, 7, 14, 28]), (["--paper", "--image-size", "28"], [7, 14, 28]),
                                          (["--image-size", "32"], [4, 8, 16, 32]),
