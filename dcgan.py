@@ -11,7 +11,7 @@ Goodfellow et al. 2014, arXiv 1406.2661, eq. (1); networks of Radford et al. 201
     python dcgan.py --dataset mnist --epochs 200
     python dcgan.py --dataset mnist --paper              the paper's settings, not the best ones
 
-Expect FID[classifier] 24 of --dataset mnist --amp --steps 6000, three minutes of one CPU core, where real digits have
+Expect FID[classifier] 20 of --dataset mnist --amp --steps 6000, three minutes of one CPU core, where real digits have
 2: seed 0, 10,000 samples against the test set, network 565494b9; tests/gallery/README.md has the protocol. By default D
 has R1 and no batch norm. --norm-first hides each batch's mean grey from D: G's background is then not black.
 

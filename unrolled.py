@@ -10,7 +10,7 @@ f_k is D's logit after k further updates on one batch, starting from the current
     python unrolled.py --dataset mnist --epochs 200
     python unrolled.py --dataset mnist --paper           the paper's settings, not the best ones
 
-Expect FID[classifier] 40 of --dataset mnist --amp --steps 5100, three minutes of one CPU core, where real digits have
+Expect FID[classifier] 26 of --dataset mnist --amp --steps 5100, three minutes of one CPU core, where real digits have
 2: seed 0, network 565494b9; tests/gallery/README.md has the protocol. The default looks one short step of gradient
 descent ahead: looking further costs MNIST more than it gives. It is for games that collapse, as toy2d.py --protocol
 metz.

@@ -10,7 +10,7 @@ D is the critic, the paper's f: a score without bounds, not a probability.
     python wgan_clip.py --dataset mnist --epochs 200
     python wgan_clip.py --dataset mnist --paper          the paper's settings, not the best ones
 
-Expect FID[classifier] 75 of --dataset mnist --amp --steps 5400, three minutes of one CPU core, where real digits have
+Expect FID[classifier] 56 of --dataset mnist --amp --steps 5400, three minutes of one CPU core, where real digits have
 2: seed 0, 10,000 samples against the test set, network 565494b9; tests/gallery/README.md has the protocol.
 
 As in the authors' code all of D's parameters are clipped, batch norm's too. Where it has batch norm, real and fake go

@@ -674,7 +674,7 @@ def test_another_classifier_scores_the_named_data(data_dir, tmp_path, capsys, mo
 
 @pytest.mark.parametrize("flags", [[], ["--real", "digits"], ["--fake", "x.pt"], ["--json"], ["--n", "100"]])
 def test_half_a_command_is_one_line(capsys, flags):
-    assert "name --real and --fake, or --plot" in error(capsys, *flags)
+    assert "name --real and --fake, --plot or --table" in error(capsys, *flags)
 
 
 def test_statistics_belong_to_the_bytes_of_the_pictures(tmp_path):
