@@ -639,10 +639,9 @@ class Run:
         self.folder = from_rank_0(None if RANK else make_folder(args))
         if alone: say("metrics.py is not beside this script: no scores, and of the figures only the sheets")
         elif not RANK:
-            import metrics
+            from metrics import Study
             load = functools.partial(load_data, args.dataset, args.data_dir, args.image_size)
-            self.study = metrics.Study(args, self.folder, load, self.draw, self.rate, self.noise, batch.held, labels,
-                                       say)
+            self.study = Study(args, self.folder, load, self.draw, self.rate, self.noise, batch.held, labels, say)
         if args.generate: return
         if not (self.folder / "best.pt").exists(): self.state.update(best_fid=math.inf, stale=0)
         self.total = args.steps or args.epochs * batch.per_epoch
@@ -651,9 +650,9 @@ class Run:
             (self.folder / "args.json").write_text(json.dumps(vars(args), indent=1))
             log = self.folder / "log.csv"
             header, *rows = (log.read_text() if log.exists() else "").split() or ["step"]
-            whole = (r for r in rows if r.count(",") == header.count(","))  # a kill can cut the last
-            self.rows = [header, *(r for r in whole if int(r.split(",")[0]) <= self.step)]  # as of an unbroken run
-            if rows: write_log(self)
+            rows = [r for r in rows if r.count(",") == header.count(",") and int(r.split(",")[0]) <= self.step]
+            self.rows = [header, *rows]  # as of an unbroken run: none past its step, none that a kill cut
+            if log.exists(): write_log(self)
             if writer: self.board = writer(self.folder, purge_step=self.step)
         if self.step == 0 and args.sample_every: self.sheet()
         on_signals(self.stop)

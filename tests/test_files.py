@@ -17,9 +17,9 @@ SCRIPTS = sorted(ROOT.glob("*.py"))
 METHOD = {p.name: sync.halves(p)[0] for p in IMAGE}
 
 # lines at most, as `wc -l` counts; what was wished for: 700, 720 each, 780, 740; 5050, 490, 1300, 40
-BUDGET = {"wgan_gp.py": 831, "dcgan.py": 849, "cdcgan.py": 849, "unrolled.py": 851, "mdgan.py": 864,
-          "wgan_clip.py": 897, "bigan.py": 916,
-          "the seven together": 6057, "the plumbing": 633, "metrics.py": 1300, "tests/sync.py": 40}
+BUDGET = {"wgan_gp.py": 830, "dcgan.py": 848, "cdcgan.py": 848, "unrolled.py": 850, "mdgan.py": 863,
+          "wgan_clip.py": 896, "bigan.py": 915,
+          "the seven together": 6050, "the plumbing": 632, "metrics.py": 1300, "tests/sync.py": 40}
 
 
 def test_the_plumbing_is_one():
