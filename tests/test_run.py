@@ -574,7 +574,7 @@ def scripted_judge(monkeypatch, fids, w=CASES["wgan_gp"]):
         def __init__(self, dataset, load, folder=None, device="cpu", n=None, epochs=None, say=print):
             (x, self.labels), (x_test, _) = load("train"), load("test")
             assert dataset == "digits" and x.shape[1:] == x_test.shape[1:] == (1, w.size, w.size)
-            if metrics.FEWEST > self.n: raise ValueError("too few test pictures")
+            if metrics.FEWEST > self.n: raise metrics.TooFew("too few test pictures")
 
         def __call__(self, x, y=None):
             assert x.dtype == torch.uint8 and x.shape == (10, 1, w.size, w.size)
