@@ -271,7 +271,7 @@ def add_run_flags(p):
     a("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of the networks, the order of the data, and all noise")
     a("--paper", action="store_true", help="the paper's settings where no flag says otherwise, not the best ones")
     a("--dry-run", action="store_true", help="two iterations and one of everything else, on tiny data")
-    p.fixed = vars(p.parse_args([])).keys()  # those so far a resumed run has of its checkpoint: its networks and data
+    p.fixed = vars(p.parse_args([])).keys()  # the flags so far: a resumed run has its checkpoint's
     a("--lr-g", type=rate, help="learning rate of G")
     a("--lr-d", type=rate, help="learning rate of D")
     a("--lr-decay", choices=("none", "linear", "best-fid"), default="none", help="linear: to 0 at the last step; "
@@ -290,7 +290,7 @@ def add_run_flags(p):
       "keep with chance sigmoid(score), which a critic's is not for; drs: Azadi et al. 2019, calibrated on --holdout")
     a("--drs-percentile", type=number(float, 0, 100), default=60.0, help="of D's scores, kept half; the paper: 80, 95")
     a("--tensorboard", action=argparse.BooleanOptionalAction, default=False, help="write the log for TensorBoard too")
-    p.kept = vars(p.parse_args([])).keys()  # those so far a checkpoint gives to the run that resumes it
+    p.kept = vars(p.parse_args([])).keys()  # the flags so far: not given again, they are the checkpoint's
     a("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="mps is written for but untested")
     a("--graph", action=argparse.BooleanOptionalAction, default=False, help="CUDA: replay the iteration as one graph")
     a("--run-dir", help="default: runs/SCRIPT-DATASET-FLAGS-sSEED-TIME, FLAGS those that are not the default")
@@ -324,8 +324,8 @@ def resolve(p, argv, best, mlp, paper):
     if args.reject == "drs" and args.holdout < 2: fail("--reject drs needs pictures D never saw: --holdout 1000, say")
     sides = {"cifar10": 32, "celeba": 64, "folder": 64} if args.arch == "dcgan" else {}
     side = defaults["image_size"] or (32 if args.paper and args.arch == "dcgan" else sides.get(args.dataset, 28))
-    few = DATASETS[args.dataset] == 1 and args.arch == "dcgan" and not args.paper
-    nz = defaults["latent_dim"] or (16 if few else 100)
+    simple = DATASETS[args.dataset] == 1 and args.arch == "dcgan" and not args.paper  # grey: 16 beat 100 by a third
+    nz = defaults["latent_dim"] or (16 if simple else 100)
     args.image_size, args.latent_dim = args.image_size or side, args.latent_dim or nz
     before = defaults | {"image_size": side, "latent_dim": nz} | old
     changed = [f"{k}{v}".removesuffix("True") for k, v in vars(args).items() if k in p.named and v != before[k]]
