@@ -835,8 +835,8 @@ class Study:
             (self.folder / "scores.json").write_text(json.dumps(scores, indent=1))
         try:
             plot([self.folder], self.folder / "curves.png")
-        except ValueError as e:  # a run shorter than --log-every
-            self.say(f"no curves.png: {e}")
+        except ValueError:  # a run shorter than --log-every
+            self.say("no curves.png: log.csv has no rows, which come every --log-every updates of D")
 
     def kept(self, n, *key, shares=False):
         """n pictures uint8 (n, C, S, S) that --reject keeps, and rejected's dict; ValueError where D is of no use.
@@ -940,7 +940,8 @@ def groups(runs):
     for run in (r for r in runs if (folders[r] / "args.json").exists()):
         args = json.loads((folders[run] / "args.json").read_text())
         script = args.get("name", folders[run].resolve().name).split("-")[0]
-        flags[run] = script, {k: v for k, v in args.items() if k not in NOT_COMPARED}
+        skip = NOT_COMPARED | ({"epochs"} if args.get("steps") else set())  # --steps overrides it
+        flags[run] = script, {k: v for k, v in args.items() if k not in skip}
     for run in runs:
         script, mine = flags.get(run, (folders[run].resolve().name, {}))
         apart = [k for k in mine if len({repr(f.get(k)) for s, f in flags.values() if s == script}) > 1]
@@ -956,10 +957,8 @@ def scores_table(runs):
                "modes": ("modes", ".0f"), "attempts": ("attempts", ".0f")}
     rows, networks = [], set()
     for label, members in groups(runs).items():
-        try:
-            scores = [json.loads((Path(run) / "scores.json").read_text()) for run in members]
-        except (OSError, ValueError) as e:
-            raise ValueError(f"a run without scores: {e}") from None
+        try: scores = [json.loads((Path(run) / "scores.json").read_text()) for run in members]
+        except (OSError, ValueError) as e: raise ValueError(f"a run without scores: {e}") from None
         for name in (n for n in scores[0] if all(n in s for s in scores)):
             if name.startswith("best.pt") and all(s[name] == s.get(name.replace("best", "last")) for s in scores):
                 continue
