@@ -737,7 +737,7 @@ def test_every_command_of_readme_runs(command, tmp_path, monkeypatch, capsys, qu
         x.expand(-1, wgan_gp.DATASETS[name], -1, -1), y))(*small["train" if train else "test"]))
     monkeypatch.setattr(wgan_gp, "stack", lambda x, y, n, seed, stack=wgan_gp.stack: stack(x, y, 200, seed))
     if taken.get("--real") in ("celeba", "folder"):
-        for i, p in enumerate(digits("train")[0][:400]):
+        for i, p in enumerate(digits("train")[0][:600]):
             path = Path(taken.get("--data-dir", "data")) / f"{i % 2}/{i}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             grey(p).save(path)
