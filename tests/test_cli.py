@@ -804,7 +804,8 @@ def study_runs(tmp_path):
     the epochs; that a0 has none of them, as a resumed run, makes no difference."""
     for name, flags, fid, values in (
             ("a0", {"lr_g": 1e-3, "seed": 0, "epochs": None}, 10.0, (1, 2, 3)),
-            ("a1", {"lr_g": 1e-3, "seed": 1}, 12.0, (1, 4, 9)), ("b0", {"lr_g": 5e-3, "seed": 0}, 40.0, (0, 0, 0)), ("a2", {"lr_g": 1e-3, "seed": 2}, 17.0, (1, 6, 6))):
+            ("a1", {"lr_g": 1e-3, "seed": 1}, 12.0, (1, 4, 9)), ("b0", {"lr_g": 5e-3, "seed": 0}, 40.0, (0, 0, 0)),
+            ("a2", {"lr_g": 1e-3, "seed": 2}, 17.0, (1, 6, 6))):
         (tmp_path / name).mkdir()
         args = {"name": f"wgan_gp-mnist-s{flags['seed']}", "epochs": 20, "steps": 30, "run_dir": name, **flags}
         score = {"fid": fid, "inception_score": 8.0, "classes": 10, "features": "net 01ab", "floor": 2.0, "n_fake": 500}
