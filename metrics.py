@@ -833,10 +833,10 @@ class Study:
                 self.say(f"{name}, --reject {reject}: {self.judge.line(s)}; {took['line']}")
         if scores:
             (self.folder / "scores.json").write_text(json.dumps(scores, indent=1))
-        try:
-            plot([self.folder], self.folder / "curves.png")
-        except ValueError:  # a run shorter than --log-every
-            self.say("no curves.png: log.csv has no rows, which come every --log-every updates of D")
+        if not (self.folder / "log.csv").exists():
+            return self.say("no curves.png: log.csv has no rows, which come every --log-every updates of D")
+        try: plot([self.folder], self.folder / "curves.png")
+        except ValueError as e: self.say(f"no curves.png: {e}")
 
     def kept(self, n, *key, shares=False):
         """n pictures uint8 (n, C, S, S) that --reject keeps, and rejected's dict; ValueError where D is of no use.

@@ -1014,7 +1014,11 @@ def test_too_few_test_pictures_are_no_scores_and_no_reason_to_stop(script, n):
     assert s.study.evaluate(10) is None and "no scores: " in s.said[0] and f"{n} test pictures" in s.said[0]
     (s.folder / "last.pt").touch()
     s.study.last_scores(lambda name: pytest.fail("there is nothing to score"))
-    assert not (s.folder / "scores.json").exists() and "no curves.png" in s.said[-1]  # a run shorter than --log-every
+    assert not (s.folder / "scores.json").exists()
+    assert "no curves.png" in s.said[-1] and "--log-every" in s.said[-1]  # a run shorter than that
+    (s.folder / "log.csv").write_text("step,d_loss\n10,much\n")  # another reason is not called by that name
+    s.study.last_scores(lambda name: pytest.fail("there is nothing to score"))
+    assert "is not the log of a run" in s.said[-1] and "--log-every" not in s.said[-1]
 
 
 def test_last_scores_of_a_run_without_a_best_checkpoint(script):
