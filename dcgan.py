@@ -26,8 +26,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-# What has no import, as number() and Run, stands below the ruled line.
-# The best of a search on MNIST, two minutes of one core a run (tests/gallery/README.md); sizes of z: in resolve.
+# Names without an import, number and Run among them, stand below the ruled line.
+# The best of a search on MNIST, two minutes of one core a run (tests/gallery/README.md); latent_dim: resolve.
 BEST = dict(batch_size=64, d_steps=1, lr_g=2e-3, lr_d=2e-3, beta1=0.0, beta2=0.9, ema=0.995, ngf=16, ndf=16,
             d_norm="none", r1=0.01, penalty_share=0.25, lr_decay="linear")
 MLP = dict(lr_g=2e-3, lr_d=5e-4, r1=1.0)  # and these of --arch mlp
@@ -174,13 +174,13 @@ def train(args):
             else:
                 score_real, score_fake = D(torch.cat([x_real, x_fake])).chunk(2)
             penalty = torch.zeros((), device=device)
-            k = math.ceil(args.penalty_share * len(x_real))  # the first k pictures: as good an estimate, and cheaper
+            k = math.ceil(args.penalty_share * len(x_real))  # the first k pictures: unbiased, noisier, cheaper
             for weight, pictures in ((args.gp + args.r1 / 2, x_real), (args.gp + args.r2 / 2, x_fake)):
                 if weight: penalty = penalty + weight * squared_gradient(D, pictures[:k])
             d_loss = discriminator_loss(score_real, score_fake, args.loss) + penalty
             opt_d.zero_grad(set_to_none=True)
             d_loss.backward()
-            average_gradients(D)
+            average_gradients(D)  # over ranks, where torchrun started several
             opt_d.step()
 
         D.requires_grad_(False)  # G's update needs D's gradient in x, not in its weights
@@ -197,7 +197,7 @@ def train(args):
                 "d_acc": pair_accuracy(score_real, score_fake)}  # of the last update
 
     # Run calls these two in eval mode without gradients: draw for every sheet, score, figure and --generate,
-    # rate to calibrate --reject drs on pictures that D has not seen.
+    # rate, D's score, to calibrate --reject drs on pictures that D has not seen; y: labels.
     def draw(z, y):
         x_fake = ema(z)
         return to_uint8(x_fake), D(x_fake)
@@ -206,7 +206,7 @@ def train(args):
         return D(from_uint8(x_uint8))
 
     run = Run(args, {"G": G, "D": D}, {"g": opt_g, "d": opt_d}, ema, draw, rate, batch)
-    step = captured(step, args)
+    step = captured(step, args)  # under --graph
     while run.training():
         for i in range(args.d_steps):
             x[i], _ = batch()

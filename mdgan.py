@@ -25,8 +25,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-# What has no import, as number() and Run, stands below the ruled line.
-# The best of a search on MNIST, two minutes of one core a run (tests/gallery/README.md); sizes of z: in resolve.
+# Names without an import, number and Run among them, stand below the ruled line.
+# The best of a search on MNIST, two minutes of one core a run (tests/gallery/README.md); latent_dim: resolve.
 BEST = dict(batch_size=64, d_steps=1, lr_g=2e-3, lr_d=2e-3, beta1=0.0, beta2=0.9, ema=0.995, ngf=16, ndf=16, r1=0.1,
             penalty_share=0.25, lr_decay="linear")
 MLP = dict(lr_g=2e-3, lr_d=5e-4, r1=0.01)  # and these of --arch mlp
@@ -192,11 +192,11 @@ def train(args):
             score_real, score_fake = D(torch.cat([x_real, x_fake])).chunk(2)  # no batch norm: one forward for both
             d_loss = discriminator_loss(score_real, score_fake)
             if args.r1:
-                k = math.ceil(args.penalty_share * len(x_real))  # of the first k: as good an estimate, and cheaper
+                k = math.ceil(args.penalty_share * len(x_real))  # of the first k: unbiased, noisier, cheaper
                 d_loss = d_loss + args.r1 / 2 * squared_gradient(D, x_real[:k])
             opt_d.zero_grad(set_to_none=True)
             d_loss.backward()
-            average_gradients(D)
+            average_gradients(D)  # over ranks, where torchrun started several
             opt_d.step()
 
         D.requires_grad_(False)  # G's update needs D's gradient in x, not in its weights
@@ -211,7 +211,7 @@ def train(args):
         return {"d_loss": d_loss, "g_loss": g_loss, "d_acc": pair_accuracy(score_real, score_fake)}  # the last update's
 
     # Run calls these two in eval mode without gradients: draw for every sheet, score, figure and --generate,
-    # rate to calibrate --reject drs on pictures that D has not seen.
+    # rate, D's score, to calibrate --reject drs on pictures that D has not seen; y: labels.
     def draw(z, y):
         x_fake = ema(z)
         return to_uint8(x_fake), D(x_fake)
@@ -221,7 +221,7 @@ def train(args):
 
     run = Run(args, {"G": G, "D": D}, {"g": opt_g, "d": opt_d}, ema, draw, rate, batch)
     say(str(D[-1]))
-    step = captured(step, args)
+    step = captured(step, args)  # under --graph
     while run.training():
         for i in range(args.d_steps):
             x[i], _ = batch()

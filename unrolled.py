@@ -29,8 +29,8 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-# What has no import, as number() and Run, stands below the ruled line.
-# The best of a search on MNIST, two minutes of one core a run (tests/gallery/README.md); sizes of z: in resolve.
+# Names without an import, number and Run among them, stand below the ruled line.
+# The best of a search on MNIST, two minutes of one core a run (tests/gallery/README.md); latent_dim: resolve.
 BEST = dict(batch_size=32, d_steps=1, lr_g=2e-3, lr_d=2e-3, beta1=0.0, beta2=0.9, ema=0.995, ngf=16, ndf=16, k=1,
             inner="sgd", inner_lr=0.001, r1=0.02, penalty_share=0.5, lr_decay="linear")
 MLP = dict(lr_g=2e-3, lr_d=5e-4)  # and these of --arch mlp
@@ -178,11 +178,11 @@ def train(args):
             score_real, score_fake = D(torch.cat([x_real, x_fake])).chunk(2)  # no batch norm: one forward for both
             d_loss = discriminator_loss(score_real, score_fake)
             if args.r1:  # not in the steps ahead, where it would be a third derivative
-                k = math.ceil(args.penalty_share * len(x_real))  # of the first k: as good an estimate, and cheaper
+                k = math.ceil(args.penalty_share * len(x_real))  # of the first k: unbiased, noisier, cheaper
                 d_loss = d_loss + args.r1 / 2 * squared_gradient(D, x_real[:k])
             opt_d.zero_grad(set_to_none=True)
             d_loss.backward()
-            average_gradients(D)
+            average_gradients(D)  # over ranks, where torchrun started several
             opt_d.step()
 
         for _ in range(args.g_steps):
@@ -199,7 +199,7 @@ def train(args):
         return {"d_loss": d_loss, "g_loss": g_loss, "d_acc": pair_accuracy(score_real, score_fake)}  # the last update's
 
     # Run calls these two in eval mode without gradients: draw for every sheet, score, figure and --generate,
-    # rate to calibrate --reject drs on pictures that D has not seen.
+    # rate, D's score, to calibrate --reject drs on pictures that D has not seen; y: labels.
     def draw(z, y):
         x_fake = ema(z)
         return to_uint8(x_fake), D(x_fake)
@@ -208,7 +208,7 @@ def train(args):
         return D(from_uint8(x_uint8))
 
     run = Run(args, {"G": G, "D": D}, {"g": opt_g, "d": opt_d}, ema, draw, rate, batch)
-    step = captured(step, args)
+    step = captured(step, args)  # under --graph
     while run.training():
         for i in range(args.d_steps):
             x[i], _ = batch()

@@ -24,8 +24,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-# What has no import, as number() and Run, stands below the ruled line.
-# The best of a search on MNIST, two minutes of one core a run (tests/gallery/README.md); sizes of z: in resolve.
+# Names without an import, number and Run among them, stand below the ruled line.
+# The best of a search on MNIST, two minutes of one core a run (tests/gallery/README.md); latent_dim: resolve.
 BEST = dict(batch_size=64, d_steps=1, lr_g=2e-3, lr_d=2e-3, beta1=0.0, beta2=0.9, ema=0.995, ngf=16, ndf=16, clip=0.05,
             optimizer="adam", lr_decay="linear")
 MLP = dict(lr_g=2e-3, lr_d=5e-4)  # and these of --arch mlp
@@ -216,7 +216,7 @@ def train(args):
             d_loss = discriminator_loss(score_real, score_fake)
             opt_d.zero_grad(set_to_none=True)
             d_loss.backward()
-            average_gradients(D)
+            average_gradients(D)  # over ranks, where torchrun started several
             opt_d.step()
             clipped = clip_weights(D, args.clip)
 
@@ -233,7 +233,7 @@ def train(args):
                 "d_acc": pair_accuracy(score_real, score_fake)}  # of the last update
 
     # Run calls these two in eval mode without gradients: draw for every sheet, score, figure and --generate,
-    # rate to calibrate --reject drs on pictures that D has not seen.
+    # rate, D's score, to calibrate --reject drs on pictures that D has not seen; y: labels.
     def draw(z, y):
         x_fake = made(ema, z, y)
         return to_uint8(x_fake), judged(x_fake, y)
@@ -243,7 +243,7 @@ def train(args):
 
     labels = args.classes if args.conditional else 1
     run = Run(args, {"G": G, "D": D}, {"g": opt_g, "d": opt_d}, ema, draw, rate, batch, labels)
-    step = captured(step, args)
+    step = captured(step, args)  # under --graph
     while run.training():
         for i in range(args.d_steps):
             x[i], y[i] = batch()
