@@ -29,7 +29,7 @@ from torch.nn import functional as F
 # The best of a search on MNIST, two minutes of one core a run (tests/gallery/README.md); latent_dim: resolve.
 BEST = dict(batch_size=64, d_steps=1, lr_g=2e-3, lr_d=2e-3, beta1=0.0, beta2=0.9, ema=0.995, ngf=16, ndf=16,
             r1=1.0, penalty_share=0.25, lr_decay="linear")
-MLP = dict(latent_dim=50, lr_g=2e-3, lr_d=5e-4, r1=0.01)  # and these of --arch mlp
+MLP = dict(latent_dim=50, lr_g=2e-3, lr_d=5e-4)  # and these of --arch mlp
 PAPER = dict(latent_dim=100, batch_size=128, d_steps=1, lr_g=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999, ema=0.999,
              ngf=32, ndf=32, r1=0.0, penalty_share=1.0, lr_decay="none")  # --paper; the average is ours
 
