@@ -26,7 +26,7 @@ from torch import nn
 from torch.nn import functional as F
 
 # Names without an import, number and Run among them, stand below the ruled line.
-# The best of a search on MNIST, two minutes of one core a run (tests/gallery/README.md); latent_dim: resolve.
+# The best of a search on MNIST, two or three minutes of one core a run (tests/gallery/README.md); latent_dim: resolve.
 BEST = dict(batch_size=64, d_steps=1, lr_g=2e-3, lr_d=2e-3, beta1=0.0, beta2=0.9, ema=0.995, ngf=16, ndf=16, r1=10.0,
             penalty_share=0.25, lr_decay="linear")
 MLP = dict(lr_g=2e-3, lr_d=5e-4)  # and these of --arch mlp

@@ -30,7 +30,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 # Names without an import, number and Run among them, stand below the ruled line.
-# The best of a search on MNIST, two minutes of one core a run (tests/gallery/README.md); latent_dim: resolve.
+# The best of a search on MNIST, two or three minutes of one core a run (tests/gallery/README.md); latent_dim: resolve.
 BEST = dict(batch_size=32, d_steps=1, lr_g=2e-3, lr_d=2e-3, beta1=0.0, beta2=0.9, ema=0.995, ngf=16, ndf=16, k=1,
             inner="sgd", inner_lr=0.001, r1=0.05, penalty_share=0.5, lr_decay="linear")
 MLP = dict(lr_g=2e-3, lr_d=5e-4, r1=0.02)  # and these of --arch mlp
