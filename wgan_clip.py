@@ -549,7 +549,7 @@ def to_uint8(x):
 
 def from_uint8(x):
     """uint8 0..255 -> float [-1, 1]."""
-    return x.to(torch.get_default_dtype()) / 127.5 - 1
+    return x / 127.5 - 1
 
 class Net(nn.Sequential):
     """nn.Sequential (several inputs go to its first layer as a tuple) that under --amp trains with its products in
@@ -577,10 +577,9 @@ def seeded(*key):
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 def adam(net, lr, args):
-    device = next(net.parameters()).device
-    cuda = device.type == "cuda"  # there the rate lies on the device, so that a captured step sees it change
-    return torch.optim.Adam(net.parameters(), torch.tensor(lr, device=device) if cuda else lr, (args.beta1, args.beta2),
-                            fused=cuda or device.type == "cpu", capturable=cuda)
+    cuda = next(net.parameters()).is_cuda  # there the rate lies on the device, so that a captured step sees it change
+    return torch.optim.Adam(net.parameters(), torch.tensor(lr, device="cuda") if cuda else lr, (args.beta1, args.beta2),
+                            fused=True, capturable=cuda)
 
 def averaged(G):
     """The copy of G that update_ema averages into and that every picture comes from."""
@@ -603,8 +602,7 @@ def pair_accuracy(score_real, score_fake):
 def average_gradients(net):
     """Their mean over ranks."""
     for p in net.parameters() if WORLD > 1 else ():
-        torch.distributed.all_reduce(p.grad)
-        p.grad /= WORLD
+        torch.distributed.all_reduce(p.grad.div_(WORLD))
 
 def from_rank_0(value=None):
     """What rank 0 passes; the others wait for it."""
@@ -673,9 +671,9 @@ class Run:
 
     def __init__(self, args, nets, opts, ema, draw, rate, batch, labels=1):
         """labels: the number of classes that draw's y can ask for; 1: it has no y."""
-        self.args, self.nets, self.opts, self.ema, self.batch, self.labels = args, nets, opts, ema, batch, labels
+        self.args, self.nets, self.opts, self.ema = args, nn.ModuleDict(nets), opts, ema
+        self.batch, self.labels, self.step, self.count, self.sums = batch, labels, 0, 0, torch.zeros((), device=batch.device)
         self.draw, self.rate = (functools.partial(in_parts, self, f) for f in (draw, rate))
-        self.step, self.sums, self.count = 0, torch.zeros((), device=batch.device), 0
         self.signal = self.leaving = self.study = self.board = None
         self.state = {"best_fid": math.inf, "stale": 0, "scored": -1, "seconds": 0.0}
         if args.resume: restore(self, args.resume)
@@ -792,15 +790,14 @@ class Run:
 def in_parts(run, f, rows, y=None):
     """f, draw or rate, of any number of rows: 500 at a time, in eval mode and back, without gradients; on the CPU."""
     y, device = torch.arange(len(rows)) % run.labels if y is None else y, run.batch.device
-    for net in run.nets.values(): net.eval()
+    run.nets.eval()
     parts = [f(a.to(device), b.to(device)) for a, b in zip(rows.split(500), y.split(500))]
-    for net in run.nets.values(): net.train()
+    run.nets.train()
     return torch.cat(parts).cpu() if torch.is_tensor(parts[0]) else [torch.cat(p).cpu() for p in zip(*parts)]
 
 def check_finite(run):
     """Before anything is read or written: a NaN stops the run and leaves the last good checkpoint."""
-    weights = (p for net in run.nets.values() for p in net.parameters())
-    if not all(t.isfinite().all() for t in (run.sums, *weights)):
+    if not all(t.isfinite().all() for t in (run.sums, *run.nets.parameters())):
         fail(f"a loss or weight is not finite by step {run.step}: try lower --lr-d, --lr-g"
              + f"; {run.folder / 'last.pt'} is from before" * (run.folder / "last.pt").exists())
 
