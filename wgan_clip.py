@@ -266,7 +266,7 @@ def between_classes(run, ema, classes):
 # The method ends here. Below is the plumbing, the same in all seven scripts: FLAGS, DATA, STEP, RUN, in the order in
 # which a run uses them. Its home is wgan_gp.py; after a change there `python tests/sync.py` copies it to the others.
 # ======================================================================================================================
-import contextlib, copy, functools, hashlib, importlib, itertools, json, os, shutil, signal, sys, time, zlib
+import contextlib, copy, csv, functools, hashlib, importlib, itertools, json, os, shutil, signal, sys, time, zlib
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -671,8 +671,8 @@ class Run:
 
     def __init__(self, args, nets, opts, ema, draw, rate, batch, labels=1):
         """labels: the number of classes that draw's y can ask for; 1: it has no y."""
-        self.args, self.nets, self.opts, self.ema = args, nn.ModuleDict(nets), opts, ema
-        self.batch, self.labels, self.step, self.count, self.sums = batch, labels, 0, 0, torch.zeros((), device=batch.device)
+        self.args, self.nets, self.opts, self.ema, self.batch = args, nn.ModuleDict(nets), opts, ema, batch
+        self.labels, self.step, self.count, self.sums = labels, 0, 0, torch.zeros((), device=batch.device)
         self.draw, self.rate = (functools.partial(in_parts, self, f) for f in (draw, rate))
         self.signal = self.leaving = self.study = self.board = None
         self.state = {"best_fid": math.inf, "stale": 0, "scored": -1, "seconds": 0.0}
@@ -695,9 +695,8 @@ class Run:
         if not RANK:
             (self.folder / "args.json").write_text(json.dumps(vars(args), indent=1))
             log = self.folder / "log.csv"
-            header, *rows = (log.read_text() if log.exists() else "").split() or ["step"]
-            rows = [r for r in rows if r.count(",") == header.count(",") and int(r.split(",")[0]) <= self.step]
-            self.rows = [header, *rows]  # as of an unbroken run: none past its step, none that a kill cut
+            rows = csv.DictReader(log.read_text().splitlines() if log.exists() else ())
+            self.rows = [r for r in rows if None not in r.values() and int(r["step"]) <= self.step]  # none cut
             if log.exists(): write_log(self)
             if writer: self.board = writer(self.folder, purge_step=self.step)
         if self.step == 0 and args.sample_every: self.sheet()
@@ -743,9 +742,6 @@ class Run:
         if self.due(self.args.log_every): progress(self, list(values))
         if self.due(self.args.sample_every): self.sheet()
         if self.due(self.args.checkpoint_every): save(self)
-
-    def g_updates(self):
-        return self.step // self.args.d_steps * self.args.g_steps
 
     def sheet(self, name=None):
         """Of one fixed z: 64 pictures, or eight columns and a row for each label, of which 20 are shown."""
@@ -809,26 +805,26 @@ def progress(run, names):
     speed = (run.step - run.mark[1]) / max(time.time() - run.mark[0], 1e-9)  # D updates a second
     run.sums, run.count, run.mark = torch.zeros_like(run.sums), 0, (time.time(), run.step)
     rates = {f"lr_{k}": float(opt.param_groups[0]["lr"]) for k, opt in run.opts.items()}
-    log_row(run, {**means, "images_per_s": speed * run.args.batch_size, **rates})
-    epoch, epochs = run.step / run.batch.per_epoch, run.total / run.batch.per_epoch
-    say(f"epoch {epoch:.1f}/{epochs:.4g}  D {run.step} G {run.g_updates()}  "
-        + "".join(f"{k} {v:.3f}  " for k, v in means.items()) + f"{speed * run.args.batch_size:.0f} images/s  "
+    row = log_row(run, {**means, "images_per_s": speed * run.args.batch_size, **rates})
+    say(f"epoch {row['epoch']:.1f}/{run.total / run.batch.per_epoch:.4g}  D {run.step} G {row['g_updates']}  "
+        + "".join(f"{k} {v:.3f}  " for k, v in means.items()) + f"{row['images_per_s']:.0f} images/s  "
         f"ETA {timedelta(seconds=int(max(0, run.total - run.step) / speed))}", redraw=True)
 
 def write_log(run):
-    write_whole(run.folder / "log.csv", lambda f: f.write("\n".join([*run.rows, ""]).encode()))
+    """Whole, as it is small and any row may bring a new column."""
+    columns = list(dict.fromkeys(k for row in run.rows for k in row))
+    lines = [columns, *([row.get(k, "") for k in columns] for row in run.rows)]
+    write_whole(run.folder / "log.csv", lambda f: f.write("".join(",".join(cells) + "\n" for cells in lines).encode()))
 
 def log_row(run, row):
-    """One more row {column: number} of log.csv. The file is small: it is written whole, and a column may be new."""
-    if RANK: return
-    row = {"step": run.step, "epoch": run.step / run.batch.per_epoch, "g_updates": run.g_updates(),
-           "seconds": time.time() - run.start, **row}
-    columns = list(dict.fromkeys([*run.rows[0].split(","), *row]))
-    cells = {k: f"{v:.6g}" if isinstance(v, float) else str(v) for k, v in row.items()}
-    run.rows = [",".join(columns), *(r + "," * (len(columns) - 1 - r.count(",")) for r in run.rows[1:]),
-                ",".join(cells.get(k, "") for k in columns)]
+    """One more row {column: number} of log.csv; returns it with what every row has."""
+    row = {"step": run.step, "epoch": run.step / run.batch.per_epoch,
+           "g_updates": run.step // run.args.d_steps * run.args.g_steps, "seconds": time.time() - run.start, **row}
+    if RANK: return row
+    run.rows.append({k: f"{v:.6g}" if isinstance(v, float) else str(v) for k, v in row.items()})
     write_log(run)
     for k, v in row.items() if run.board else (): run.board.add_scalar(k, v, run.step)
+    return row
 
 def save(run, name="last.pt"):
     """A checkpoint: plain types and tensors."""
@@ -861,7 +857,7 @@ def restore(run, path, weights_only=False):
         run.step = run.batch.step = checkpoint["step"]
         run.sums, run.count = checkpoint["window"]["sums"].to(device), checkpoint["window"]["count"]
         run.state.update(checkpoint["state"])
-        run.ema.updates.fill_(run.g_updates())
+        run.ema.updates.fill_(run.step // run.args.d_steps * run.args.g_steps)
         torch.set_rng_state(checkpoint["rng"].pop("cpu"))
         if device.type in checkpoint["rng"]: getattr(torch, device.type).set_rng_state(checkpoint["rng"][device.type])
     return checkpoint["step"]
