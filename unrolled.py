@@ -604,9 +604,6 @@ def say(text, redraw=False):
     if live: text = "\r\033[K" + (text[:shutil.get_terminal_size().columns - 1] if redraw else text + "\n")
     print(text, end="" if live else "\n", flush=True)
 
-def on_signals(handler=signal.default_int_handler):
-    for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, handler)
-
 def make_folder(args):
     """The run's folder: that of the checkpoint, or a new one. Fails before it leaves anything behind."""
     old = Path(args.resume).parent if args.resume else None
@@ -654,7 +651,7 @@ class Run:
             if log.exists(): write_log(self)
             if writer: self.board = writer(self.folder, purge_step=self.step)
         if self.step == 0 and args.sample_every: self.sheet()
-        on_signals(self.stop)
+        for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, self.stop)
         say(f"{self.folder}: {self.total} D updates of {args.batch_size} out of {len(batch.x)} pictures"
             + ", which are few," * (len(batch.x) < 500) + f" on {WORLD} x {batch.device}")
 
@@ -663,19 +660,17 @@ class Run:
         return sample_z(self.args, n, "cpu", seeded(self.args.seed, *key))
 
     def stop(self, number, frame):
-        """At the end of this iteration, with a checkpoint; a second signal stops at once."""
+        """At the end of this iteration, with a checkpoint; a second signal, or one after training, stops at once."""
+        if self.signal is not None: raise KeyboardInterrupt
         self.signal = number
-        on_signals()
 
     def training(self):
         """Whether to go on. First scores this step, if that is due, and sets the learning rates of the next."""
         args, state = self.args, self.state
         if args.generate: return False
-        if WORLD == 1 or self.step // args.d_steps % 10 == 0:
-            self.leaving = from_rank_0(self.signal)  # all ranks after the same iteration, when rank 0 is told to
-        if self.leaving is None and self.due(args.eval_every):  # a resumed run too, if it was killed at it
-            self.evaluate()
-            state["stale"] = from_rank_0(state["stale"])
+        if self.signal is None and self.due(args.eval_every): self.evaluate()  # a resumed run too, if killed at it
+        if WORLD == 1 or self.due(args.eval_every) or self.step // args.d_steps % 10 == 0:  # all ranks at one step
+            self.leaving, state["stale"] = from_rank_0((self.signal, state["stale"]))
         if args.lr_decay == "best-fid" and state["stale"] >= args.patience:
             restore(self, self.folder / "best.pt", weights_only=True)
             state["stale"], args.lr_g, args.lr_d = 0, args.lr_g / 2, args.lr_d / 2
@@ -726,7 +721,7 @@ class Run:
         if self.leaving is not None:
             say(f"stopped at step {self.step}: go on with --resume {self.folder / 'last.pt'}")
             raise SystemExit(128 + self.leaving)
-        on_signals()
+        self.signal = 0  # from here on one stops at once
         if RANK: return
         self.sheet("samples.png")
         more_figures()
