@@ -310,25 +310,21 @@ def resolve(p, argv, best, mlp, paper):
         old = {k: v for k, v in checkpoint["args"].items() if k in p.kept | {"classes", "data", "name"}}
         args.paper, args.arch = old.setdefault("paper", True), old["arch"]  # once all runs were such
     p.set_defaults(**(paper if args.paper else best | (mlp if args.arch == "mlp" else {})))
-    defaults = vars(p.parse_args([]))
-    p.set_defaults(**old | ({"epochs": None} if old.get("steps") else {}))
+    convs, defaults = args.arch == "dcgan", vars(p.parse_args([]))
+    side = 28 if not convs else 32 if args.paper else {"cifar10": 32, "celeba": 64, "folder": 64}.get(args.dataset, 28)
+    nz = 16 if convs and not args.paper and DATASETS[args.dataset] == 1 else 100  # on grey 16 beat 100 by a third
+    before = {"image_size": side, "latent_dim": nz} | {k: v for k, v in (defaults | old).items() if v is not None}
+    p.set_defaults(**before | ({"epochs": None} if old.get("steps") else {}))
     args = p.parse_args(argv)
     if old and args.epochs and args.steps == old["steps"]: args.steps = None  # --epochs was given, to go further
     free = {"seed"} if args.generate and args.reject != "drs" else set()  # other pictures; drs needs its --holdout
     for k in (p.fixed & old.keys()) - free:
         if vars(args)[k] != old[k]: fail(f"--{k.replace('_', '-')} is {old[k]} in {args.resume}: it cannot change")
     if args.generate and not args.resume: fail("--generate N needs --resume FILE, the checkpoint to draw from")
-    if args.z_file and not args.generate: fail("--z-file needs --generate N")
-    if args.z_file and args.reject != "none": fail("--z-file names the pictures, --reject would choose among them")
+    if args.z_file and (args.reject != "none" or not args.generate): fail("--z-file needs --generate N, no --reject")
     if args.lr_decay == "best-fid" and not args.eval_every: fail("--lr-decay best-fid needs --eval-every")
     if args.reject == "drs" and args.holdout < 2: fail("--reject drs needs pictures D never saw: --holdout 1000, say")
-    sides = {"cifar10": 32, "celeba": 64, "folder": 64} if args.arch == "dcgan" else {}
-    side = defaults["image_size"] or (32 if args.paper and args.arch == "dcgan" else sides.get(args.dataset, 28))
-    simple = DATASETS[args.dataset] == 1 and args.arch == "dcgan" and not args.paper  # grey: 16 beat 100 by a third
-    nz = defaults["latent_dim"] or (16 if simple else 100)
-    args.image_size, args.latent_dim = args.image_size or side, args.latent_dim or nz
-    before = defaults | {"image_size": side, "latent_dim": nz} | old
-    changed = [f"{k}{v}".removesuffix("True") for k, v in vars(args).items() if k in p.named and v != before[k]]
+    changed = [f"{k}{v}".removesuffix("True") for k, v in vars(args).items() if k in p.named and v != before.get(k)]
     while len("-".join(changed)) > 60: changed.pop()  # what a legend can hold
     name = old.get("name", f"{SCRIPT.stem}-{args.dataset}-").rpartition("-")[0]  # without its seed
     args.name = "-".join([name, *changed, f"s{args.seed}"])
