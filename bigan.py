@@ -294,6 +294,7 @@ import torchvision
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 SCRIPT = Path(__file__)
+RANDOM = {"cpu": torch.random, "cuda": torch.cuda, "mps": torch.mps}  # who keeps the state of a device's noise
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun: one process for each GPU
 
 # FLAGS ----------------------------------------------------------------------------------------------------------------
@@ -646,6 +647,7 @@ def captured(step, args):
 # RUN ------------------------------------------------------------------------------------------------------------------
 def write_whole(path, write):
     """write(file) into a temporary file beside `path`, flush, rename: a kill at any moment leaves the old file."""
+    if RANK: return
     temporary = path.with_name(f"{path.name}.tmp")
     with open(temporary, "wb") as f:
         write(f)
@@ -678,8 +680,7 @@ def make_folder(args):
     return folder
 
 class Run:
-    """Drives a training: its cadence, log, checkpoints, scores and end. It sees the method only through these
-    arguments. Every rank has one and calls the same methods, and that of rank 0 writes."""
+    """Drives a training, of which it sees these arguments alone. Every rank calls the same methods; rank 0's writes."""
 
     def __init__(self, args, nets, opts, ema, draw, rate, batch, labels=1):
         """labels: the number of classes that draw's y can ask for; 1: it has no y."""
@@ -693,7 +694,7 @@ class Run:
         if alone and (args.reject != "none" or args.lr_decay == "best-fid"):
             fail("--reject and --lr-decay best-fid need metrics.py beside the script")
         with or_fail("--tensorboard: pip install tensorboard"):
-            writer = args.tensorboard and importlib.import_module("torch.utils.tensorboard").SummaryWriter
+            writer = args.tensorboard and not RANK and importlib.import_module("torch.utils.tensorboard").SummaryWriter
         self.folder = from_rank_0(None if RANK else make_folder(args))
         if alone: say("metrics.py is not beside this script: no scores, and of the figures only the sheets")
         elif not RANK:
@@ -704,13 +705,12 @@ class Run:
         if not (self.folder / "best.pt").exists(): self.state.update(best_fid=math.inf, stale=0)
         self.total = args.steps or args.epochs * batch.per_epoch
         self.start, self.mark = time.time() - self.state["seconds"], (time.time(), self.step)
-        if not RANK:
-            (self.folder / "args.json").write_text(json.dumps(vars(args), indent=1))
-            log = self.folder / "log.csv"
-            rows = csv.DictReader(log.read_text().splitlines() if log.exists() else ())
-            self.rows = [r for r in rows if None not in r.values() and int(r["step"]) <= self.step]  # none cut
-            if log.exists(): write_log(self)
-            if writer: self.board = writer(self.folder, purge_step=self.step)
+        write_whole(self.folder / "args.json", lambda f: f.write(json.dumps(vars(args), indent=1).encode()))
+        log = self.folder / "log.csv"
+        rows = csv.DictReader(log.read_text().splitlines() if log.exists() else ())
+        self.rows = [r for r in rows if None not in r.values() and int(r["step"]) <= self.step]  # no cut ones, no later
+        if log.exists(): write_log(self)
+        if writer: self.board = writer(self.folder, purge_step=self.step)
         if self.step == 0 and args.sample_every: self.sheet()
         for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, self.stop)
         say(f"{self.folder}: {self.total} D updates of {args.batch_size} out of {len(batch.x)} pictures"
@@ -830,7 +830,6 @@ def log_row(run, row):
     """One more row {column: number} of log.csv; returns it with what every row has."""
     row = {"step": run.step, "epoch": run.step / run.batch.per_epoch,
            "g_updates": run.step // run.args.d_steps * run.args.g_steps, "seconds": time.time() - run.start, **row}
-    if RANK: return row
     run.rows.append({k: f"{v:.6g}" if isinstance(v, float) else str(v) for k, v in row.items()})
     write_log(run)
     for k, v in row.items() if run.board else (): run.board.add_scalar(k, v, run.step)
@@ -839,13 +838,13 @@ def log_row(run, row):
 def save(run, name="last.pt"):
     """A checkpoint: plain types and tensors."""
     check_finite(run)
-    run.state["seconds"], kind = time.time() - run.start, run.batch.device.type
-    rng = {"cpu": torch.get_rng_state()} | ({kind: getattr(torch, kind).get_rng_state()} if kind != "cpu" else {})
-    checkpoint = {"script": SCRIPT.stem, "args": dict(vars(run.args)), "step": run.step, "rng": rng,
-                  "state": run.state, "window": {"sums": run.sums, "count": run.count},
+    run.state["seconds"] = time.time() - run.start
+    checkpoint = {"script": SCRIPT.stem, "args": dict(vars(run.args)), "step": run.step, "state": run.state,
+                  "rng": {k: RANDOM[k].get_rng_state() for k in ("cpu", run.batch.device.type)},
+                  "window": {"sums": run.sums, "count": run.count},
                   "nets": {k: net.state_dict() for k, net in run.nets.items()}, "ema": run.ema.state_dict(),
                   "opts": {k: opt.state_dict() for k, opt in run.opts.items()}}
-    if not RANK: write_whole(run.folder / name, functools.partial(torch.save, checkpoint))
+    write_whole(run.folder / name, functools.partial(torch.save, checkpoint))
 
 def read_checkpoint(path):
     with or_fail(f"{path} is not a whole checkpoint of these scripts"):
@@ -868,8 +867,7 @@ def restore(run, path, weights_only=False):
         run.sums, run.count = checkpoint["window"]["sums"].to(device), checkpoint["window"]["count"]
         run.state.update(checkpoint["state"])
         run.ema.updates.fill_(run.step // run.args.d_steps * run.args.g_steps)
-        torch.set_rng_state(checkpoint["rng"].pop("cpu"))
-        if device.type in checkpoint["rng"]: getattr(torch, device.type).set_rng_state(checkpoint["rng"][device.type])
+        for k in checkpoint["rng"].keys() & {"cpu", device.type}: RANDOM[k].set_rng_state(checkpoint["rng"][k])
     return checkpoint["step"]
 
 def generate(run):
