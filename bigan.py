@@ -648,8 +648,7 @@ def captured(step, args):
 def write_whole(path, write):
     """write(file) into a temporary file beside `path`, flush, rename: a kill at any moment leaves the old file."""
     if RANK: return
-    temporary = path.with_name(f"{path.name}.tmp")
-    with open(temporary, "wb") as f:
+    with open(temporary := path.with_name(f"{path.name}.tmp"), "wb") as f:
         write(f)
         f.flush()
         os.fsync(f.fileno())

@@ -56,11 +56,10 @@ def make_generator(args, channels):
     """z (B, latent_dim), y (B,) -> picture (B, channels, S, S) in [-1, 1]."""
     S, nz, classes, w = args.image_size, args.latent_dim, args.classes, args.ngf
     if args.arch == "mlp":
-        layers, width = [Join({"left": nn.Identity(), "right": OneHot(classes)})], nz + classes
-        for w in (256, 512, 1024):
-            layers += [nn.Linear(width, w, bias=False), nn.BatchNorm1d(w), nn.LeakyReLU(negative_slope=0.2)]
-            width = w
-        return Net(*layers, nn.Linear(width, channels * S * S), nn.Tanh(), nn.Unflatten(1, (channels, S, S)))
+        layers = [Join({"left": nn.Identity(), "right": OneHot(classes)})]
+        for w_in, w_out in ((nz + classes, 256), (256, 512), (512, 1024)):
+            layers += [nn.Linear(w_in, w_out, bias=False), nn.BatchNorm1d(w_out), nn.LeakyReLU(negative_slope=0.2)]
+        return Net(*layers, nn.Linear(1024, channels * S * S), nn.Tanh(), nn.Unflatten(1, (channels, S, S)))
 
     def block(w_in, w_out, stride, padding):
         return nn.ConvTranspose2d(w_in, w_out, 4, stride, padding, bias=False), nn.BatchNorm2d(w_out), nn.ReLU()
@@ -79,10 +78,9 @@ def make_discriminator(args, channels):
         layers, width = [nn.Flatten()], channels * S * S
         if not args.d_ignores_label:
             layers, width = [Join({"left": nn.Flatten(), "right": OneHot(classes)})], width + classes
-        for w in (1024, 512, 256):
-            layers += [nn.Linear(width, w), nn.LeakyReLU(negative_slope=0.2)]
-            width = w
-        return Net(*layers, nn.Linear(width, 1), nn.Flatten(0))  # (B, 1) -> (B,)
+        for w_in, w_out in ((width, 1024), (1024, 512), (512, 256)):
+            layers += [nn.Linear(w_in, w_out), nn.LeakyReLU(negative_slope=0.2)]
+        return Net(*layers, nn.Linear(256, 1), nn.Flatten(0))  # (B, 1) -> (B,)
     picture = [nn.Conv2d(channels, w, 4, 2, 1), nn.LeakyReLU(negative_slope=0.2)]
     label = [OneHot(classes, S), nn.Conv2d(classes, w, 4, 2, 1), nn.LeakyReLU(negative_slope=0.2)]
 
@@ -581,8 +579,7 @@ def captured(step, args):
 def write_whole(path, write):
     """write(file) into a temporary file beside `path`, flush, rename: a kill at any moment leaves the old file."""
     if RANK: return
-    temporary = path.with_name(f"{path.name}.tmp")
-    with open(temporary, "wb") as f:
+    with open(temporary := path.with_name(f"{path.name}.tmp"), "wb") as f:
         write(f)
         f.flush()
         os.fsync(f.fileno())

@@ -66,11 +66,10 @@ def make_generator(args, channels):
     """z (B, latent_dim) -> picture (B, channels, S, S) in [-1, 1]."""
     S, nz = args.image_size, args.latent_dim
     if args.arch == "mlp":
-        layers, width = [], nz
-        for w in (256, 512, 1024):
-            layers += [nn.Linear(width, w, bias=False), nn.BatchNorm1d(w), nn.LeakyReLU(negative_slope=0.2)]
-            width = w
-        return Net(*layers, nn.Linear(width, channels * S * S), nn.Tanh(), nn.Unflatten(1, (channels, S, S)))
+        layers = []
+        for w_in, w_out in ((nz, 256), (256, 512), (512, 1024)):
+            layers += [nn.Linear(w_in, w_out, bias=False), nn.BatchNorm1d(w_out), nn.LeakyReLU(negative_slope=0.2)]
+        return Net(*layers, nn.Linear(1024, channels * S * S), nn.Tanh(), nn.Unflatten(1, (channels, S, S)))
     start, widths, kernels = dcgan_plan(args, args.ngf)
     layers = [nn.Unflatten(1, (nz, 1, 1)), nn.ConvTranspose2d(nz, widths[0], start, 1, 0, bias=False)]
     for w_in, w_out, k in zip(widths, [*widths[1:], channels], kernels):  # each block doubles the side
@@ -89,12 +88,11 @@ def make_discriminator(args, channels):
     """Picture (B, channels, S, S) -> logit (B,), larger for more real. A norm on all blocks but the first."""
     S = args.image_size
     if args.arch == "mlp":
-        layers, width = [nn.Flatten()], channels * S * S
-        for i, w in enumerate((1024, 512, 256)):
-            norm = [nn.BatchNorm1d(w)] if args.d_norm == "batch" and (i > 0 or args.norm_first) else []
-            layers += [nn.Linear(width, w, bias=not norm), *norm, nn.LeakyReLU(negative_slope=0.2)]
-            width = w
-        return Net(*layers, nn.Linear(width, 1), nn.Flatten(0))  # (B, 1) -> (B,)
+        layers = [nn.Flatten()]
+        for i, (w_in, w_out) in enumerate(((channels * S * S, 1024), (1024, 512), (512, 256))):
+            norm = [nn.BatchNorm1d(w_out)] if args.d_norm == "batch" and (i > 0 or args.norm_first) else []
+            layers += [nn.Linear(w_in, w_out, bias=not norm), *norm, nn.LeakyReLU(negative_slope=0.2)]
+        return Net(*layers, nn.Linear(256, 1), nn.Flatten(0))  # (B, 1) -> (B,)
     start, widths, kernels = dcgan_plan(args, args.ndf)
     layers, width = [], channels
     for i, (w, k) in enumerate(zip(widths[::-1], kernels[::-1])):  # each block halves the side
@@ -581,8 +579,7 @@ def captured(step, args):
 def write_whole(path, write):
     """write(file) into a temporary file beside `path`, flush, rename: a kill at any moment leaves the old file."""
     if RANK: return
-    temporary = path.with_name(f"{path.name}.tmp")
-    with open(temporary, "wb") as f:
+    with open(temporary := path.with_name(f"{path.name}.tmp"), "wb") as f:
         write(f)
         f.flush()
         os.fsync(f.fileno())

@@ -67,11 +67,9 @@ def make_generator(args, channels):
         table = nn.Parameter(torch.randn(args.classes, args.label_embedding_dim or args.classes))
         layers, nz = [WithLabel(table)], nz + table.shape[1]
     if args.arch == "mlp":
-        width = nz
-        for w in (256, 512, 1024):
-            layers += [nn.Linear(width, w, bias), *norm(args.g_norm, w, False), nn.LeakyReLU(negative_slope=0.2)]
-            width = w
-        return Net(*layers, nn.Linear(width, channels * S * S), nn.Tanh(), nn.Unflatten(1, (channels, S, S)))
+        for w_in, w in ((nz, 256), (256, 512), (512, 1024)):
+            layers += [nn.Linear(w_in, w, bias), *norm(args.g_norm, w, False), nn.LeakyReLU(negative_slope=0.2)]
+        return Net(*layers, nn.Linear(1024, channels * S * S), nn.Tanh(), nn.Unflatten(1, (channels, S, S)))
     start, widths, kernels = dcgan_plan(args, args.ngf)
     layers += [nn.Unflatten(1, (nz, 1, 1)), nn.ConvTranspose2d(nz, widths[0], start, 1, 0, bias=bias)]
     for i, (w_in, w_out, k) in enumerate(zip(widths, [*widths[1:], channels], kernels), 1):  # doubles the side
@@ -87,12 +85,11 @@ def make_discriminator(args, channels):
         layers, width = [WithLabel(nn.Buffer(torch.eye(args.classes), persistent=False))], channels + args.classes
     drop = [Dropout(args.d_dropout)] if args.d_dropout else []
     if args.arch == "mlp":
-        layers, width = [*layers, nn.Flatten()], width * S * S
-        for i, w in enumerate((1024, 512, 256)):
+        layers.append(nn.Flatten())
+        for i, (w_in, w) in enumerate(((width * S * S, 1024), (1024, 512), (512, 256))):
             between = norm(args.d_norm if i else "none", w, False)
-            layers += [nn.Linear(width, w, bias=not between), *between, nn.LeakyReLU(negative_slope=0.2), *drop]
-            width = w
-        return Net(*layers, nn.Linear(width, 1), nn.Flatten(0))  # (B, 1) -> (B,)
+            layers += [nn.Linear(w_in, w, bias=not between), *between, nn.LeakyReLU(negative_slope=0.2), *drop]
+        return Net(*layers, nn.Linear(256, 1), nn.Flatten(0))  # (B, 1) -> (B,)
     start, widths, kernels = dcgan_plan(args, args.ndf)
     for i, (w, k) in enumerate(zip(widths[::-1], kernels[::-1])):  # each block halves the side
         between = norm(args.d_norm if i else "none", w)
@@ -629,8 +626,7 @@ def captured(step, args):
 def write_whole(path, write):
     """write(file) into a temporary file beside `path`, flush, rename: a kill at any moment leaves the old file."""
     if RANK: return
-    temporary = path.with_name(f"{path.name}.tmp")
-    with open(temporary, "wb") as f:
+    with open(temporary := path.with_name(f"{path.name}.tmp"), "wb") as f:
         write(f)
         f.flush()
         os.fsync(f.fileno())

@@ -53,11 +53,10 @@ def make_generator(args, channels):
     """z (B, latent_dim) -> picture (B, channels, S, S) in [-1, 1]."""
     S, nz = args.image_size, args.latent_dim
     if args.arch == "mlp":
-        layers, width = [], nz
-        for w in (256, 512, 1024):
-            layers += [nn.Linear(width, w, bias=False), nn.BatchNorm1d(w), nn.LeakyReLU(negative_slope=0.2)]
-            width = w
-        return Net(*layers, nn.Linear(width, channels * S * S), nn.Tanh(), nn.Unflatten(1, (channels, S, S)))
+        layers = []
+        for w_in, w_out in ((nz, 256), (256, 512), (512, 1024)):
+            layers += [nn.Linear(w_in, w_out, bias=False), nn.BatchNorm1d(w_out), nn.LeakyReLU(negative_slope=0.2)]
+        return Net(*layers, nn.Linear(1024, channels * S * S), nn.Tanh(), nn.Unflatten(1, (channels, S, S)))
     start, widths, kernels = dcgan_plan(args, args.ngf)
     layers = [nn.Unflatten(1, (nz, 1, 1)), nn.ConvTranspose2d(nz, widths[0], start, 1, 0, bias=False)]
     for w_in, w_out, k in zip(widths, [*widths[1:], channels], kernels):  # each block doubles the side
@@ -69,11 +68,10 @@ def make_discriminator(args, channels):
     """Picture (B, channels, S, S) -> score (B,), any real number, larger for more real. No norm, so the biases stay."""
     S = args.image_size
     if args.arch == "mlp":
-        layers, width = [nn.Flatten()], channels * S * S
-        for w in (1024, 512, 256):
-            layers += [nn.Linear(width, w), LeakyReLU(negative_slope=0.2)]  # ours, see LOSS: torch's, but faster here
-            width = w
-        return Net(*layers, nn.Linear(width, 1), nn.Flatten(0))  # (B, 1) -> (B,)
+        layers = [nn.Flatten()]
+        for w_in, w_out in ((channels * S * S, 1024), (1024, 512), (512, 256)):
+            layers += [nn.Linear(w_in, w_out), LeakyReLU(negative_slope=0.2)]  # ours, see LOSS: torch's, but faster
+        return Net(*layers, nn.Linear(256, 1), nn.Flatten(0))  # (B, 1) -> (B,)
     start, widths, kernels = dcgan_plan(args, args.ndf)
     layers, width = [], channels
     for w, k in zip(widths[::-1], kernels[::-1]):  # each block halves the side
@@ -563,8 +561,7 @@ def captured(step, args):
 def write_whole(path, write):
     """write(file) into a temporary file beside `path`, flush, rename: a kill at any moment leaves the old file."""
     if RANK: return
-    temporary = path.with_name(f"{path.name}.tmp")
-    with open(temporary, "wb") as f:
+    with open(temporary := path.with_name(f"{path.name}.tmp"), "wb") as f:
         write(f)
         f.flush()
         os.fsync(f.fileno())
