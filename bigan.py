@@ -520,8 +520,7 @@ def stack(x, y, n, seed):
 def fit(x, size):
     """uint8 (N, C, H, W) -> side `size`: 28 to 32 by 2 pixels of zeros, everything else resized with antialiasing."""
     x = F.pad(x, (2, 2, 2, 2)) if x.shape[-1] == 28 and size >= 32 else x
-    return x if x.shape[-2:] == (size, size) else torch.cat([
-        F.interpolate(b.float(), (size, size), mode="bilinear", antialias=True).round().byte() for b in x.split(1000)])
+    return torch.cat([torchvision.transforms.functional.resize(b, [size, size]) for b in x.split(1000)])
 
 class Batches:
     """batch() -> uint8 (B, C, S, S), labels (B,), from one tensor on the device; B is a rank's own share of the batch.
@@ -707,7 +706,7 @@ class Run:
         write_whole(self.folder / "args.json", lambda f: f.write(json.dumps(vars(args), indent=1).encode()))
         log = self.folder / "log.csv"
         rows = csv.DictReader(log.read_text().splitlines() if log.exists() else ())
-        self.rows = [r for r in rows if None not in r.values() and int(r["step"]) <= self.step]  # no cut ones, no later
+        self.rows = [r for r in rows if None not in [*r, *r.values()] and int(r["step"]) <= self.step]  # whole ones
         if log.exists(): write_log(self)
         if writer: self.board = writer(self.folder, purge_step=self.step)
         if self.step == 0 and args.sample_every: self.sheet()
