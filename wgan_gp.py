@@ -355,8 +355,7 @@ def torchvision_data(name, root, train):
     """Pictures (N, C, H, W) as they come, and labels (N,): files under `root` are used, missing ones downloaded."""
     kind, place = TORCHVISION[name]
     ours = [d for d in (root / place, *(root / place).parents) if not d.exists()]
-    try:
-        data = getattr(torchvision.datasets, kind)(str(root), train=train, download=True)
+    try: data = getattr(torchvision.datasets, kind)(str(root), train=train, download=True)
     except Exception as e:  # no network, a damaged or cut file: torchvision raises a different kind for each
         for d in (d for d in ours if d.is_dir() and not any(d.iterdir())): d.rmdir()
         fail(f"--dataset {name}: no usable files in {root / place} and no download ({e}). Offline: put torchvision's "
@@ -529,8 +528,7 @@ def pair_accuracy(score_real, score_fake):
 
 def average_gradients(net):
     """Their mean over ranks."""
-    for p in net.parameters() if WORLD > 1 else ():
-        torch.distributed.all_reduce(p.grad.div_(WORLD))
+    for p in net.parameters() if WORLD > 1 else (): torch.distributed.all_reduce(p.grad.div_(WORLD))
 
 def from_rank_0(value=None):
     """What rank 0 passes; the others wait for it."""
@@ -648,8 +646,7 @@ class Run:
             state["stale"], args.lr_g, args.lr_d = 0, args.lr_g / 2, args.lr_d / 2
         scale = max(0, 1 - self.step / self.total) if args.lr_decay == "linear" else 1
         for opt, lr in ((self.opts["g"], args.lr_g * scale), (self.opts["d"], args.lr_d * scale)):
-            for group in opt.param_groups:
-                group["lr"] = group["lr"].fill_(lr) if torch.is_tensor(group["lr"]) else lr
+            for group in opt.param_groups: group["lr"] = group["lr"].fill_(lr) if torch.is_tensor(group["lr"]) else lr
         return self.step < self.total and self.leaving is None
 
     def due(self, every):
@@ -804,5 +801,4 @@ def main(argv=None):
     finally:
         if WORLD > 1 and torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
 
-if __name__ == "__main__":
-    main()
+if __name__ == "__main__": main()
