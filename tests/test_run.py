@@ -674,6 +674,29 @@ def test_a_kill_in_an_evaluation_resumes_as_an_unbroken_run(w, monkeypatch, fids
     assert [r["lr_g"] for r in csv.DictReader(open("cut/log.csv")) if r["lr_g"]] == ["0.0001"] * 3 + ["5e-05"]
 
 
+def test_a_signal_in_an_evaluation_stops_after_it(w, monkeypatch):
+    """It is kept, and neither it nor what best-fid makes of it is done again."""
+    flags = [*w.tiny, *"--steps 40 --eval-every 10 --log-every 10 --lr-decay best-fid --patience 2".split()]
+    scripted_judge(monkeypatch, [50, 60, 70, 40], w)
+    w.main([*flags, "--run-dir", "whole"])
+    scripted_judge(monkeypatch, [50, 60, 70, 40], w)
+    evaluate = w.Run.evaluate
+
+    def signalled(run):
+        if run.step == 30: os.kill(os.getpid(), signal.SIGTERM)
+        evaluate(run)
+
+    monkeypatch.setattr(w.Run, "evaluate", signalled)
+    with pytest.raises(SystemExit) as stop:
+        w.main([*flags, "--run-dir", "cut"])
+    assert stop.value.code == 143 and torch.load("cut/last.pt", weights_only=True)["step"] == 30
+    assert [r["fid"] != "" for r in csv.DictReader(open("cut/log.csv"))] == [False, True] * 3
+    monkeypatch.setattr(w.Run, "evaluate", evaluate)
+    w.main(["--resume", "cut/last.pt"])
+    assert losses("cut") == losses("whole")
+    same(tensors("cut/last.pt"), tensors("whole/last.pt"))
+
+
 @over("wgan_gp", "wgan_clip")
 def test_linear_decay_reaches_zero_at_the_last_step(w):
     w.main([*w.tiny, "--steps", "20", "--run-dir", "a", "--lr-decay", "linear"])
