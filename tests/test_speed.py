@@ -27,6 +27,7 @@ noise = lambda n, seed: torch.randint(0, 256, (300, 1, 28, 28), dtype=torch.uint
 w.render_digits = lambda n, seed: (noise(n, seed), torch.arange(300) % 10)
 w.nn.BatchNorm1d = lambda n: torch.nn.Identity()
 w.SCRIPT = Path({alone!r})
+{more}
 record, mishaps = w.Run.record, [tuple(map(int, m.split(","))) for m in sys.argv.pop(1).split()]
 def mishap(run, values):
     record(run, values)
@@ -39,10 +40,10 @@ FLAGS = ["--paper", "--arch", "mlp", "--batch-size", "16", "--d-steps", "2", "--
          "--sample-every", "0", "--eval-every", "0", "--checkpoint-every", "2"]
 
 
-def ranks(n, mishaps, *flags, name="wgan_gp"):
+def ranks(n, mishaps, *flags, name="wgan_gp", more=""):
     """(exit code, output, seconds) of the driver under torchrun with n ranks, or on its own. Mishaps: STEP,RANK,SIGNAL
-    with spaces between."""
-    Path("driver.py").write_text(DRIVER.format(root=str(ROOT), name=name, alone=str(CASES[name].SCRIPT)))
+    with spaces between; more: lines of code."""
+    Path("driver.py").write_text(DRIVER.format(root=str(ROOT), name=name, alone=str(CASES[name].SCRIPT), more=more))
     launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(n)] if n > 1 else []
     start, env = time.time(), {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *launch, "driver.py", mishaps, *flags]
@@ -79,6 +80,26 @@ def equal_but_for_rounding(*runs):
                 assert x.dtype == torch.float64 or x.dim() == 0
                 torch.testing.assert_close(x, y, rtol=0, atol=1e-9)
     return [list(csv.DictReader(open(f"{d}/log.csv"))) for d in runs]
+
+
+def test_two_ranks_go_back_to_the_best_checkpoint_as_one_process():
+    """Only rank 0 scores; the others must hear of it. Best at step 10, given up at 30."""
+    judge = f"""
+import metrics
+class Study:
+    fids = [50, 60, 70, 40]
+    def __init__(self, *a): pass
+    def evaluate(self, step): return {{"fid_train": self.fids.pop(0)}}
+    def figures(self): pass
+    def last_scores(self, restore): pass
+metrics.Study, w.SCRIPT = Study, Path({str(ROOT)!r}) / "wgan_gp.py"
+"""
+    flags = [*FLAGS, "--steps", "40", "--eval-every", "10", "--lr-decay", "best-fid", "--patience", "2"]
+    for n, run in ((1, "one"), (2, "two")):
+        code, out, _ = ranks(n, "", *flags, "--run-dir", run, more=judge)
+        assert code == 0, out
+    for rows in equal_but_for_rounding("one", "two"):
+        assert [(r["step"], r["lr_g"]) for r in rows if r["lr_g"]] == [("20", "0.0001"), ("40", "5e-05")]
 
 
 @pytest.mark.parametrize("name, flags", [("unrolled", ["--k", "0", "--loss", "minimax"]), ("mdgan", [])])
