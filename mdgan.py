@@ -589,9 +589,9 @@ def captured(step, args):
 
 # RUN ------------------------------------------------------------------------------------------------------------------
 def write_whole(path, write):
-    """write(file) into a temporary file beside `path`, flush, rename: a kill at any moment leaves the old file."""
+    """write(file) to a file beside `path`, flush, rename: a kill leaves the old one. By process: runs share a cache."""
     if RANK: return
-    with open(temporary := path.with_name(f"{path.name}.tmp"), "wb") as f:
+    with open(temporary := path.with_name(f"{path.name}.{os.getpid()}"), "wb") as f:
         write(f)
         f.flush()
         os.fsync(f.fileno())

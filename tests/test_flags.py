@@ -462,6 +462,20 @@ def test_folder_cache_is_used_and_follows_every_change(tmp_path, monkeypatch):
     assert len(caches(tmp_path)) == made == 6  # a few are not worth keeping
 
 
+def test_two_processes_that_write_one_file_at_once_do_not_meet(tmp_path, monkeypatch):
+    """Two seeds of one folder, started together: the first is half done when the second begins and ends."""
+    def first(f):
+        f.write(b"half")
+        monkeypatch.setattr(os, "getpid", lambda: 2)
+        dcgan.write_whole(tmp_path / "cache", lambda f: f.write(b"whole"))
+        assert (tmp_path / "cache").read_bytes() == b"whole"
+        f.write(b" and half")
+
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    dcgan.write_whole(tmp_path / "cache", first)
+    assert (tmp_path / "cache").read_bytes() == b"half and half" and len(list(tmp_path.iterdir())) == 1
+
+
 def test_folder_cache_that_cannot_be_written_is_no_obstacle(tmp_path, monkeypatch, capsys):
     picture(alone(tmp_path / "set") / "0.png")
 
