@@ -436,11 +436,12 @@ def render_digits(n, seed):
         bank.append(torch.from_numpy(np.array(im.filter(ImageFilter.GaussianBlur(blur)))))
     glyphs = torch.stack(bank)[y * 4 + torch.randint(4, (n,), generator=rng), None]
     scale = torch.tensor([0.18, 0.2, 0.12, 0.1, 0.08, 0.08])  # +-10 degrees, shear .2, scales, shifts of a pixel
-    angle, shear, sx, sy, tx, ty = (torch.rand(6, n, generator=rng) * 2 - 1) * scale[:, None]
+    angle, shear, sx, sy, tx, ty = (torch.rand(6, n, generator=rng).double() * 2 - 1) * scale[:, None]
     c, s = angle.cos(), angle.sin()
     theta = torch.stack([c * (1.05 + sx), shear - s, tx, s, c * (1.05 + sy), ty], 1).view(n, 2, 3)
     grid = F.affine_grid(theta, [n, 1, 28, 28], align_corners=False)
-    return F.grid_sample(glyphs.float(), grid, align_corners=False).round().clamp(0, 255).byte(), y
+    # in float64: in float32 a pixel of 100,000 came out otherwise on another CPU, and the scale is these pictures' own
+    return F.grid_sample(glyphs.double(), grid, align_corners=False).round().clamp(0, 255).byte(), y
 
 def stack(x, y, n, seed):
     """n pictures (n, 3, H, W) of three digits drawn at random, red, green and blue; labels 0..999, red the hundreds."""
