@@ -273,11 +273,10 @@ def add_run_flags(p):
     p.fixed = vars(p.parse_args([])).keys()  # the flags so far: a resumed run has its checkpoint's
     a("--lr-g", type=rate, help="learning rate of G")
     a("--lr-d", type=rate, help="learning rate of D")
-    a("--lr-decay", choices=("none", "linear", "best-fid"), default="none", help="linear: to 0 at the last step; "
-      "best-fid: after --patience evaluations without a better FID go back to the best checkpoint and halve both rates")
+    a("--lr-decay", choices=("none", "linear", "best-fid"), default="none", help="linear: to 0; best-fid: --patience")
     a("--amp", action=argparse.BooleanOptionalAction, default=False, help="products and convolutions in bfloat16")
     p.named = vars(p.parse_args([])).keys() - {"dataset", "seed"}  # where they differ, they stand in the run's name
-    a("--patience", type=number(int, 1), default=5, help="evaluations without a better FID, for best-fid")
+    a("--patience", type=number(int, 1), default=5, help="after so many worse FIDs back to best.pt, at half the rates")
     a("--epochs", type=number(int, 1), default=20, help="of N // batch D updates")
     a("--steps", type=number(int, 1), help="D updates in all; overrides --epochs")
     a("--data-dir", default="data", help="folder of the data sets, and of the trained network that scores")
@@ -303,6 +302,7 @@ def resolve(p, argv, best, mlp, paper):
     with --arch mlp those of `mlp` on top. The `paper` names all that the others name."""
     p.set_defaults(**best)  # which --help shows
     args, old = p.parse_args(argv), {}
+    if "" in vars(args).values(): fail("a flag was given an empty value")
     if args.resume:
         checkpoint = read_checkpoint(args.resume)
         if checkpoint["script"] != SCRIPT.stem: fail(f"{args.resume} is a checkpoint of {checkpoint['script']}.py")
@@ -313,14 +313,15 @@ def resolve(p, argv, best, mlp, paper):
     side = 28 if not convs else 32 if args.paper else {"cifar10": 32, "celeba": 64, "folder": 64}.get(args.dataset, 28)
     nz = 16 if convs and not args.paper and DATASETS[args.dataset] == 1 else 100  # on grey 16 beat 100 by a third
     before = {"image_size": side, "latent_dim": nz} | {k: v for k, v in (defaults | old).items() if v is not None}
-    p.set_defaults(**before | ({"epochs": None} if old.get("steps") else {}))
+    p.set_defaults(**before | ({"epochs": None, "steps": None} if old.get("steps") else {}))
     args = p.parse_args(argv)
-    if old and args.epochs and args.steps == old["steps"]: args.steps = None  # --epochs was given, to go further
+    if not (args.steps or args.epochs): args.steps = old["steps"]  # neither was given, to go further
     free = {"seed"} if args.generate and args.reject != "drs" else set()  # other pictures; drs needs its --holdout
     for k in (p.fixed & old.keys()) - free:
         if vars(args)[k] != old[k]: fail(f"--{k.replace('_', '-')} is {old[k]} in {args.resume}: it cannot change")
     if args.generate and not args.resume: fail("--generate N needs --resume FILE, the checkpoint to draw from")
-    if args.z_file and (args.reject != "none" or not args.generate): fail("--z-file needs --generate N, no --reject")
+    if (args.z_file or args.generate_to) and not args.generate: fail("--z-file and --generate-to need --generate N")
+    if args.z_file and args.reject != "none": fail("--z-file goes without --reject")
     if args.lr_decay == "best-fid" and not args.eval_every: fail("--lr-decay best-fid needs --eval-every")
     if args.reject == "drs" and args.holdout < 2: fail("--reject drs needs pictures D never saw: --holdout 1000, say")
     changed = [f"{k}{v}".removesuffix("True") for k, v in vars(args).items() if k in p.named and v != before.get(k)]
@@ -349,8 +350,7 @@ def pick_device(args):
     return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
 
 # DATA -----------------------------------------------------------------------------------------------------------------
-# name: channels
-DATASETS = {"digits": 1, "mnist": 1, "fashion": 1, "cifar10": 3, "celeba": 3, "folder": 3, "stacked_mnist": 3}
+DATASETS = dict(digits=1, mnist=1, fashion=1, cifar10=3, celeba=3, folder=3, stacked_mnist=3)  # channels
 TORCHVISION = {"mnist": ("MNIST", "MNIST/raw"), "fashion": ("FashionMNIST", "FashionMNIST/raw"),
                "cifar10": ("CIFAR10", "cifar-10-batches-py")}  # class, and its folder under --data-dir
 
@@ -382,16 +382,17 @@ def torchvision_data(name, root, train):
     return x[:, None] if x.dim() == 3 else x.permute(0, 3, 1, 2), torch.as_tensor(data.targets).long()
 
 def list_folder(root, split):
-    """Picture files below `root`, and labels by the first folder on the way, -1 without. Its train/ and test/ are the
-    split, or else every tenth file is for testing. In the order of their names' hashes, so the first n are a sample."""
+    """Picture files below `root`, and labels by the first folder on the way (what is trained on comes first) or -1. Its
+    train/ and test/ are the split, or else every tenth file is for testing. In the order of hashes: n are a sample."""
     apart, kinds = (root / "train").is_dir() and (root / "test").is_dir(), "png jpg jpeg bmp webp gif tif tiff"
-    found = [p.relative_to(root) for p in root.rglob("*") if p.suffix[1:].lower() in kinds.split()]
-    found = [p for p in found if not any(part.startswith(".") for part in p.parts)]  # hidden, or a Mac's ._ companions
-    found.sort(key=lambda p: hashlib.sha256(p.as_posix().encode()).digest())
-    label = {p: p.parts[apart] for p in found if len(p.parts) > 1 + apart}
-    names = sorted(set(label.values()))  # of both splits: labels mean the same
+    found = [Path(d, n).relative_to(root) for d, _, names in os.walk(root, followlinks=True) for n in names]
+    found = [p for p in found if p.suffix[1:].lower() in kinds.split() and not any(d[0] == "." for d in p.parts)]
+    found.sort(key=lambda p: hashlib.sha256(os.fsencode(p.as_posix())).digest())
     tests = set(found[9::10] or found[-1:])
-    files = [p for p in found if (p.parts[0] == split if apart else (p in tests) == (split == "test"))]
+    part = {p: p.parts[0] if apart else "test" if p in tests else "train" for p in found}
+    label = {p: p.parts[apart] for p in found if len(p.parts) > 1 + apart}
+    names = list(dict.fromkeys(name for _, name in sorted((part[p] != "train", label[p]) for p in label)))
+    files = [p for p in found if part[p] == split]
     if not files: fail(f"--dataset folder: no {kinds} in {root / split if apart else root}: name one by --data-dir")
     return [root / p for p in files], [names.index(label[p]) if p in label else -1 for p in files]
 
@@ -399,18 +400,19 @@ def read_files(root, files, labels, size, limit):
     """uint8 (N, 3, size, size) and labels (N,) of the files that can be read. Decoded once, by threads, and kept beside
     `root` under a name that changes with the files (names, sizes, dates) and with `size`."""
     files, y = files[:limit], torch.tensor(labels[:limit])
-    stamp = [size, *((p.relative_to(root).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in files)]
+    facts = [p.stat() if p.exists() else p.lstat() for p in files]  # a link to nothing
+    stamp = [size, *((p.relative_to(root).as_posix(), s.st_size, s.st_mtime_ns) for p, s in zip(files, facts))]
     key = hashlib.sha256(json.dumps(stamp).encode()).hexdigest()[:12]
     cache = root.resolve().parent / f"{root.resolve().name}-{size}-{key}.npz"
     if cache.exists():
-        with np.load(cache) as saved: return torch.from_numpy(saved["x"]), y[saved["good"]]
+        with or_fail(f"delete {cache}"), np.load(cache) as kept: return torch.from_numpy(kept["x"]), y[kept["good"]]
     with ThreadPoolExecutor() as pool: pictures = list(pool.map(lambda path: read_picture(path, size), files))
     good, bad = ([i for i, p in enumerate(pictures) if isinstance(p, kind)] for kind in (np.ndarray, str))
     if not good: fail(f"no picture in {root} can be read: {pictures[0]}")
     if bad: sys.stderr.write(f"left out {len(bad)} of {len(files)} files: {'; '.join(pictures[i] for i in bad[:3])}\n")
     x = np.stack([pictures[i] for i in good])
     try:
-        if not limit: write_whole(cache, lambda f: np.savez(f, x=x, good=good))
+        if not limit: write_whole(cache, lambda f: np.savez(f, x=x, good=good), f".{os.getpid()}")
     except OSError as e: sys.stderr.write(f"not kept for the next run: {cache} ({e})\n")
     return torch.from_numpy(x), y[good]
 
@@ -437,10 +439,9 @@ def render_digits(n, seed):
     glyphs = torch.stack(bank)[y * 4 + torch.randint(4, (n,), generator=rng), None]
     scale = torch.tensor([0.18, 0.2, 0.12, 0.1, 0.08, 0.08])  # +-10 degrees, shear .2, scales, shifts of a pixel
     angle, shear, sx, sy, tx, ty = (torch.rand(6, n, generator=rng).double() * 2 - 1) * scale[:, None]
-    c, s = angle.cos(), angle.sin()
+    c, s = angle.cos(), angle.sin()  # all in float64: float32 rounds some pixels otherwise on another CPU
     theta = torch.stack([c * (1.05 + sx), shear - s, tx, s, c * (1.05 + sy), ty], 1).view(n, 2, 3)
     grid = F.affine_grid(theta, [n, 1, 28, 28], align_corners=False)
-    # in float64: in float32 a pixel of 100,000 came out otherwise on another CPU, and the scale is these pictures' own
     return F.grid_sample(glyphs.double(), grid, align_corners=False).round().clamp(0, 255).byte(), y
 
 def stack(x, y, n, seed):
@@ -460,16 +461,15 @@ class Batches:
     def __init__(self, args, device):
         self.args, self.device, self.step, self.epoch, self.held = args, device, 0, None, None
         shape = args.d_steps, args.batch_size // WORLD, DATASETS[args.dataset], args.image_size, args.image_size
-        self.buffer = torch.empty(shape, dtype=torch.uint8, device=device)  # a CUDA graph reads it at one address
+        with or_fail("--batch-size"): self.buffer = torch.empty(shape, dtype=torch.uint8, device=device)  # see captured
         if args.generate and args.reject != "drs": return  # the data is not needed
         if RANK: from_rank_0()  # which may have to download or decode
         x, y = load_data(args.dataset, args.data_dir, args.image_size, "train", 256 if args.dry_run else None)
         if not RANK: from_rank_0()
-        crc = zlib.crc32(x.contiguous().numpy()) if args.dataset == "folder" else 0  # others stay the same
-        if args.dataset == "folder" and not RANK and not args.dry_run:
-            n, tests = (len(list_folder(Path(args.data_dir), split)[0]) for split in ("train", "test"))
-            say(f"{args.data_dir}: {len(x)} of {n} pictures read, {tests} more set aside for testing")
-        data = f"{len(x)} pictures of CRC {crc:08x}"
+        if args.dataset == "folder" and not RANK and not args.dry_run:  # now, not after hours of training
+            tests, _ = load_data("folder", args.data_dir, args.image_size, "test")
+            say(f"{args.data_dir}: {len(x)} pictures read, {len(tests)} more set aside for testing")
+        data = f"{len(x)} pictures of CRC {zlib.crc32(x.contiguous().numpy()) if args.dataset == 'folder' else 0:08x}"
         if vars(args).setdefault("data", data) != data: fail(f"{args.resume} saw {args.data}, the data is {data}")
         args.classes = int(y.max()) + 1 if y.min() >= 0 else 0
         if args.holdout:
@@ -574,10 +574,10 @@ def captured(step, args):
     return functools.partial(next, calls()) if args.graph else step
 
 # RUN ------------------------------------------------------------------------------------------------------------------
-def write_whole(path, write):
-    """write(file) to a file beside `path`, flush, rename: a kill leaves the old one. By process: runs share a cache."""
+def write_whole(path, write, apart=""):
+    """write(file) to a file beside `path`, flush, rename: a kill leaves the old one. `apart`: others may write it."""
     if RANK: return
-    with open(temporary := path.with_name(f"{path.name}.{os.getpid()}"), "wb") as f:
+    with open(temporary := path.with_name(f"{path.name}{apart}.tmp"), "wb") as f:
         write(f)
         f.flush()
         os.fsync(f.fileno())
@@ -591,9 +591,9 @@ def save_sheet(x, path, columns=8):
 def say(text, redraw=False):
     """A line on stdout, rank 0's; on a terminal the next one is written over a `redraw` line."""
     if RANK: return
-    live = sys.stdout.isatty()
+    live = getattr(sys.stdout, "isatty", bool)()  # it is None where a service closed it
     if live: text = "\r\033[K" + (text[:shutil.get_terminal_size().columns - 1] if redraw else text + "\n")
-    print(text, end="" if live else "\n", flush=True)
+    with contextlib.suppress(OSError): print(text, end="" if live else "\n", flush=True)  # nobody reads: train on
 
 def make_folder(args):
     """The run's folder: that of the checkpoint, or a new one. Fails before it leaves anything behind."""
@@ -603,8 +603,10 @@ def make_folder(args):
     fresh = not old or folder.resolve() != old.resolve()
     if fresh and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         fail(f"--run-dir {folder} is in use: name another, or go on with --resume {folder / 'last.pt'}")
-    with or_fail(f"--run-dir {folder}"): (folder / "samples").mkdir(parents=True, exist_ok=True)
-    if fresh: shutil.copy(SCRIPT, folder / SCRIPT.name)
+    with or_fail(f"--run-dir {folder}"):
+        (folder / "samples").mkdir(parents=True, exist_ok=True)
+        if fresh: shutil.copy(SCRIPT, folder / SCRIPT.name)
+        write_whole(folder / "args.json", lambda f: f.write(json.dumps(vars(args), indent=1).encode()))
     return folder
 
 class Run:
@@ -618,6 +620,8 @@ class Run:
         self.signal = self.leaving = self.study = self.board = None
         self.state = {"best_fid": math.inf, "stale": 0, "scored": -1, "seconds": 0.0}
         if args.resume: restore(self, args.resume)
+        self.total = 0 if args.generate else args.steps or args.epochs * batch.per_epoch
+        if 0 < self.total <= self.step - args.d_steps: fail(f"{args.resume} is at step {self.step}, past {self.total}")
         alone = not SCRIPT.with_name("metrics.py").exists()
         if alone and (args.reject != "none" or args.lr_decay == "best-fid"):
             fail("--reject and --lr-decay best-fid need metrics.py beside the script")
@@ -631,14 +635,12 @@ class Run:
             self.study = Study(args, self.folder, load, self.draw, self.rate, self.noise, batch.held, labels, say)
         if args.generate: return
         if not (self.folder / "best.pt").exists(): self.state.update(best_fid=math.inf, stale=0)
-        self.total = args.steps or args.epochs * batch.per_epoch
         self.start, self.mark = time.time() - self.state["seconds"], (time.time(), self.step)
-        write_whole(self.folder / "args.json", lambda f: f.write(json.dumps(vars(args), indent=1).encode()))
         log = self.folder / "log.csv"
         header, *rows = (log.read_text() if log.exists() else "").split() or ["step"]
         rows = [r for r in rows if r.count(",") == header.count(",") and int(r.split(",")[0]) <= self.step]
         self.rows = [header, *rows]  # as of an unbroken run: none past its step, none that a kill cut
-        if log.exists(): write_log(self)
+        if log.exists(): write_whole(log, lambda f: f.write("\n".join([*self.rows, ""]).encode()))
         if writer: self.board = writer(self.folder, purge_step=self.step)
         if self.step == 0 and args.sample_every: self.sheet()
         for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, self.stop)
@@ -748,9 +750,6 @@ def progress(run, names):
         + "".join(f"{k} {v:.3f}  " for k, v in means.items()) + f"{row['images_per_s']:.0f} images/s  "
         f"ETA {timedelta(seconds=int(max(0, run.total - run.step) / speed))}", redraw=True)
 
-def write_log(run):
-    write_whole(run.folder / "log.csv", lambda f: f.write("\n".join([*run.rows, ""]).encode()))
-
 def log_row(run, row):
     """One more row {column: number} of log.csv, which is small and written whole, as a column may be new. Its rows are
     kept as text: as dicts they took 27 ms of the CPU to write ten thousand of, in place of 2. Returns the whole row."""
@@ -760,7 +759,7 @@ def log_row(run, row):
     cells = {k: f"{v:.6g}" if isinstance(v, float) else str(v) for k, v in row.items()}
     run.rows = [",".join(columns), *(r + "," * (len(columns) - 1 - r.count(",")) for r in run.rows[1:]),
                 ",".join(cells.get(k, "") for k in columns)]
-    write_log(run)
+    write_whole(run.folder / "log.csv", lambda f: f.write("\n".join([*run.rows, ""]).encode()))
     for k, v in row.items() if run.board else (): run.board.add_scalar(k, v, run.step)
     return row
 

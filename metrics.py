@@ -141,8 +141,7 @@ class Moments:
             self.rows = []
 
     def mean_and_covariance(self):
-        if self.shift is None:
-            return mean_and_covariance(torch.cat(self.rows))
+        if self.shift is None: return mean_and_covariance(torch.cat(self.rows))
         cov = (self.products - torch.outer(self.sum, self.sum) / self.n) / (self.n - 1)
         return self.shift + self.sum / self.n, cov
 
@@ -150,8 +149,7 @@ class Moments:
         """As fid() of all the features."""
         if self.shift is None and other.shift is None:
             return fid(torch.cat(self.rows), torch.cat(other.rows))
-        if min(self.n, other.n) < 2:
-            raise ValueError("a covariance needs two pictures or more")
+        if min(self.n, other.n) < 2: raise ValueError("a covariance needs two pictures or more")
         return frechet_distance(*self.mean_and_covariance(), *other.mean_and_covariance())
 
 def kid(real, fake, subsets=100, size=1000):
@@ -784,8 +782,8 @@ class Study:
         self.args, self.folder, self.load, self.draw, self.rate = args, Path(folder), load, draw, rate
         self.noise, self.held, self.labels, self.say, self.judge = noise, held, labels, say, None
 
-    def evaluate(self, step):
-        """The scores of fresh samples after `step` D updates, for the log; None where there can be none."""
+    def ready(self):
+        """The judge, made when it is first asked for; None where there can be no scores."""
         if self.judge is None:
             a, device = self.args, "cuda" if torch.cuda.is_available() and self.args.device != "cpu" else "cpu"
             home = Path(a.data_dir).resolve().parent if a.dataset == "folder" else a.data_dir  # not among the pictures
@@ -794,7 +792,12 @@ class Study:
                 self.judge = Judge(a.dataset, load, None if a.dry_run else home, device,
                                    epochs=1 if a.dry_run else None, say=self.say)
             except TooFew as e:  # the training goes on
-                return self.say(f"no scores: {e}")
+                self.say(f"no scores: {e}")
+        return self.judge
+
+    def evaluate(self, step):
+        """The scores of fresh samples after `step` D updates, for the log; None where there can be none."""
+        if not self.ready(): return None
         scores = self.scores(2, step)
         self.say(f"step {step}: {self.judge.line(scores)}")
         return {k: v for k, v in scores.items() if k not in NOT_LOGGED}
@@ -805,17 +808,14 @@ class Study:
 
     def asked(self, n, *key):
         """n labels with the data's shares, where G takes one: in turn they would be scored for a bias that is ours."""
-        if self.labels == 1:
-            return None
+        if self.labels == 1: return None
         return self.judge.labels[torch.randint(len(self.judge.labels), (n,), generator=seeded(12, *key))]
 
     def last_scores(self, restore):
         """scores.json: of last.pt and best.pt on fresh z, and of what --reject keeps; and curves.png. restore(name)
         loads a checkpoint of the run and returns its step."""
         scores, reject, steps = {}, self.args.reject, {}
-        for name in (n for n in ("last.pt", "best.pt") if self.judge):
-            if not (self.folder / name).exists():
-                continue
+        for name in [n for n in ("last.pt", "best.pt") if (self.folder / n).exists()] if self.ready() else ():
             steps[name] = restore(name)
             if name == "best.pt" and steps[name] == steps["last.pt"]:
                 scores |= {k.replace("last", "best"): v for k, v in scores.items()}
@@ -900,8 +900,7 @@ def save_gif(paths, out, limit=300 * 1024):
     for frames, colours in ((48, 16), (32, 16), (24, 8), (16, 8), (10, 4), (5, 4), (2, 2)):
         chosen = [paths[i] for i in sorted({round(t) for t in np.linspace(0, len(paths) - 1, min(frames, len(paths)))})]
         images = [Image.open(p).quantize(colours) for p in chosen]
-        if not images:
-            return
+        if not images: return
         file = io.BytesIO()
         images[0].save(file, "GIF", save_all=True, append_images=images[1:] + images[-1:] * 5, duration=150, loop=0)
         if file.tell() <= limit:
@@ -936,17 +935,18 @@ NOT_COMPARED = {"seed", "name", "data_dir", "device", "run_dir", "resume", "gene
 def groups(runs):
     """{label: [run directories]}: those that differ in the seed alone together, in the order given. A label is the
     script and the flags that tell its groups apart. What has no args.json is a group of its own."""
-    flags, out, folders = {}, {}, {run: Path(run) if Path(run).is_dir() else Path(run).parent for run in runs}
+    flags, out, seen, folders = {}, {}, [], {r: Path(r) if Path(r).is_dir() else Path(r).parent for r in runs}
     for run in (r for r in runs if (folders[r] / "args.json").exists()):
         args = json.loads((folders[run] / "args.json").read_text())
-        script = args.get("name", folders[run].resolve().name).split("-")[0]
+        script = args.get("name", folders[run].resolve().name).split(f"-{args.get('dataset') or args.get('data')}-")[0]
         skip = NOT_COMPARED | ({"epochs"} if args.get("steps") else set())  # --steps overrides it
-        flags[run] = script, {k: v for k, v in args.items() if k not in skip}
+        flags[run] = script, {k: v for k, v in args.items() if k not in skip}, args.get("seed")
     for run in runs:
-        script, mine = flags.get(run, (folders[run].resolve().name, {}))
-        apart = [k for k in mine if len({repr(f.get(k)) for s, f in flags.values() if s == script}) > 1]
+        script, mine, seed = flags.get(run, (folders[run].resolve().name, {}, None))
+        apart = [k for k in mine if len({repr(f.get(k)) for s, f, _ in flags.values() if s == script}) > 1]
         label = " ".join([script, *(f"--{k.replace('_', '-')} {mine[k]}" for k in apart)])
-        out.setdefault(label if run in flags or label not in out else str(run), []).append(run)
+        out.setdefault(str(run) if (label, seed) in seen else label, []).append(run)  # a seed twice: other code ran
+        seen.append((label, seed))
     return out
 
 def scores_table(runs):
@@ -959,7 +959,7 @@ def scores_table(runs):
     for label, members in groups(runs).items():
         try: scores = [json.loads((Path(run) / "scores.json").read_text()) for run in members]
         except (OSError, ValueError) as e: raise ValueError(f"a run without scores: {e}") from None
-        for name in (n for n in scores[0] if all(n in s for s in scores)):
+        for name in (n for n in scores[0] if ".pt" in n and all(n in s for s in scores)):
             if name.startswith("best.pt") and all(s[name] == s.get(name.replace("best", "last")) for s in scores):
                 continue
             values = {c: [s[name][k] for s in scores if s[name].get(k) is not None] for c, (k, _) in columns.items()}

@@ -462,18 +462,69 @@ def test_folder_cache_is_used_and_follows_every_change(tmp_path, monkeypatch):
     assert len(caches(tmp_path)) == made == 6  # a few are not worth keeping
 
 
-def test_two_processes_that_write_one_file_at_once_do_not_meet(tmp_path, monkeypatch):
-    """Two seeds of one folder, started together: the first is half done when the second begins and ends."""
-    def first(f):
-        f.write(b"half")
-        monkeypatch.setattr(os, "getpid", lambda: 2)
-        dcgan.write_whole(tmp_path / "cache", lambda f: f.write(b"whole"))
-        assert (tmp_path / "cache").read_bytes() == b"whole"
-        f.write(b" and half")
+def test_two_runs_of_one_folder_started_together_keep_its_cache(tmp_path, monkeypatch, capsys):
+    """Two seeds: the first is half done with writing when the second begins and ends."""
+    root, savez, nested = tmp_path / "set", np.savez, []
+    for i in range(4): picture(alone(root) / f"{i}.png", (i, 0, 0))
+
+    def slow(file, **arrays):
+        if not nested:
+            nested.append(file.write(b"half"))
+            monkeypatch.setattr(os, "getpid", lambda: 2)
+            assert shades(load(root)[0]) == [0, 1, 2, 3]
+            file.seek(0)
+        savez(file, **arrays)
 
     monkeypatch.setattr(os, "getpid", lambda: 1)
-    dcgan.write_whole(tmp_path / "cache", first)
-    assert (tmp_path / "cache").read_bytes() == b"half and half" and len(list(tmp_path.iterdir())) == 1
+    monkeypatch.setattr(np, "savez", slow)
+    for _ in range(2): assert shades(load(root)[0]) == [0, 1, 2, 3]
+    assert nested and capsys.readouterr().err == ""
+    assert {p.name for p in tmp_path.iterdir()} == {"set", *caches(tmp_path)} and len(caches(tmp_path)) == 1
+
+
+def test_folder_cache_that_is_damaged_is_named(tmp_path, capsys):
+    picture(alone(tmp_path / "set") / "0.png")
+    load(tmp_path / "set")
+    (path,) = (tmp_path / name for name in caches(tmp_path))
+    for data in (b"", path.read_bytes()[:200]):
+        path.write_bytes(data)
+        with pytest.raises(SystemExit) as stop: load(tmp_path / "set")
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and err.count("\n") == 1 and f"delete {path}" in err
+
+
+def test_folder_follows_links_and_one_to_nothing_is_left_out(tmp_path, capsys):
+    """A class folder may lie elsewhere, as for torchvision's ImageFolder."""
+    home = alone(tmp_path / "set")
+    picture(home / "cat/0.png", (1, 0, 0))
+    picture(tmp_path / "elsewhere/0.png", (2, 1, 0))
+    (home / "dog").symlink_to(tmp_path / "elsewhere")
+    (home / "cat/1.png").symlink_to(tmp_path / "elsewhere/0.png")
+    (home / "cat/2.png").symlink_to(tmp_path / "gone.png")
+    x, y = load(tmp_path / "set")
+    assert sorted(zip(shades(x), sorted(y.tolist()))) == [(1, 0), (2, 0), (2, 1)]
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "left out 1 of 4 files" in err and "2.png" in err
+    picture(tmp_path / "elsewhere/0.png", (20, 1, 0), (80, 80))
+    assert shades(load(tmp_path / "set")[0]) == [1, 20, 20]  # what a link leads to has changed
+
+
+def test_folder_with_names_that_are_not_utf8(tmp_path, capsys):
+    home = alone(tmp_path / "set")
+    picture(home / os.fsdecode(b"caf\xe9.png"), (7, 0, 0))
+    picture(home / "0.png", (1, 0, 0))
+    assert shades(load(tmp_path / "set")[0]) == [1, 7] and capsys.readouterr().err == ""
+
+
+def test_a_class_without_training_pictures_comes_last(tmp_path):
+    """Else a conditional G would be asked for what it never saw: labels to train on are 0 to K - 1."""
+    for split, kinds in (("train", "bd"), ("test", "abcd")):
+        for kind in kinds: picture(tmp_path / "set" / split / kind / "0.png", (ord(kind), 0, 0))
+    names = {}
+    for split in ("train", "test"):
+        x, y = load(tmp_path / "set", split=split)
+        for c, label in zip(colours(x), y.tolist()): assert names.setdefault(chr(c[0]), label) == label
+    assert names == {"b": 0, "d": 1, "a": 2, "c": 3}
 
 
 def test_folder_cache_that_cannot_be_written_is_no_obstacle(tmp_path, monkeypatch, capsys):

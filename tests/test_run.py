@@ -253,8 +253,12 @@ def test_a_folders_first_line_counts_what_was_read_and_set_aside(w, capsys):
     order[3].write_bytes(order[3].read_bytes()[:60])
     w.main([*w.tiny, "--dataset", "folder", "--data-dir", "data", "--steps", "5", "--run-dir", "a"])
     out = capsys.readouterr()
-    assert "data: 37 of 38 pictures read, 4 more set aside for testing\n" in out.out
+    assert "data: 37 pictures read, 4 more set aside for testing\n" in out.out
     assert "left out 1 of 38 files" in out.err and str(order[3]) in out.err
+    for path in (p for i, p in enumerate(order) if i % 10 == 9): path.write_bytes(b"no picture")
+    with pytest.raises(SystemExit) as stop:  # at the start, not at the first score
+        w.main([*w.tiny, "--dataset", "folder", "--data-dir", "data", "--steps", "5", "--run-dir", "b"])
+    assert stop.value.code == 2 and "can be read" in capsys.readouterr().err and not Path("b").exists()
 
 
 def test_other_data_than_the_checkpoint_saw_is_refused(w, monkeypatch, capsys):
@@ -617,6 +621,25 @@ def test_scores_are_of_fresh_pictures_and_of_the_labels_asked_for(w, monkeypatch
     assert not w.told or scores["label_accuracy"] == "0.5"
 
 
+def test_last_scores_are_made_up_for(w, monkeypatch, capsys):
+    """By a run that was interrupted before they were written, one that goes to a new folder, one that is to choose
+    by --reject only now. The step itself is not scored again: that row of the log is there."""
+    judged = scripted_judge(monkeypatch, [7.0], w)
+    w.main([*w.tiny, "--steps", "10", "--holdout", "50", "--run-dir", "a"])
+    first, rows, n = json.loads(Path("a/scores.json").read_text()), Path("a/log.csv").read_text(), len(judged)
+    assert first.keys() == {"last.pt", "best.pt"} and n == 2
+    Path("a/scores.json").unlink()
+    w.main(["--resume", "a/last.pt"])
+    assert json.loads(Path("a/scores.json").read_text()) == first and Path("a/log.csv").read_text() == rows
+    assert len(judged) == n + 1
+    monkeypatch.setattr(metrics, "platt", lambda real, fake: (1.0, 0.0, 0.7))
+    w.main(["--resume", "a/last.pt", "--reject", "drs"])
+    assert "last.pt --reject drs" in json.loads(Path("a/scores.json").read_text())
+    w.main(["--resume", "a/last.pt", "--run-dir", "b"])
+    assert "last.pt" in json.loads(Path("b/scores.json").read_text())
+    capsys.readouterr()
+
+
 @over("wgan_gp", "dcgan", "cdcgan", "wgan_clip", "unrolled")
 def test_best_fid_goes_back_and_halves_the_rates(w, monkeypatch):
     scripted_judge(monkeypatch, [50, 40, 45, 46, 30, 31, 32], w)
@@ -769,6 +792,9 @@ ERRORS = [
     (["--resume", "good/last.pt", "--generate", "2", "--z-file", "none.pt"], "none.pt"),
     (["--resume", "good/last.pt", "--generate", "2", "--z-file", "wide.npy"], "wide.npy"),
     (["--resume", "good/last.pt", "--generate", "2", "--generate-to", "used"], "used"),
+    (["--resume", "good/last.pt", "--generate-to", "x"], "--generate N"), (["--resume", ""], "empty"),
+    (["--resume", "good/last.pt", "--generate", "2", "--z-file", ""], "empty"),
+    (["--batch-size", "1000000000000"], "--batch-size"), (["--generate-to", "x"], "--generate N"),
     (["--resume", "good/last.pt", "--generate", "2", "--generate-to", "file/in"], "file/in"),
     (["--dataset", "mnist", "--data-dir", "nowhere/deep/er"], "deep/er"),
     (["--dataset", "stacked_mnist", "--data-dir", "nowhere"], "nowhere/MNIST/raw"),
@@ -836,6 +862,55 @@ def test_a_users_mistake_is_one_line_and_leaves_nothing(w, ran, flags, named, ca
     assert stop.value.code == 2
     assert err.count("\n") == 1 and named in err and "Traceback" not in err and "usage" not in err
     assert sorted(str(p) for p in Path(".").rglob("*")) == before
+
+
+def test_fewer_steps_than_were_made_are_refused(w, ran, capsys):
+    """"--steps 10" after twenty may have meant ten more; what lies within the last iteration is a finished run."""
+    ran("a", "--steps", "20")
+    before = Path("a/args.json").read_bytes(), tensors("a/last.pt")
+    with pytest.raises(SystemExit) as stop: w.main(["--resume", "a/last.pt", "--steps", "10"])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1 and "is at step 20, past 10" in err
+    assert Path("a/args.json").read_bytes() == before[0]
+    w.main(["--resume", "a/last.pt", "--steps", "17"])
+    same(tensors("a/last.pt"), before[1])
+
+
+def test_steps_override_epochs_in_a_resumed_run_too(w, ran):
+    """An epoch is 300 // 8 = 37 updates; the 20 steps of the checkpoint, given again, are still 20."""
+    ran("a", "--steps", "20")
+    for flags, end in ((["--steps", "20", "--epochs", "2"], 20), (["--epochs", "1"], 40), ([], 40)):
+        w.main(["--resume", "a/last.pt", *flags])
+        assert torch.load("a/last.pt", weights_only=True)["step"] == end
+
+
+@pytest.mark.parametrize("broken", ["args.json", "copy"])
+def test_a_run_folder_that_cannot_be_written_is_one_line(w, ran, broken, capsys, monkeypatch):
+    """As chmod cannot forbid root anything, the writes fail by hand."""
+    def refuse(*a, **k): raise PermissionError("not yours")
+
+    ran("a", "--steps", "5")
+    if broken == "copy": monkeypatch.setattr(shutil, "copy", refuse)
+    else: monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(SystemExit) as stop:
+        w.main(["--resume", "a/last.pt", "--steps", "9", *(["--run-dir", "b"] if broken == "copy" else [])])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1 and "--run-dir" in err and "not yours" in err
+
+
+@pytest.mark.parametrize("stdout", ["closed", "nobody reads"])
+def test_a_run_goes_on_where_nobody_reads_what_it_says(w, stdout):
+    """As under `| head -1`, or a terminal that went away; or as a service without one."""
+    lost = "sys.stdout.close(); sys.stdout = None" if stdout == "closed" else (
+        "read, write = os.pipe(); os.close(read); os.dup2(write, 1)")
+    code = (f"import os, sys; import {w.name} as w; render = w.render_digits\n"
+            f"w.render_digits = lambda n, seed: render(300, seed); {lost}\n"
+            f"try: w.main({[*w.tiny, '--steps', '20', '--run-dir', 'a']!r})\n"
+            f"finally: os.dup2(2, 1)")  # or Python's own last flush complains
+    done = subprocess.run([sys.executable, "-c", code], cwd=".", env={**os.environ, "PYTHONPATH": "alone"},
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert torch.load("a/last.pt", weights_only=True)["step"] == 20 and len(open("a/log.csv").readlines()) == 5
 
 
 def test_damaged_data_is_one_line(w, capsys, no_network):
@@ -1048,7 +1123,7 @@ MINE = {
     "return score_fake.mean() - score_real.mean()":
         "return F.relu(1 - score_real).mean() + F.relu(1 + score_fake).mean()",
     '"w_dist": -discriminator_loss(score_real, score_fake)': '"margin": (score_real - score_fake).mean()',
-    '"stacked_mnist": 3}': '"stacked_mnist": 3, "kmnist": 1}',
+    'stacked_mnist=3)': 'stacked_mnist=3, kmnist=1)',
     'TORCHVISION = {': 'TORCHVISION = {"kmnist": ("KMNIST", "KMNIST/raw"), '}
 
 
