@@ -126,6 +126,8 @@ def resolve(args, given):
     own = given & {"data", "modes", "radius", "std", "method", "protocol", "reject", "run_dir", "snapshot_every"}
     if args.table and own:
         fail(f"--table goes without --{min(own).replace('_', '-')}: it trains every method on both data sets")
+    if args.quick and not args.table:
+        fail("--quick goes with --table")
     args.modes = {"ring": 8, "grid": 25}[args.data] if args.modes is None else args.modes
     if (args.data == "ring" and args.modes < 2) or (args.data == "grid" and args.modes not in (9, 25)):
         fail(f"--modes {args.modes}: a ring takes 2 or more, a grid 9 or 25")

@@ -288,6 +288,10 @@ def test_a_table_refuses_what_it_would_not_heed(flags, capsys):
     fails(capsys, "--table", *flags, words=["--table", flags[0].split("=")[0]])
 
 
+def test_quick_without_a_table_is_refused(capsys):
+    fails(capsys, "--quick", words=["--quick", "--table"])
+
+
 def test_a_table_says_what_ran(monkeypatch, capsys):
     seen = []
     score = {"covered": 3, "strict": 2, "high_quality": 0.25, "near": 0.5, "reverse_kl": 0.125}
