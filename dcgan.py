@@ -1,4 +1,4 @@
-"""DCGAN: D tells real pictures from made ones, G learns to be taken for real; convolutions and batch norm in both.
+"""DCGAN: D tells real pictures from made ones, G learns to be taken for real; convolutions in both, batch norm in G.
 
 Goodfellow et al. 2014, arXiv 1406.2661, eq. (1); networks of Radford et al. 2016, arXiv 1511.06434; f is D's logit:
 
@@ -47,7 +47,7 @@ def parse_args(argv=None):
     a("--upsample", choices=("deconv", "nearest", "bilinear"), default="deconv",
       help="how G doubles a side: transposed convolution of 4, or this resize and a convolution of 5")
     a("--init", choices=("dcgan", "default"), default="dcgan", help="N(0, .02), or PyTorch's own")
-    a("--d-norm", choices=("batch", "none"), help="default: batch; none for an mlp and under a penalty")
+    a("--d-norm", choices=("batch", "none"), help="by --paper batch, but none for an mlp and under a penalty")
     a("--norm-first", action="store_true", help="batch norm on D's first block too")
     add_run_flags(p)
     args = resolve(p, argv, BEST, MLP, PAPER)
@@ -141,7 +141,7 @@ def generator_loss(logit_fake, kind, logit_real=None):
 
 def squared_gradient(D, x):
     """E[||grad f(x)||^2]: the sum over a picture's numbers, the mean over pictures. --gp weighs it of real and of made
-    ones, added: at gp = gamma / 2, R1 + R2 of Mescheder et al., eq. (9)."""
+    ones, added: at gp = gamma / 2, R1 + R2 of Mescheder et al., eq. (9), (10)."""
     x = x.detach().requires_grad_(True)
     (grad,) = torch.autograd.grad(D(x).sum(), x, create_graph=True)
     return grad.flatten(1).square().sum(1).mean()
@@ -257,7 +257,7 @@ def add_run_flags(p):
     a("--arch", choices=("dcgan", "mlp"), default="dcgan", help="convolutional or fully connected networks")
     a("--ngf", type=number(int, 1, 4096), default=32, help="dcgan: channels of G's largest map; each smaller has twice")
     a("--ndf", type=number(int, 1, 4096), default=32, help="dcgan: channels of D's largest map; each smaller has twice")
-    a("--latent-dim", type=number(int, 1, 65536), help="size of z. Default: 16 for grey pictures by dcgan, 100 else")
+    a("--latent-dim", type=number(int, 1, 65536), help="size of z. Default: 16 for grey by dcgan; --paper, else: 100")
     a("--prior", choices=("normal", "uniform"), default="normal", help="law of z: N(0, I) or U[-1, 1]")
     a("--batch-size", type=number(int, 2), help="pictures a step")
     a("--d-steps", "--n-critic", type=number(int, 1, 1000), help="D updates an iteration; WGAN-GP's paper: 5")
@@ -285,7 +285,7 @@ def add_run_flags(p):
     a("--eval-every", type=count, default=5000, help="D updates between scores of 10,000 samples; 0: only the last")
     a("--checkpoint-every", type=count, default=2000, help="D updates between writes of last.pt")
     a("--reject", choices=("none", "naive", "drs"), default="none", help="choose pictures by D's score. naive: "
-      "keep with chance sigmoid(score), which a critic's is not for; drs: Azadi et al. 2019, calibrated on --holdout")
+      "keep with chance sigmoid(score), not for a critic's score; drs: Azadi et al. 2019, calibrated on --holdout")
     a("--drs-percentile", type=number(float, 0, 100), default=60.0, help="of D's scores, kept half; the paper: 80, 95")
     a("--tensorboard", action=argparse.BooleanOptionalAction, default=False, help="write the log for TensorBoard too")
     p.kept = vars(p.parse_args([])).keys()  # the flags so far: not given again, they are the checkpoint's

@@ -272,7 +272,7 @@ def add_run_flags(p):
     a("--arch", choices=("dcgan", "mlp"), default="dcgan", help="convolutional or fully connected networks")
     a("--ngf", type=number(int, 1, 4096), default=32, help="dcgan: channels of G's largest map; each smaller has twice")
     a("--ndf", type=number(int, 1, 4096), default=32, help="dcgan: channels of D's largest map; each smaller has twice")
-    a("--latent-dim", type=number(int, 1, 65536), help="size of z. Default: 16 for grey pictures by dcgan, 100 else")
+    a("--latent-dim", type=number(int, 1, 65536), help="size of z. Default: 16 for grey by dcgan; --paper, else: 100")
     a("--prior", choices=("normal", "uniform"), default="normal", help="law of z: N(0, I) or U[-1, 1]")
     a("--batch-size", type=number(int, 2), help="pictures a step")
     a("--d-steps", "--n-critic", type=number(int, 1, 1000), help="D updates an iteration; WGAN-GP's paper: 5")
@@ -300,7 +300,7 @@ def add_run_flags(p):
     a("--eval-every", type=count, default=5000, help="D updates between scores of 10,000 samples; 0: only the last")
     a("--checkpoint-every", type=count, default=2000, help="D updates between writes of last.pt")
     a("--reject", choices=("none", "naive", "drs"), default="none", help="choose pictures by D's score. naive: "
-      "keep with chance sigmoid(score), which a critic's is not for; drs: Azadi et al. 2019, calibrated on --holdout")
+      "keep with chance sigmoid(score), not for a critic's score; drs: Azadi et al. 2019, calibrated on --holdout")
     a("--drs-percentile", type=number(float, 0, 100), default=60.0, help="of D's scores, kept half; the paper: 80, 95")
     a("--tensorboard", action=argparse.BooleanOptionalAction, default=False, help="write the log for TensorBoard too")
     p.kept = vars(p.parse_args([])).keys()  # the flags so far: not given again, they are the checkpoint's

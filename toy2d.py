@@ -1,4 +1,4 @@
-"""Mode coverage in two dimensions: every objective of this collection on a ring or a grid of Gaussians.
+"""Mode coverage in two dimensions: five objectives of this collection on a ring or a grid of Gaussians.
 
 A generator that has learned the law puts points on each mode (covered), the right share on each (reverse KL), and close
 to its centre (high quality, within 3 standard deviations: 98.9 % of the real points are). Only together do these say

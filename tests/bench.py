@@ -51,7 +51,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FLOAT32 = ["--graph"] if DEVICE == "cuda" else []  # the fastest mode of it
 QUIET = ["--log-every", "0", "--sample-every", "0", "--eval-every", "0", "--checkpoint-every", "0"]
 CASES = {"wgan_gp mlp": (wgan_gp, ["--arch", "mlp"]), "wgan_gp 28": (wgan_gp, ["--image-size", "28"]),
-         "wgan_gp": (wgan_gp, []), "dcgan mlp": (dcgan, ["--arch", "mlp"]), "dcgan": (dcgan, ["--norm-first"]),
+         "wgan_gp": (wgan_gp, ["--image-size", "32"]), "dcgan mlp": (dcgan, ["--arch", "mlp"]), "dcgan": (dcgan, []),
          "cdcgan": (cdcgan, []), "wgan_clip": (wgan_clip, [])}
 
 
@@ -262,7 +262,7 @@ def speed(cases, blocks, iterations, data):
 def big(folder, modes, iterations=20):
     """Report B's networks at full width, 3 updates of D to one of G, batches of 128."""
     flags = ["--dataset", "folder", "--data-dir", folder, "--image-size", "64", "--ngf", "128", "--ndf", "128",
-             "--d-steps", "3"]
+             "--d-steps", "3", "--paper"]
     print(f"{where()}\n\n| networks | mode | ms an iteration | images/s | peak memory, MiB |\n|---|---|---|---|---|")
     for mode in modes or MODES[DEVICE]:
         times, more = [], MODES[DEVICE][mode]
@@ -314,7 +314,8 @@ def growth(data):
     for name, batch, width in [*(("wgan_gp mlp", b, 32) for b in (64, 128, 256, 512, 1024)),
                                *(("wgan_gp", b, 32) for b in (64, 128, 256, 512, 1024)),
                                *(("wgan_gp", 64, w) for w in (64, 96, 128))]:
-        flags = [*CASES[name][1], *data, *FLOAT32, "--batch-size", str(batch), "--ngf", str(width), "--ndf", str(width)]
+        flags = [*CASES[name][1], *data, *FLOAT32, "--paper",
+                 "--batch-size", str(batch), "--ngf", str(width), "--ndf", str(width)]
         times = [0.0]
 
         def mark(n, times=times):
