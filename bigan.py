@@ -2,7 +2,7 @@
 
 Donahue, Krahenbuhl and Darrell 2017, arXiv 1605.09782, eq. (3); Dumoulin et al. 2017, arXiv 1606.00704; f is D's logit:
 
-    discriminator          min_D    E[softplus(-f(x, E(x)))] + E[softplus(f(G(z), z))]
+    discriminator          min_D    E[softplus(-f(x, E(x)))] + E[softplus(f(G(z), z))] + r1/2 E||grad f(x, E(x))||^2
     generator and encoder  min_G,E  E[softplus(f(x, E(x)))] + E[softplus(-f(G(z), z))]: the labels swapped
 
     python bigan.py                                      numerals rendered at start-up, no download
@@ -10,12 +10,12 @@ Donahue, Krahenbuhl and Darrell 2017, arXiv 1605.09782, eq. (3); Dumoulin et al.
     python bigan.py --dataset mnist --paper --arch mlp --latent-dim 50 --prior uniform --epochs 400 --lr-decay linear
 
 Expect FID[classifier] 13 of --dataset mnist --amp --steps 2600, three minutes of one CPU core, where real digits have
-2: seed 0, network 565494b9. Of the paper's settings, the last command at 80 epochs, 97 % by 1-NN on the layer before
-E(x), as on pixels; tests/gallery/README.md has the protocols, and the table that --resume FILE --probe prints.
+2: seed 0, network 565494b9. After the last command, at 80 epochs, 1-NN on the layer before E(x) gets 97 % of the labels
+right, as on pixels; tests/gallery/README.md has the protocols, and the table that --resume FILE --probe prints.
 
-Neither is trained on what the other makes, but the best D is at a loss only if they undo each other. E's last layer has
-the prior's range, linear or tanh: else D could tell by z alone. D has no batch norm. G and E are in train mode for D's
-pairs, and are used in eval mode with averaged weights.
+Neither G nor E is trained on what the other makes, but the best D is at a loss only if they undo each other. E's last
+layer has the prior's range, linear or tanh: else D could tell by z alone. D has no batch norm. G and E are in train
+mode for D's pairs, and are used in eval mode with averaged weights.
 """
 
 import argparse
@@ -25,20 +25,20 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-# Names without an import, number and Run among them, stand below the ruled line.
-# The best of a search on MNIST, two or three minutes of one core a run (tests/gallery/README.md); latent_dim: resolve.
+# Names without an import stand below the ruled line: Net is nn.Sequential with --amp, number an argparse type, ...
+# Best of a search on MNIST, two or three minutes of one core a run (tests/gallery/README.md); resolve sets latent_dim.
 BEST = dict(batch_size=64, d_steps=1, lr_g=2e-3, lr_d=2e-3, beta1=0.0, beta2=0.9, ema=0.995, ngf=16, ndf=16,
             r1=1.0, penalty_share=0.25, lr_decay="linear")
-MLP = dict(latent_dim=50, lr_g=2e-3, lr_d=5e-4)  # and these of --arch mlp
+MLP = dict(latent_dim=50, lr_g=2e-3, lr_d=5e-4)  # with --arch mlp, on top of BEST
 PAPER = dict(latent_dim=100, batch_size=128, d_steps=1, lr_g=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999, ema=0.999,
-             ngf=32, ndf=32, r1=0.0, penalty_share=1.0, lr_decay="none")  # --paper; the average is ours
+             ngf=32, ndf=32, r1=0.0, penalty_share=1.0, lr_decay="none")  # --paper; average and widths are ours
 
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--r1", type=number(float, 0), default=0.0, help="gamma of R1 on real pairs, not in the paper")
-    p.add_argument("--penalty-share", type=number(float, 0.01, 1), default=1.0, help="of the batch, for the penalty")
-    add_run_flags(p)
+    p.add_argument("--penalty-share", type=number(float, 0.01, 1), default=1.0, help="share of the batch penalized")
+    add_run_flags(p)  # what follows is not kept in checkpoints
     p.add_argument("--probe", action="store_true", help="with --resume: what classifiers read from E")
     args = resolve(p, argv, BEST, MLP, PAPER)
     if args.probe and (args.generate or not args.resume):
@@ -93,7 +93,7 @@ def make_discriminator(args, channels):
         for w_in, w, k in zip([channels, *widths[::-1]], widths[::-1], kernels[::-1]):
             layers += [nn.Conv2d(w_in, w, k, 2, 1), nn.LeakyReLU(negative_slope=0.2)]
         picture = nn.Sequential(*layers, nn.Flatten(), *hidden(widths[0] * start**2, 512))
-        first = [Join({"left": picture, "right": nn.Sequential(*hidden(nz, 512), *hidden(512, 512))})]
+        first = [Join({"left": picture, "right": nn.Sequential(*hidden(nz, 512), *hidden(512, 512))})]  # (B, 1024)
     return Net(*first, *hidden(1024, 1024), nn.Linear(1024, 1), nn.Flatten(0)).apply(dcgan_init)
 
 
@@ -127,7 +127,7 @@ def dcgan_init(m):
 
 
 def discriminator_loss(logit_real, logit_fake):
-    """E[softplus(-f(x, E(x)))] + E[softplus(f(G(z), z))] for logits (B,): -log D(x, E(x)) - log(1 - D(G(z), z))."""
+    """E[softplus(-f(x, E(x)))] + E[softplus(f(G(z), z))] for logits (B,): cross-entropy at D = sigmoid(f)."""
     return F.softplus(-logit_real).mean() + F.softplus(logit_fake).mean()
 
 
@@ -175,7 +175,7 @@ def train(args):
             score_real, score_fake = D(x_both, z_both).chunk(2)  # no batch norm: one forward for both
             d_loss = discriminator_loss(score_real, score_fake)
             if args.r1:
-                k = math.ceil(args.penalty_share * len(x_real))  # of the first k: unbiased, noisier, cheaper
+                k = math.ceil(args.penalty_share * len(x_real))  # the first k pairs: unbiased, noisier, cheaper
                 d_loss = d_loss + args.r1 / 2 * squared_gradient(D, x_both[:k], z_both[:k])
             opt_d.zero_grad(set_to_none=True)
             d_loss.backward()
@@ -193,8 +193,8 @@ def train(args):
         D.requires_grad_(True)
         return {"d_loss": d_loss, "g_loss": g_loss, "d_acc": pair_accuracy(score_real, score_fake)}  # the last update's
 
-    # Run calls these two in eval mode without gradients: draw for every sheet, score, figure and --generate,
-    # rate, D's score, to calibrate --reject drs on pictures that D has not seen; y: labels.
+    # Run calls these two in eval mode without gradients, with labels y: draw for every sheet, score, figure and
+    # --generate; rate, which is D's score, to calibrate --reject drs on pictures that D has not seen.
     def draw(z, y):
         x_fake = ema.G(z)
         return to_uint8(x_fake), D(x_fake, z)
@@ -228,8 +228,8 @@ def real_figures(args, ema, x_train, folder):
 
 
 def probe(args, first, device):
-    """Prints, in Markdown, what share of the test labels classifiers tell from E(x), from the layer before, both of the
-    E that the run began with (in `first`), and from pixels."""
+    """Prints, in Markdown, what share of the test labels classifiers tell from E(x), from the layer before, from both
+    in the untrained E (`first` holds it), and from pixels."""
     with or_fail("--probe needs a package of its own: pip install scikit-learn"):
         from sklearn.linear_model import LogisticRegression
         from sklearn.svm import SVC

@@ -3,12 +3,12 @@
 Mirza and Osindero 2014, arXiv 1411.1784, eq. (2); f is D's logit. Noise, pictures and labels, as one-hot maps, go
 through a first layer each and are joined along the channels.
 
-    discriminator  min_D  E[softplus(-f(x, y))] + E[softplus(f(G(z, y), y))]
+    discriminator  min_D  E[softplus(-f(x, y))] + E[softplus(f(G(z, y), y))] + r1/2 E||grad f(x, y)||^2
     generator      min_G  E[softplus(-f(G(z, y), y))]              x, y from the data; z ~ N(0, I) or U[-1, 1]
 
     python cdcgan.py                                     numerals rendered at start-up, no download
     python cdcgan.py --dataset mnist --epochs 200
-    python cdcgan.py --dataset mnist --paper             the paper's settings, not the best ones
+    python cdcgan.py --dataset mnist --paper             a course's convolutional nets, not the best settings
 
 Expect FID[classifier] 5.9 and 98.2 % of the labels right of --dataset mnist --amp --steps 3100, three minutes of one
 CPU core, where real digits have 2: seed 0, network 565494b9; tests/gallery/README.md has the protocol.
@@ -16,8 +16,8 @@ CPU core, where real digits have 2: seed 0, network 565494b9; tests/gallery/READ
 Every sheet has a row for each label and a column for each z; label_accuracy in log.csv is the share of made pictures
 that the scores' classifier takes for the label asked for. --d-ignores-label shows who enforces it: D does.
 
-Where D has batch norm, real and fake go through it in separate batches. G is in train mode for D's fakes and is sampled
-in eval mode with averaged weights.
+Where D has batch norm (--paper), real and fake go through it in separate batches. G is in train mode for D's fakes and
+is sampled in eval mode with averaged weights.
 """
 
 import argparse
@@ -27,13 +27,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-# Names without an import, number and Run among them, stand below the ruled line.
-# The best of a search on MNIST, two or three minutes of one core a run (tests/gallery/README.md); latent_dim: resolve.
+# Names without an import stand below the ruled line: Net is nn.Sequential with --amp, number an argparse type, ...
+# Best of a search on MNIST, two or three minutes of one core a run (tests/gallery/README.md); resolve sets latent_dim.
 BEST = dict(image_size=32, batch_size=64, d_steps=1, lr_g=2e-3, lr_d=2e-3, beta1=0.0, beta2=0.9, ema=0.995,
             ngf=16, ndf=16, d_norm="none", r1=0.01, penalty_share=0.25, lr_decay="linear")
-MLP = dict(image_size=28, lr_g=2e-3, lr_d=5e-4)  # and these of --arch mlp
+MLP = dict(image_size=28, lr_g=2e-3, lr_d=5e-4)  # with --arch mlp, on top of BEST
 PAPER = dict(image_size=None, batch_size=128, d_steps=1, lr_g=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999, ema=0.999,
-             ngf=128, ndf=64, d_norm="batch", r1=0.0, penalty_share=1.0, lr_decay="none")  # --paper; the average: ours
+             ngf=128, ndf=64, d_norm="batch", r1=0.0, penalty_share=1.0, lr_decay="none")  # --paper: nets of a course
 
 
 def parse_args(argv=None):
@@ -41,7 +41,7 @@ def parse_args(argv=None):
     p.add_argument("--d-ignores-label", action="store_true", help="D(x) in place of D(x, y)")
     p.add_argument("--d-norm", choices=("batch", "none"), default="batch", help="in D; always none in an mlp")
     p.add_argument("--r1", type=number(float, 0), default=0.0, help="gamma of R1 on real pictures, not in the paper")
-    p.add_argument("--penalty-share", type=number(float, 0.01, 1), default=1.0, help="of the batch, for the penalty")
+    p.add_argument("--penalty-share", type=number(float, 0.01, 1), default=1.0, help="share of the batch penalized")
     add_run_flags(p)
     args = resolve(p, argv, BEST, MLP, PAPER)
     if args.arch == "dcgan" and args.image_size != 32:
@@ -90,7 +90,7 @@ def make_discriminator(args, channels):
 
     both, width = [Join({"left": nn.Sequential(*picture), "right": nn.Sequential(*label)})], 2 * w
     if args.d_ignores_label: both, width = picture, w
-    top = 4 * w if args.paper else 2 * w
+    top = 4 * w if args.paper else 2 * w  # --paper: 64 + 64, 256, 512 channels; else 16 + 16, 32, 64
     return Net(*both, *block(width, top), *block(top, 2 * top), nn.Conv2d(2 * top, 1, 4, 1, 0), nn.Flatten(0)).apply(
         dcgan_init)
 
@@ -127,7 +127,7 @@ def dcgan_init(m):
 
 
 def discriminator_loss(logit_real, logit_fake):
-    """E[softplus(-f(x, y))] + E[softplus(f(G(z, y), y))] for logits (B,): -log D(x, y) - log(1 - D(G(z, y), y))."""
+    """E[softplus(-f(x, y))] + E[softplus(f(G(z, y), y))] for logits (B,): cross-entropy at D = sigmoid(f)."""
     return F.softplus(-logit_real).mean() + F.softplus(logit_fake).mean()
 
 
@@ -176,8 +176,8 @@ def train(args):
                 score_real, score_fake = judged(torch.cat([x_real, x_fake]), labels.repeat(2)).chunk(2)
             d_loss = discriminator_loss(score_real, score_fake)
             if args.r1:
-                k = math.ceil(args.penalty_share * len(x_real))  # of the first k: unbiased, noisier, cheaper
-                d_loss = d_loss + args.r1 / 2 * squared_gradient(lambda t, y=labels[:k]: judged(t, y), x_real[:k])
+                k = math.ceil(args.penalty_share * len(x_real))  # the first k pictures: unbiased, noisier, cheaper
+                d_loss = d_loss + args.r1 / 2 * squared_gradient(lambda t: judged(t, labels[:k]), x_real[:k])
             opt_d.zero_grad(set_to_none=True)
             d_loss.backward()
             average_gradients(D)  # over ranks, where torchrun started several
@@ -194,8 +194,8 @@ def train(args):
         D.requires_grad_(True)
         return {"d_loss": d_loss, "g_loss": g_loss, "d_acc": pair_accuracy(score_real, score_fake)}  # the last update's
 
-    # Run calls these two in eval mode without gradients: draw for every sheet, score, figure and --generate,
-    # rate, D's score, to calibrate --reject drs on pictures that D has not seen; y: labels.
+    # Run calls these two in eval mode without gradients, with labels y: draw for every sheet, score, figure and
+    # --generate; rate, which is D's score, to calibrate --reject drs on pictures that D has not seen.
     def draw(z, y):
         x_fake = ema(z, y)
         return to_uint8(x_fake), judged(x_fake, y)

@@ -26,13 +26,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-# Names without an import, number and Run among them, stand below the ruled line.
-# The best of a search on MNIST, two or three minutes of one core a run (tests/gallery/README.md); latent_dim: resolve.
+# Names without an import stand below the ruled line: Net is nn.Sequential with --amp, number an argparse type, ...
+# Best of a search on MNIST, two or three minutes of one core a run (tests/gallery/README.md); resolve sets latent_dim.
 BEST = dict(batch_size=64, d_steps=1, lr_g=2e-3, lr_d=2e-3, beta1=0.0, beta2=0.9, ema=0.995, ngf=16, ndf=16,
             d_norm="none", r1=1.0, penalty_share=0.25, lr_decay="linear")
-MLP = dict(lr_g=2e-3, lr_d=5e-4)  # and these of --arch mlp
+MLP = dict(lr_g=2e-3, lr_d=5e-4)  # with --arch mlp, on top of BEST
 PAPER = dict(batch_size=128, d_steps=1, lr_g=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999, ema=0.999, ngf=32, ndf=32,
-             d_norm=None, r1=0.0, penalty_share=1.0, lr_decay="none")  # --paper; the average is ours
+             d_norm=None, r1=0.0, penalty_share=1.0, lr_decay="none")  # --paper; average and widths are ours
 
 
 def parse_args(argv=None):
@@ -43,12 +43,12 @@ def parse_args(argv=None):
     a("--gp", type=number(float, 0), default=0.0, help="weight of f's squared gradient norm on real and made pictures")
     a("--r1", type=number(float, 0), default=0.0, help="gamma of R1, half of which weighs that norm on real pictures")
     a("--r2", type=number(float, 0), default=0.0, help="gamma of R2, the same on made pictures")
-    a("--penalty-share", type=number(float, 0.01, 1), default=1.0, help="of the batch, for the penalty")
+    a("--penalty-share", type=number(float, 0.01, 1), default=1.0, help="share of the batch penalized")
     a("--upsample", choices=("deconv", "nearest", "bilinear"), default="deconv",
       help="how G doubles a side: transposed convolution of 4, or this resize and a convolution of 5")
     a("--init", choices=("dcgan", "default"), default="dcgan", help="N(0, .02), or PyTorch's own")
-    a("--d-norm", choices=("batch", "none"), help="by --paper batch, but none for an mlp and under a penalty")
-    a("--norm-first", action="store_true", help="batch norm on D's first block too")
+    a("--d-norm", choices=("batch", "none"), help="in D; by --paper batch, but none in an mlp or with a penalty")
+    a("--norm-first", action="store_true", help="with --d-norm batch: on D's first block too")
     add_run_flags(p)
     args = resolve(p, argv, BEST, MLP, PAPER)
     if (args.gp or args.r1 or args.r2) and args.arch == "dcgan" and args.d_norm is None:
@@ -80,7 +80,7 @@ def make_generator(args, channels):
 
 def double(how, w_in, w_out, k):
     """Twice the side. A resize treats all pixels alike, a transposed convolution leaves checkerboards (Odena 2016)."""
-    if how == "deconv" or k == 3: return [nn.ConvTranspose2d(w_in, w_out, k, 2, 1, bias=False)]
+    if how == "deconv" or k == 3: return [nn.ConvTranspose2d(w_in, w_out, k, 2, 1, bias=False)]  # 3 makes 7 of 4
     return [nn.Upsample(scale_factor=2, mode=how), nn.Conv2d(w_in, w_out, 5, padding=2, bias=False)]
 
 
@@ -126,7 +126,7 @@ def dcgan_init(m):
 
 
 def discriminator_loss(logit_real, logit_fake, kind="ns"):
-    """E[softplus(-f(x))] + E[softplus(f(G(z)))] for logits (B,): cross-entropy, -log D(x) - log(1 - D(G(z))).
+    """E[softplus(-f(x))] + E[softplus(f(G(z)))] for logits (B,): cross-entropy at D = sigmoid(f).
     relativistic: E[softplus(f(G(z)) - f(x))], each made picture against a real one (Huang et al. 2024, 2501.05441)."""
     if kind == "relativistic": return F.softplus(logit_fake - logit_real).mean()
     return F.softplus(-logit_real).mean() + F.softplus(logit_fake).mean()
@@ -140,8 +140,8 @@ def generator_loss(logit_fake, kind, logit_real=None):
 
 
 def squared_gradient(D, x):
-    """E[||grad f(x)||^2]: the sum over a picture's numbers, the mean over pictures. --gp weighs it of real and of made
-    ones, added: at gp = gamma / 2, R1 + R2 of Mescheder et al., eq. (9), (10)."""
+    """E[||grad f(x)||^2], of x (B, C, H, W): the sum over a picture's numbers, the mean over pictures. R1 is half of it
+    on real, R2 on made pictures, times gamma (Mescheder et al. 2018, 1801.04406, eq. 9, 10); --gp: both, not halved."""
     x = x.detach().requires_grad_(True)
     (grad,) = torch.autograd.grad(D(x).sum(), x, create_graph=True)
     return grad.flatten(1).square().sum(1).mean()
@@ -192,10 +192,10 @@ def train(args):
             update_ema(ema, G, args.ema)
         D.requires_grad_(True)
         return {"d_loss": d_loss, "g_loss": g_loss, "penalty": penalty,
-                "d_acc": pair_accuracy(score_real, score_fake)}  # of the last update
+                "d_acc": pair_accuracy(score_real, score_fake)}  # the last update's
 
-    # Run calls these two in eval mode without gradients: draw for every sheet, score, figure and --generate,
-    # rate, D's score, to calibrate --reject drs on pictures that D has not seen; y: labels.
+    # Run calls these two in eval mode without gradients, with labels y: draw for every sheet, score, figure and
+    # --generate; rate, which is D's score, to calibrate --reject drs on pictures that D has not seen.
     def draw(z, y):
         x_fake = ema(z)
         return to_uint8(x_fake), D(x_fake)

@@ -3,17 +3,17 @@
 Eghbal-zadeh, Zellinger and Widmer 2019, "Mixture Density Generative Adversarial Networks", arXiv 1811.00152; lk is the
 likelihood of d + 1 Gaussians on the corners of a regular simplex, lambda its maximum, u(x) = log lambda - log lk(D(x)):
 
-    discriminator  max_D  E[log lk(D(x))] + E[log(lambda - lk(D(G(z))))]  =  min_D  E[u(x)] - E[log(1 - exp(-u(G(z))))]
+    discriminator  max_D  E[log lk(D(x))] + E[log(lambda - lk(D(G(z))))] i.e. min_D  E[u(x)] - E[log(1 - exp(-u(G(z))))]
     generator      min_G  E[u(G(z))], non-saturating, not in the paper; or E[log(1 - exp(-u(G(z))))], the paper's
 
     python mdgan.py                                      numerals rendered at start-up, no download
     python mdgan.py --dataset mnist --epochs 200
-    python mdgan.py --dataset mnist --paper --mixture published --loss saturating    as published
+    python mdgan.py --dataset mnist --paper --mixture published --loss saturating    mixture and loss as published
 
 Expect FID[classifier] 8.4 of --dataset mnist --amp --steps 5300, three minutes of one CPU core, where real digits have
 2: seed 0, network 565494b9; tests/gallery/README.md has the protocol. As published, ten Gaussians melt into one blob (a
-run's first lines say), and G's loss has the gradient 1 / (exp(u) - 1) in u: next to none where D is sure. Scores are
--u, no logits: --reject naive means nothing.
+run's first lines say so), and G's loss has the gradient 1 / (exp(u) - 1) in u: next to none where D is sure. Scores are
+-u, no logits: --reject naive means nothing. By default D's loss has r1/2 E||grad u(x)||^2 too, not in the paper.
 
 D has no batch norm. G is in train mode for D's fakes and is sampled in eval mode with averaged weights.
 """
@@ -25,22 +25,22 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-# Names without an import, number and Run among them, stand below the ruled line.
-# The best of a search on MNIST, two or three minutes of one core a run (tests/gallery/README.md); latent_dim: resolve.
+# Names without an import stand below the ruled line: Net is nn.Sequential with --amp, number an argparse type, ...
+# Best of a search on MNIST, two or three minutes of one core a run (tests/gallery/README.md); resolve sets latent_dim.
 BEST = dict(batch_size=64, d_steps=1, lr_g=2e-3, lr_d=2e-3, beta1=0.0, beta2=0.9, ema=0.995, ngf=16, ndf=16, r1=10.0,
             penalty_share=0.25, lr_decay="linear")
-MLP = dict(lr_g=2e-3, lr_d=5e-4)  # and these of --arch mlp
+MLP = dict(lr_g=2e-3, lr_d=5e-4)  # with --arch mlp, on top of BEST
 PAPER = dict(batch_size=32, d_steps=1, lr_g=5e-4, lr_d=5e-4, beta1=0.5, beta2=0.999, ema=0.999, ngf=16, ndf=16, r1=0.0,
-             penalty_share=1.0, lr_decay="none")  # --paper; the average is ours
+             penalty_share=1.0, lr_decay="none")  # --paper: ours, they gave none for pictures
 
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("--mixture", choices=("clusters", "published"), default="clusters", help="radius 2, or .9436")
+    p.add_argument("--mixture", choices=("clusters", "published"), default="clusters", help="radius 2; .9436: one blob")
     p.add_argument("--embedding-dim", type=number(int, 1, 512), default=9, help="d; the authors: 9, so ten centres")
     p.add_argument("--loss", choices=("ns", "saturating"), default="ns", help="G's: non-saturating, or the paper's")
     p.add_argument("--r1", type=number(float, 0), default=0.0, help="gamma of R1 on real pictures, not in the paper")
-    p.add_argument("--penalty-share", type=number(float, 0.01, 1), default=1.0, help="of the batch, for the penalty")
+    p.add_argument("--penalty-share", type=number(float, 0.01, 1), default=1.0, help="share of the batch penalized")
     add_run_flags(p)
     return resolve(p, argv, BEST, MLP, PAPER)
 
@@ -85,7 +85,7 @@ class Mixture(nn.Module):
 
     def __init__(self, kind, d):
         super().__init__()
-        self.radius, self.sigma = 0.9436 if kind == "published" else 2.0, 0.5  # a root in a loop of the authors' code
+        self.radius, self.sigma = 0.9436 if kind == "published" else 2.0, 0.5  # .9436, not 1: a root inside their loop
         mu = simplex(d, self.radius)
         self.from_corner, self.from_middle = (ascend(e, mu, self.sigma) for e in (mu[0], torch.zeros_like(mu[0])))
         there, middle = (log_sum(e, mu, self.sigma).item() for e in (self.from_corner, self.from_middle))
@@ -93,7 +93,7 @@ class Mixture(nn.Module):
         self.register_buffer("mu", mu.to(torch.get_default_dtype()), persistent=False)
 
     def forward(self, x):
-        e = 5 * x.to(self.mu.dtype).sigmoid() - 2.5
+        e = 5 * x.to(self.mu.dtype).sigmoid() - 2.5  # the box as in the authors' code; float32 under --amp
         return (log_sum(e, self.mu, self.sigma) - self.peak).clamp(max=-1e-6)  # u >= 1e-6: log(1 - exp(-u)) is finite
 
     def __str__(self):
@@ -163,7 +163,7 @@ def squared_gradient(D, x):
 
 
 def log1mexp(u):
-    """log(1 - exp(-u)) for u > 0, in the form that keeps its digits. The other gets a harmless number: 0 inf is NaN."""
+    """log(1 - exp(-u)), u > 0, by the form keeping its digits; clamped, the other has a finite slope: 0 inf is NaN."""
     return torch.where(u < math.log(2), (-torch.expm1(-u.clamp(max=1))).log(), torch.log1p(-(-u.clamp(min=0.5)).exp()))
 
 
@@ -190,7 +190,7 @@ def train(args):
             score_real, score_fake = D(torch.cat([x_real, x_fake])).chunk(2)  # no batch norm: one forward for both
             d_loss = discriminator_loss(score_real, score_fake)
             if args.r1:
-                k = math.ceil(args.penalty_share * len(x_real))  # of the first k: unbiased, noisier, cheaper
+                k = math.ceil(args.penalty_share * len(x_real))  # the first k pictures: unbiased, noisier, cheaper
                 d_loss = d_loss + args.r1 / 2 * squared_gradient(D, x_real[:k])
             opt_d.zero_grad(set_to_none=True)
             d_loss.backward()
@@ -208,8 +208,8 @@ def train(args):
         D.requires_grad_(True)
         return {"d_loss": d_loss, "g_loss": g_loss, "d_acc": pair_accuracy(score_real, score_fake)}  # the last update's
 
-    # Run calls these two in eval mode without gradients: draw for every sheet, score, figure and --generate,
-    # rate, D's score, to calibrate --reject drs on pictures that D has not seen; y: labels.
+    # Run calls these two in eval mode without gradients, with labels y: draw for every sheet, score, figure and
+    # --generate; rate, which is D's score, to calibrate --reject drs on pictures that D has not seen.
     def draw(z, y):
         x_fake = ema(z)
         return to_uint8(x_fake), D(x_fake)

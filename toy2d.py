@@ -33,7 +33,7 @@ from torch.nn import functional as F
 METHODS = ("gan", "wgan_clip", "wgan_gp", "unrolled", "mdgan")
 # Defaults of one objective, found by trying on seed 0: a WGAN's Adam goes without its first moment; MD-GAN has its
 # authors' two layers (with three, one ring of three lost modes). All else is the same for all: width, noise, points,
-# decay, average. The numbers of steps are for like times.
+# decay, average. Steps: for about equal times.
 TUNED = {"gan": {}, "unrolled": {"loss": "minimax", "lr_d": 3e-4, "steps": 2000},
          "mdgan": {"loss": "minimax", "layers": 2, "steps": 12_000},
          "wgan_clip": {"d_steps": 2, "beta1": 0.0, "lr_d": 2e-3, "steps": 5000},
@@ -202,7 +202,7 @@ class Simplex:
     dimensions. u(e) = log lambda - log lk(e) >= 0, lambda the largest likelihood; only logarithms are formed."""
 
     def __init__(self, mixture, d=9):
-        # published: their code takes a root once a corner, which leaves R = .9436 and, at sigma .5, a single maximum
+        # published: their code takes a root at each coordinate: R = .9436 for 1 and, at sigma .5, a single maximum
         radius, self.sigma = (0.9436, 0.5) if mixture == "published" else (2.0, 0.5)
         basis = torch.linalg.svd(torch.ones(1, d + 1, dtype=torch.float64)).Vh[1:]  # orthonormal, orthogonal to 1
         self.mu = (radius * math.sqrt((d + 1) / d) * basis).T.contiguous()  # (d + 1, d)
@@ -228,7 +228,7 @@ class Simplex:
 
 
 def log1mexp(u):
-    """log(1 - exp(-u)), u > 0."""
+    """log(1 - exp(-u)), u >= 1e-6: below, its gradient would need mdgan.py's clamps."""
     return torch.where(u < math.log(2), (-torch.expm1(-u)).log(), torch.log1p(-torch.exp(-u)))
 
 
@@ -266,7 +266,7 @@ def gradient_penalty(D, real, fake):
 
 def look_ahead(D, opt, real, fake, k, lr):
     """D's parameters after k more Adam steps on one batch, as functions of `fake`: G's slope runs through each of them
-    (Metz et al. 2017, eq. (7)-(9)). Adam goes on from the moments it has; D and its optimizer stay as they are."""
+    (Metz et al. 2017, eq. (7)). Adam goes on from the moments it has; D and its optimizer stay as they are."""
     params = dict(D.named_parameters())
     group = opt.param_groups[0]
     (b1, b2), eps = group["betas"], group["eps"]
@@ -289,7 +289,7 @@ def look_ahead(D, opt, real, fake, k, lr):
 
 
 class Score(nn.Module):
-    """D with its last step: points (runs, B, 2) -> score (runs, B), larger for more real."""
+    """D, for mdgan with the mixture on top: points (runs, B, 2) -> score (runs, B), larger for more real."""
 
     def __init__(self, args, scale):
         super().__init__()
@@ -484,7 +484,7 @@ PUBLISHED = {"ring": (("GAN", "6.3 +- .5", "98.2%", ".45", "Lin et al. 2018, 10 
 
 
 def table(argv, shorter):
-    """F1: every method on ring and grid, as Markdown; real points first, published figures last. Flags given beside
+    """Every method on ring and grid, as Markdown; real points first, published figures last. Flags given beside
     --table hold for every row; `shorter` divides each number of steps."""
     for data in ("ring", "grid"):
         for method in ("real", *METHODS):

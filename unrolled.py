@@ -1,23 +1,23 @@
 """Unrolled GAN: G plays against D as k more steps would make it, and G's gradient is taken through those k steps.
 
-Metz, Poole, Pfau and Sohl-Dickstein 2017, "Unrolled Generative Adversarial Networks", arXiv 1611.02163, eq. (7)-(10);
+Metz, Poole, Pfau and Sohl-Dickstein 2017, "Unrolled Generative Adversarial Networks", arXiv 1611.02163, eq. (6)-(9);
 f_k is D's logit after k further updates on one batch, starting from the current D, so that it depends on G:
 
-    discriminator  min_D  L(f_0) = E[softplus(-f_0(x))] + E[softplus(f_0(G(z)))]                     one plain step
+    discriminator  min_D  L(f_0) + r1/2 E||grad f_0(x)||^2, L(f) = E[softplus(-f(x))] + E[softplus(f(G(z)))]
     generator      min_G  E[softplus(-f_k(G(z)))], non-saturating; or -L(f_k), the game of the paper
 
     python unrolled.py                                   numerals rendered at start-up, no download
     python unrolled.py --dataset mnist --epochs 200
-    python unrolled.py --dataset mnist --paper           the paper's settings, not the best ones
+    python unrolled.py --dataset mnist --paper           five steps ahead by Adam, as the authors' demo; networks ours
 
 Expect FID[classifier] 20 of --dataset mnist --amp --steps 5100, three minutes of one CPU core, where real digits have
 2: seed 0, network 565494b9; tests/gallery/README.md has the protocol. The default looks one short step of gradient
-descent ahead: looking further costs MNIST more than it gives. It is for games that collapse, as toy2d.py --protocol
-metz.
+descent ahead: looking further costs more on MNIST than it gives. It is for games that collapse, as that of toy2d.py
+--protocol metz.
 
 The steps that were looked ahead are thrown away: D and its optimizer stay as they are, bit for bit. D moves first; G
-then looks ahead from the new D on D's last pictures and a fresh z; so with the same other flags --k 0 is dcgan.py's
---d-norm none. D has no batch norm: its statistics would have to be unrolled too. G is in train mode for D's fakes and
+then looks ahead from the new D on D's last pictures and a fresh z; so --k 0 is dcgan.py --d-norm none, its other flags
+the same. D has no batch norm: its statistics would have to be unrolled too. G is in train mode for D's fakes and
 is sampled in eval mode with averaged weights. Under torchrun each rank looks ahead on its own rows of the batch.
 """
 
@@ -29,13 +29,13 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-# Names without an import, number and Run among them, stand below the ruled line.
-# The best of a search on MNIST, two or three minutes of one core a run (tests/gallery/README.md); latent_dim: resolve.
+# Names without an import stand below the ruled line: Net is nn.Sequential with --amp, number an argparse type, ...
+# Best of a search on MNIST, two or three minutes of one core a run (tests/gallery/README.md); resolve sets latent_dim.
 BEST = dict(batch_size=32, d_steps=1, lr_g=2e-3, lr_d=2e-3, beta1=0.0, beta2=0.9, ema=0.995, ngf=16, ndf=16, k=1,
             inner="sgd", inner_lr=0.001, r1=0.05, penalty_share=0.5, lr_decay="linear")
-MLP = dict(lr_g=2e-3, lr_d=5e-4, r1=0.02)  # and these of --arch mlp
+MLP = dict(lr_g=2e-3, lr_d=5e-4, r1=0.02)  # with --arch mlp, on top of BEST
 PAPER = dict(batch_size=32, d_steps=1, lr_g=1e-3, lr_d=2e-4, beta1=0.5, beta2=0.999, ema=0.999, ngf=16, ndf=16, k=5,
-             inner="adam", inner_lr=0.05, r1=0.0, penalty_share=1.0, lr_decay="none")  # --paper; the average is ours
+             inner="adam", inner_lr=0.05, r1=0.0, penalty_share=1.0, lr_decay="none")  # --paper: k, Adam, lr_g: theirs
 
 
 def parse_args(argv=None):
@@ -47,7 +47,7 @@ def parse_args(argv=None):
     a("--inner-lr", type=number(float, 0), default=0.05, help="rate of --inner sgd; at 1e-4 D would hardly move")
     a("--loss", choices=("ns", "minimax"), default="ns", help="G's: non-saturating, or the paper's game")
     a("--r1", type=number(float, 0), default=0.0, help="gamma of R1 in D's own steps, not in the paper")
-    a("--penalty-share", type=number(float, 0.01, 1), default=1.0, help="of the batch, for the penalty")
+    a("--penalty-share", type=number(float, 0.01, 1), default=1.0, help="share of the batch penalized")
     add_run_flags(p)
     return resolve(p, argv, BEST, MLP, PAPER)
 
@@ -71,7 +71,7 @@ def make_generator(args, channels):
 
 
 def make_discriminator(args, channels):
-    """Picture (B, channels, S, S) -> logit (B,), larger for more real. No norm, so the biases stay."""
+    """Picture (B, channels, S, S) -> logit (B,), larger for more real. No norm, so the blocks have biases."""
     S = args.image_size
     if args.arch == "mlp":
         layers = [nn.Flatten()]
@@ -109,11 +109,11 @@ def dcgan_init(m):
 
 
 def discriminator_loss(logit_real, logit_fake):
-    """E[softplus(-f(x))] + E[softplus(f(G(z)))] for logits (B,): cross-entropy, -log D(x) - log(1 - D(G(z)))."""
+    """E[softplus(-f(x))] + E[softplus(f(G(z)))] for logits (B,): cross-entropy at D = sigmoid(f)."""
     return F.softplus(-logit_real).mean() + F.softplus(logit_fake).mean()
 
 
-def generator_loss(logit_real, logit_fake, kind):
+def generator_loss(logit_fake, kind, logit_real=None):
     """ns: E[-log D(G(z))], of logit_fake alone. minimax: minus D's loss, whose first term depends on G as well, through
     the steps ahead."""
     return F.softplus(-logit_fake).mean() if kind == "ns" else -discriminator_loss(logit_real, logit_fake)
@@ -128,14 +128,14 @@ def squared_gradient(D, x):
 
 
 def look_ahead(D, opt, x_real, x_fake, k, inner="adam", inner_lr=0.05):
-    """D's parameters {name: tensor} after k more steps on one batch, eq. (8), as differentiable functions of x_fake and
+    """D's parameters {name: tensor} after k more steps on one batch, eq. (7), as differentiable functions of x_fake and
     of D's parameters; neither D nor its optimizer changes. adam: torch.optim.Adam of `opt`, from the moments, count and
     rate that it has now, after one step or more. sgd: gradient descent at inner_lr."""
     params = dict(D.named_parameters())
     group, state = opt.param_groups[0], [opt.state.get(p, {}) for p in params.values()]
     if k and inner == "adam":
         (b1, b2), lr, eps = group["betas"], group["lr"], group["eps"]
-        t = state[0]["step"].to(x_real, copy=True)  # on the device: no step of this waits for it
+        t = state[0]["step"].to(x_real, copy=True)  # on the device, so that nothing waits for it
         m, v = ([s[key].clone() for s in state] for key in ("exp_avg", "exp_avg_sq"))
     for _ in range(k):
         logits = (functional_call(D, params, (x,)) for x in (x_real, x_fake))
@@ -148,8 +148,8 @@ def look_ahead(D, opt, x_real, x_fake, k, inner="adam", inner_lr=0.05):
         m = [torch.lerp(g, a, b1) for a, g in zip(m, grads)]
         v = [torch.lerp(g * g, a, b2) for a, g in zip(v, grads)]
         # a root's derivative is infinite at 0, where a unit that never fires leaves v: hence the 1e-16
-        params = {name: p - lr / c1 * a / ((b / c2 + 1e-16).sqrt() + eps)
-                  for (name, p), a, b in zip(params.items(), m, v)}
+        params = {name: p - lr / c1 * m_p / ((v_p / c2 + 1e-16).sqrt() + eps)
+                  for (name, p), m_p, v_p in zip(params.items(), m, v)}
     return params
 
 
@@ -176,7 +176,7 @@ def train(args):
             score_real, score_fake = D(torch.cat([x_real, x_fake])).chunk(2)  # no batch norm: one forward for both
             d_loss = discriminator_loss(score_real, score_fake)
             if args.r1:  # not in the steps ahead, where it would be a third derivative
-                k = math.ceil(args.penalty_share * len(x_real))  # of the first k: unbiased, noisier, cheaper
+                k = math.ceil(args.penalty_share * len(x_real))  # the first k pictures: unbiased, noisier, cheaper
                 d_loss = d_loss + args.r1 / 2 * squared_gradient(D, x_real[:k])
             opt_d.zero_grad(set_to_none=True)
             d_loss.backward()
@@ -188,7 +188,7 @@ def train(args):
             params = look_ahead(D, opt_d, x_real, x_fake, args.k, args.inner, args.inner_lr)
             logit_fake = functional_call(D, params, (x_fake,))
             logit_real = functional_call(D, params, (x_real,)) if args.loss == "minimax" else None
-            g_loss = generator_loss(logit_real, logit_fake, args.loss)
+            g_loss = generator_loss(logit_fake, args.loss, logit_real)
             grads = torch.autograd.grad(g_loss, list(G.parameters()))  # not backward(): D's weights get no gradient
             for p, grad in zip(G.parameters(), grads): p.grad = grad
             average_gradients(G)
@@ -196,8 +196,8 @@ def train(args):
             update_ema(ema, G, args.ema)
         return {"d_loss": d_loss, "g_loss": g_loss, "d_acc": pair_accuracy(score_real, score_fake)}  # the last update's
 
-    # Run calls these two in eval mode without gradients: draw for every sheet, score, figure and --generate,
-    # rate, D's score, to calibrate --reject drs on pictures that D has not seen; y: labels.
+    # Run calls these two in eval mode without gradients, with labels y: draw for every sheet, score, figure and
+    # --generate; rate, which is D's score, to calibrate --reject drs on pictures that D has not seen.
     def draw(z, y):
         x_fake = ema(z)
         return to_uint8(x_fake), D(x_fake)

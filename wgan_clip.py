@@ -4,7 +4,7 @@ Arjovsky, Chintala and Bottou 2017, "Wasserstein GAN", arXiv 1701.07875, algorit
 D is the critic, the paper's f: a score without bounds, not a probability.
 
     critic     min_D  E[D(G(z))] - E[D(x)],  then every weight of D is clipped to [-c, c]
-    generator  min_G  -E[D(G(z))]            z ~ N(0, I) or U[-1, 1]; with --conditional D(x, y) and G(z, e(y))
+    generator  min_G  -E[D(G(z))]            z ~ N(0, I) or U[-1, 1]; with --conditional D(x, y) and G(z, y)
 
     python wgan_clip.py                                  numerals rendered at start-up, no download
     python wgan_clip.py --dataset mnist --epochs 200
@@ -24,13 +24,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-# Names without an import, number and Run among them, stand below the ruled line.
-# The best of a search on MNIST, two or three minutes of one core a run (tests/gallery/README.md); latent_dim: resolve.
+# Names without an import stand below the ruled line: Net is nn.Sequential with --amp, number an argparse type, ...
+# Best of a search on MNIST, two or three minutes of one core a run (tests/gallery/README.md); resolve sets latent_dim.
 BEST = dict(batch_size=64, d_steps=1, lr_g=2e-3, lr_d=2e-3, beta1=0.0, beta2=0.9, ema=0.995, ngf=16, ndf=16, clip=0.05,
             optimizer="adam", lr_decay="linear")
-MLP = dict(lr_g=2e-3, lr_d=5e-4)  # and these of --arch mlp
+MLP = dict(lr_g=2e-3, lr_d=5e-4)  # with --arch mlp, on top of BEST
 PAPER = dict(batch_size=64, d_steps=5, lr_g=5e-5, lr_d=5e-5, beta1=0.5, beta2=0.999, ema=0.999, ngf=32, ndf=32,
-             clip=0.01, optimizer="rmsprop", lr_decay="none")  # --paper; the average is ours
+             clip=0.01, optimizer="rmsprop", lr_decay="none")  # --paper; average and widths are ours
 
 
 def parse_args(argv=None):
@@ -46,7 +46,7 @@ def parse_args(argv=None):
     a("--conditional", action="store_true", help="G and D are told the class")
     a("--label-embedding-dim", type=number(int, 1, 4096), help="numbers G learns for each class; default: one a class")
     a("--d-ignores-label", action="store_true", help="with --conditional: D(x) in place of D(x, y)")
-    a("--d-norm", choices=("batch", "none"), help="in the critic; default: batch; none for an mlp")
+    a("--d-norm", choices=("batch", "none"), help="in D; None: batch, but none in an mlp")
     a("--g-norm", choices=("batch", "layer", "none"), default="batch", help="in G")
     a("--d-dropout", type=number(float, 0, 0.95), default=0.0, help="share of the critic's activations set to 0")
     add_run_flags(p)
@@ -67,14 +67,14 @@ def make_generator(args, channels):
         table = nn.Parameter(torch.randn(args.classes, args.label_embedding_dim or args.classes))
         layers, nz = [WithLabel(table)], nz + table.shape[1]
     if args.arch == "mlp":
-        for w_in, w in ((nz, 256), (256, 512), (512, 1024)):
-            layers += [nn.Linear(w_in, w, bias), *norm(args.g_norm, w, False), nn.LeakyReLU(negative_slope=0.2)]
+        for w_in, w_out in ((nz, 256), (256, 512), (512, 1024)):
+            layers += [nn.Linear(w_in, w_out, bias), *norm(args.g_norm, w_out, False), nn.LeakyReLU(negative_slope=0.2)]
         return Net(*layers, nn.Linear(1024, channels * S * S), nn.Tanh(), nn.Unflatten(1, (channels, S, S)))
     start, widths, kernels = dcgan_plan(args, args.ngf)
     layers += [nn.Unflatten(1, (nz, 1, 1)), nn.ConvTranspose2d(nz, widths[0], start, 1, 0, bias=bias)]
     for i, (w_in, w_out, k) in enumerate(zip(widths, [*widths[1:], channels], kernels), 1):  # doubles the side
         layers += [*norm(args.g_norm, w_in), nn.ReLU()]
-        layers += double(args.upsample, w_in, w_out, k, bias and i < len(widths))
+        layers += double(args.upsample, w_in, w_out, k, bias and i < len(widths))  # the last goes without
     return Net(*layers, nn.Tanh()).apply(dcgan_init)
 
 
@@ -86,9 +86,9 @@ def make_discriminator(args, channels):
     drop = [Dropout(args.d_dropout)] if args.d_dropout else []
     if args.arch == "mlp":
         layers.append(nn.Flatten())
-        for i, (w_in, w) in enumerate(((width * S * S, 1024), (1024, 512), (512, 256))):
-            between = norm(args.d_norm if i else "none", w, False)
-            layers += [nn.Linear(w_in, w, bias=not between), *between, nn.LeakyReLU(negative_slope=0.2), *drop]
+        for i, (w_in, w_out) in enumerate(((width * S * S, 1024), (1024, 512), (512, 256))):
+            between = norm(args.d_norm if i else "none", w_out, False)
+            layers += [nn.Linear(w_in, w_out, bias=not between), *between, nn.LeakyReLU(negative_slope=0.2), *drop]
         return Net(*layers, nn.Linear(256, 1), nn.Flatten(0))  # (B, 1) -> (B,)
     start, widths, kernels = dcgan_plan(args, args.ndf)
     for i, (w, k) in enumerate(zip(widths[::-1], kernels[::-1])):  # each block halves the side
@@ -107,7 +107,7 @@ def norm(kind, width, maps=True):
 
 def double(how, w_in, w_out, k, bias):
     """Twice the side. A resize treats all pixels alike, a transposed convolution leaves checkerboards (Odena 2016)."""
-    if how == "deconv" or k == 3: return [nn.ConvTranspose2d(w_in, w_out, k, 2, 1, bias=bias)]
+    if how == "deconv" or k == 3: return [nn.ConvTranspose2d(w_in, w_out, k, 2, 1, bias=bias)]  # 3 makes 7 of 4
     return [nn.Upsample(scale_factor=2, mode=how), nn.Conv2d(w_in, w_out, 5, padding=2, bias=bias)]
 
 
@@ -227,10 +227,10 @@ def train(args):
             update_ema(ema, G, args.ema)
         D.requires_grad_(True)
         return {"d_loss": d_loss, "g_loss": g_loss, "w_dist": -d_loss, "clipped": clipped,
-                "d_acc": pair_accuracy(score_real, score_fake)}  # of the last update
+                "d_acc": pair_accuracy(score_real, score_fake)}  # the last update's
 
-    # Run calls these two in eval mode without gradients: draw for every sheet, score, figure and --generate,
-    # rate, D's score, to calibrate --reject drs on pictures that D has not seen; y: labels.
+    # Run calls these two in eval mode without gradients, with labels y: draw for every sheet, score, figure and
+    # --generate; rate, which is D's score, to calibrate --reject drs on pictures that D has not seen.
     def draw(z, y):
         x_fake = made(ema, z, y)
         return to_uint8(x_fake), judged(x_fake, y)

@@ -25,13 +25,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-# Names without an import, number and Run among them, stand below the ruled line.
-# The best of a search on MNIST, two or three minutes of one core a run (tests/gallery/README.md); latent_dim: resolve.
+# Names without an import stand below the ruled line: Net is nn.Sequential with --amp, number an argparse type, ...
+# Best of a search on MNIST, two or three minutes of one core a run (tests/gallery/README.md); resolve sets latent_dim.
 BEST = dict(batch_size=64, d_steps=1, lr_g=4e-3, lr_d=4e-3, beta1=0.0, beta2=0.9, ema=0.995, ngf=16, ndf=16,
             penalty_share=0.25, lr_decay="linear")
-MLP = dict(lr_g=2e-3, lr_d=5e-4)  # and these of --arch mlp
+MLP = dict(lr_g=2e-3, lr_d=5e-4)  # with --arch mlp, on top of BEST
 PAPER = dict(batch_size=64, d_steps=5, lr_g=1e-4, lr_d=1e-4, beta1=0.5, beta2=0.9, ema=0.999, ngf=32, ndf=32,
-             penalty_share=1.0, lr_decay="none")  # --paper; the average is ours
+             penalty_share=1.0, lr_decay="none")  # --paper; average and widths are ours
 
 
 def parse_args(argv=None):
@@ -39,9 +39,9 @@ def parse_args(argv=None):
     p.epilog = ("w_dist in the log is E[D(x)] - E[D(G(z))]: positive where the critic tells real from fake, towards 0 "
                 "as G catches up. It leaves the penalty out, and it is the Wasserstein-1 distance only in so far as D "
                 "is optimal and 1-Lipschitz: compare it along one run, not between networks. The paper's Adam is 1e-4 "
-                "(0, .9) for both; its public code on MNIST, and --paper, take .5.")
+                "(0, .9) for both; its public code on MNIST, and --paper, take (.5, .9).")
     p.add_argument("--gp-weight", type=number(float, 0), default=10.0, help="lambda; the paper: 10, its 2-D code .1")
-    p.add_argument("--penalty-share", type=number(float, 0.01, 1), default=1.0, help="of the batch, for the penalty")
+    p.add_argument("--penalty-share", type=number(float, 0.01, 1), default=1.0, help="share of the batch penalized")
     add_run_flags(p)
     return resolve(p, argv, BEST, MLP, PAPER)
 
@@ -120,7 +120,7 @@ def interpolate(x_real, x_fake):
 
 def gradient_penalty(D, x_hat):
     """E[(||grad D(x_hat)||_2 - 1)^2] and the mean norm. The norm runs over all of a picture's numbers (C, H and W):
-    taken over one axis of (B, C, H, W) it would push the gradient of every pixel to 1, and the whole to sqrt(H W)."""
+    taken over C alone, dim=1 of (B, C, H, W), it would push that of every pixel to 1, and the whole to sqrt(H W)."""
     x_hat = x_hat.detach().requires_grad_(True)
     (grad,) = torch.autograd.grad(D(x_hat).sum(), x_hat, create_graph=True)
     norm = (grad.flatten(1).square().sum(1) + 1e-12).sqrt()  # a root's slope at 0 is infinite
@@ -128,7 +128,7 @@ def gradient_penalty(D, x_hat):
 
 
 class LeakyReLU(nn.LeakyReLU):
-    """max(x, slope x), written as x times a constant: values and gradients of torch's own, but autograd sees that its
+    """max(x, slope x) as x times a constant: torch's own values and gradients in float32, but autograd sees that its
     derivative is constant, and the penalty's double backward skips a pass of zeros: updates of D are 1.1x faster."""
 
     def forward(self, x):
@@ -174,10 +174,10 @@ def train(args):
             update_ema(ema, G, args.ema)
         D.requires_grad_(True)
         return {"d_loss": d_loss, "g_loss": g_loss, "w_dist": -discriminator_loss(score_real, score_fake),
-                "grad_norm": grad_norm, "d_acc": pair_accuracy(score_real, score_fake)}  # of the last update
+                "grad_norm": grad_norm, "d_acc": pair_accuracy(score_real, score_fake)}  # the last update's
 
-    # Run calls these two in eval mode without gradients: draw for every sheet, score, figure and --generate,
-    # rate, D's score, to calibrate --reject drs on pictures that D has not seen; y: labels.
+    # Run calls these two in eval mode without gradients, with labels y: draw for every sheet, score, figure and
+    # --generate; rate, which is D's score, to calibrate --reject drs on pictures that D has not seen.
     def draw(z, y):
         x_fake = ema(z)
         return to_uint8(x_fake), D(x_fake)

@@ -297,7 +297,7 @@ def unroll(data, turns=15):
                 start = now()
                 x_fake = G(unrolled.sample_z(args, args.batch_size, DEVICE))
                 params = unrolled.look_ahead(D, opt_d, x_real, x_fake, k, inner, args.inner_lr)
-                loss = unrolled.generator_loss(None, unrolled.functional_call(D, params, (x_fake,)), "ns")
+                loss = unrolled.generator_loss(unrolled.functional_call(D, params, (x_fake,)), "ns")
                 for p, grad in zip(G.parameters(), torch.autograd.grad(loss, list(G.parameters()))): p.grad = grad
                 opt_g.step()
                 if turn > 1: taken.append(1e3 * (now() - start))

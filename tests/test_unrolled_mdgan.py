@@ -107,10 +107,10 @@ def test_losses_of_logits():
     for loss, value, slope_real, slope_fake in (
             (unrolled.discriminator_loss(real, fake), sp(-REAL).mean() + sp(FAKE).mean(), -sigmoid(-REAL) / 5,
              sigmoid(FAKE) / 4),
-            (unrolled.generator_loss(real, fake, "minimax"), -sp(-REAL).mean() - sp(FAKE).mean(), sigmoid(-REAL) / 5,
+            (unrolled.generator_loss(fake, "minimax", real), -sp(-REAL).mean() - sp(FAKE).mean(), sigmoid(-REAL) / 5,
              -sigmoid(FAKE) / 4),
-            (unrolled.generator_loss(real, fake, "ns"), sp(-FAKE).mean(), 0 * REAL, -sigmoid(-FAKE) / 4),
-            (unrolled.generator_loss(None, fake, "ns"), sp(-FAKE).mean(), 0 * REAL, -sigmoid(-FAKE) / 4)):
+            (unrolled.generator_loss(fake, "ns", real), sp(-FAKE).mean(), 0 * REAL, -sigmoid(-FAKE) / 4),
+            (unrolled.generator_loss(fake, "ns"), sp(-FAKE).mean(), 0 * REAL, -sigmoid(-FAKE) / 4)):
         assert loss.item() == pytest.approx(value, abs=1e-12)
         grads = torch.autograd.grad(loss, [real, fake], allow_unused=True, materialize_grads=True)
         torch.testing.assert_close(grads, (torch.tensor(slope_real), torch.tensor(slope_fake)), **EXACT)
@@ -119,8 +119,8 @@ def test_losses_of_logits():
 @pytest.mark.parametrize("size", [80, 1e4])
 def test_losses_of_logits_far_out_are_finite_in_float32(size):
     f = torch.tensor([-size, size], dtype=torch.float32, requires_grad=True)
-    for loss, value in ((unrolled.discriminator_loss(f, f), size), (unrolled.generator_loss(f, f, "ns"), size / 2),
-                        (unrolled.generator_loss(f, f, "minimax"), -size)):
+    for loss, value in ((unrolled.discriminator_loss(f, f), size), (unrolled.generator_loss(f, "ns", f), size / 2),
+                        (unrolled.generator_loss(f, "minimax", f), -size)):
         assert loss.item() == pytest.approx(value) and torch.autograd.grad(loss, f)[0].isfinite().all()
 
 
@@ -142,7 +142,7 @@ def dirac(k, p, t, eta):
     """G's loss -L(f_k) and its slope in p, for data at 0 and G(z) = p."""
     D, zero, p = Dirac(t), torch.zeros(1), torch.tensor([p], requires_grad=True)
     params = unrolled.look_ahead(D, torch.optim.Adam(D.parameters()), zero, p, k, "sgd", eta)
-    loss = unrolled.generator_loss(functional_call(D, params, (zero,)), functional_call(D, params, (p,)), "minimax")
+    loss = unrolled.generator_loss(functional_call(D, params, (p,)), "minimax", functional_call(D, params, (zero,)))
     return params["t"].item(), loss.item(), torch.autograd.grad(loss, p)[0].item()
 
 
@@ -190,7 +190,7 @@ class Ahead:
         params = unrolled.look_ahead(self.D, self.opt, self.x_real, x_fake.detach() if detached else x_fake, k, inner,
                                      inner_lr)
         f_real, f_fake = (functional_call(self.D, params, (x,)) for x in (self.x_real, x_fake))
-        return unrolled.generator_loss(f_real, f_fake, kind)
+        return unrolled.generator_loss(f_fake, kind, f_real)
 
     def played(self, k, inner="adam", inner_lr=0.3, kind="ns"):
         return played(self.D, self.opt, self.x_real, self.G(self.z).detach(), k, inner, inner_lr, kind)[0]
