@@ -364,8 +364,8 @@ def torchvision_data(name, root, train):
     return x[:, None] if x.dim() == 3 else x.permute(0, 3, 1, 2), torch.as_tensor(data.targets).long()
 
 def list_folder(root, split):
-    """Picture files below `root`, and labels by the first folder on the way (what is trained on comes first) or -1. Its
-    train/ and test/ are the split, or else every tenth file is for testing. In the order of hashes: n are a sample."""
+    """Picture files below `root`, and labels by the first folder on the way (those to train on first) or -1. train/ and
+    test/ are the split, or else every tenth file is for testing. In order of the names' hashes: any n are a sample."""
     apart, kinds = (root / "train").is_dir() and (root / "test").is_dir(), "png jpg jpeg bmp webp gif tif tiff"
     found = [Path(d, n).relative_to(root) for d, _, names in os.walk(root, followlinks=True) for n in names]
     found = [p for p in found if p.suffix[1:].lower() in kinds.split() and not any(d[0] == "." for d in p.parts)]
