@@ -189,8 +189,8 @@ def train(args):
             logit_fake = functional_call(D, params, (x_fake,))
             logit_real = functional_call(D, params, (x_real,)) if args.loss == "minimax" else None
             g_loss = generator_loss(logit_fake, args.loss, logit_real)
-            grads = torch.autograd.grad(g_loss, list(G.parameters()))  # not backward(): D's weights get no gradient
-            for p, grad in zip(G.parameters(), grads): p.grad = grad
+            opt_g.zero_grad(set_to_none=True)
+            g_loss.backward(inputs=list(G.parameters()))  # D's weights get no gradient
             average_gradients(G)
             opt_g.step()
             update_ema(ema, G, args.ema)

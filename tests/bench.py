@@ -298,7 +298,8 @@ def unroll(data, turns=15):
                 x_fake = G(unrolled.sample_z(args, args.batch_size, DEVICE))
                 params = unrolled.look_ahead(D, opt_d, x_real, x_fake, k, inner, args.inner_lr)
                 loss = unrolled.generator_loss(unrolled.functional_call(D, params, (x_fake,)), "ns")
-                for p, grad in zip(G.parameters(), torch.autograd.grad(loss, list(G.parameters()))): p.grad = grad
+                opt_g.zero_grad(set_to_none=True)
+                loss.backward(inputs=list(G.parameters()))
                 opt_g.step()
                 if turn > 1: taken.append(1e3 * (now() - start))
         for k, taken in times.items():
