@@ -272,7 +272,7 @@ def add_run_flags(p):
     a("--tensorboard", action=argparse.BooleanOptionalAction, default=False, help="write the log for TensorBoard too")
     p.kept = vars(p.parse_args([])).keys()  # the flags so far: not given again, they are the checkpoint's
     a("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="mps is written for but untested")
-    a("--graph", action=argparse.BooleanOptionalAction, default=False, help="CUDA: replay the iteration as one graph")
+    a("--graph", action=argparse.BooleanOptionalAction, help="replay the iteration as one graph. Default: on one GPU")
     a("--run-dir", help="default: runs/SCRIPT-DATASET-FLAGS-sSEED-TIME, FLAGS those that are not the default")
     a("--resume", metavar="FILE", help="a checkpoint: go on from it, with its flags unless given here")
     a("--generate", type=number(int, 1), metavar="N", help="with --resume: train nothing, write N pictures as PNG")
@@ -320,6 +320,7 @@ def pick_device(args):
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     name = next(k for k in there if there[k]) if args.device == "auto" else args.device
     if not there[name]: fail(f"--device {name}: this PyTorch finds no such device")
+    if args.graph is None: args.graph = name == "cuda" and WORLD == 1
     if args.graph and (name != "cuda" or WORLD > 1): fail("--graph needs CUDA, and one process: ranks are not captured")
     if args.amp and name == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         fail("--amp: this GPU has no bfloat16 of its own")
@@ -327,8 +328,7 @@ def pick_device(args):
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA
     torch.backends.cudnn.benchmark = True
     if name == "cuda": torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    if WORLD > 1:  # the others wait while rank 0 downloads, decodes and scores
-        torch.distributed.init_process_group("nccl" if name == "cuda" else "gloo", timeout=timedelta(hours=12))
+    if WORLD > 1: torch.distributed.init_process_group("nccl" if name == "cuda" else "gloo", timeout=timedelta(days=1))
     return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
 
 # DATA -----------------------------------------------------------------------------------------------------------------
@@ -445,7 +445,7 @@ class Batches:
         shape = args.d_steps, args.batch_size // WORLD, DATASETS[args.dataset], args.image_size, args.image_size
         with or_fail("--batch-size"): self.buffer = torch.empty(shape, dtype=torch.uint8, device=device)  # see captured
         if args.generate and args.reject != "drs": return  # the data is not needed
-        if RANK: from_rank_0()  # which may have to download or decode
+        if RANK: from_rank_0()  # which may have to download or decode: hence the timeout
         x, y = load_data(args.dataset, args.data_dir, args.image_size, "train", 256 if args.dry_run else None)
         if not RANK: from_rank_0()
         if args.dataset == "folder" and not RANK and not args.dry_run:  # now, not after hours of training

@@ -62,7 +62,7 @@ def close(a, b, atol=1e-5):
 def both(replayed, main, iterations, *flags):
     """The checkpoints of the same run captured and eager; the noise too: the generator ends in the same state."""
     assert replayed(main, *flags, "--graph", "--run-dir", "graph") == iterations - 3  # three are eager, and count
-    assert replayed(main, *flags, "--run-dir", "eager") == 0
+    assert replayed(main, *flags, "--no-graph", "--run-dir", "eager") == 0
     graph, eager = tensors("graph/last.pt"), tensors("eager/last.pt")
     assert torch.equal(graph["rng"]["cuda"], eager["rng"]["cuda"])
     return graph, eager
@@ -79,8 +79,14 @@ def test_captured_equals_eager(replayed, more, iterations):
 
 
 @EVERY
-def test_every_script_captured_equals_eager(replayed, w):  # noqa: F811
-    close(*both(replayed, w.main, 8, *w.tiny, "--device", "cuda", "--batch-size", "16", "--steps", "40"))
+@pytest.mark.parametrize("arch", ["dcgan", "mlp"])
+def test_every_script_captured_equals_eager(replayed, w, arch):  # noqa: F811
+    flags = [*w.tiny, "--device", "cuda", "--batch-size", "16", "--steps", "40"]
+    close(*both(replayed, w.main, 8, *flags, "--arch", arch))
+
+
+def test_the_graph_is_the_default(replayed):
+    assert replayed(wgan_gp.main, *FLAGS, "--steps", "40", "--run-dir", "a") == 8 - 3
 
 
 def test_a_dry_run_replays(replayed):
@@ -109,7 +115,7 @@ def test_z_is_the_same_eager_replayed_and_resumed(monkeypatch, replayed):
             assert replayed(wgan_gp.main, *flags) == iterations
         seen[name] = dict(zs)
 
-    run("eager", 0, *FLAGS, "--steps", "60", "--run-dir", "eager")
+    run("eager", 0, *FLAGS, "--steps", "60", "--no-graph", "--run-dir", "eager")
     run("graph", 12 - 3, *FLAGS, "--steps", "60", "--graph", "--run-dir", "graph")
     run("first", 6 - 3, *FLAGS, "--steps", "30", "--graph", "--run-dir", "part")
     run("rest", 6 - 3, "--resume", "part/last.pt", "--steps", "60", "--graph", "--device", "cuda")

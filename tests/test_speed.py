@@ -363,7 +363,7 @@ def test_graph_runs_equal_eager_ones(fake, w):  # noqa: F811
     flags = [*w.tiny, "--steps", "40", "--lr-decay", "linear"]
     w.main([*flags, "--run-dir", "graph", "--graph"])
     assert fake.replays == 8 - 3 and fake.eager == 3  # three eager iterations count as training
-    for more in (["--no-graph"], []):  # eager is the default
+    for more in (["--no-graph"], []):  # eager is the default on a CPU
         w.main([*flags, "--run-dir", f"eager{len(more)}", *more])
         assert fake.replays == 5
     same(tensors("graph/last.pt"), tensors("eager0/last.pt"))
@@ -431,6 +431,18 @@ def test_the_step_reads_only_static_buffers(fake, monkeypatch):
     assert names <= {"Tensor", "Net", "Adam", "Namespace", "int", "device"}
     free = [c.cell_contents for c in fake.closure if torch.is_tensor(c.cell_contents)]
     assert [tuple(t.shape) for t in free] == [(5, 8, 1, 28, 28)]
+
+
+@pytest.mark.parametrize("flags, world, wanted", [
+    ([], 1, True), (["--no-graph"], 1, False), ([], 2, False), (["--device", "cpu"], 1, False)])
+def test_the_graph_is_the_default_on_one_gpu(flags, world, wanted, monkeypatch):
+    for name, value in {"is_available": True, "set_device": None, "current_device": 0}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *a, value=value: value)
+    monkeypatch.setattr(wgan_gp, "WORLD", world)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *a, **k: None)
+    args = wgan_gp.parse_args([*TINY, "--device", "auto", *flags])
+    wgan_gp.pick_device(args)
+    assert args.graph is wanted
 
 
 def test_graph_without_cuda_is_one_line(capsys):
