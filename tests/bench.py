@@ -213,7 +213,7 @@ def print_memory(name, flags, iterations):
 
 def busy_gpu(script, flags, iterations=20):
     """The share of the time in which at least one kernel runs, by the profiler, once all is warm."""
-    profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+    profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True)
 
     def watch(n):
         if n == 10:
