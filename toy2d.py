@@ -340,11 +340,10 @@ def train(args, on_snapshot=lambda step, G, D: None):
             loss = g_loss("gan", args.loss, functional_call(D, ahead, (fake,)))
             if args.loss == "minimax":  # the game's other term depends on G too, through D's steps
                 loss = loss - mean(F.softplus(-functional_call(D, ahead, (real,))))
-            grads = torch.autograd.grad(loss, list(net.parameters()))
-            for p, g in zip(net.parameters(), grads): p.grad = g
         else:
-            opt_g.zero_grad()
-            g_loss(args.method, args.loss, D(fake)).backward()
+            loss = g_loss(args.method, args.loss, D(fake))
+        opt_g.zero_grad()
+        loss.backward(inputs=list(net.parameters()))  # D's weights get no gradient
         opt_g.step()
         D.requires_grad_(True)
         with torch.no_grad():
