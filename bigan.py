@@ -182,15 +182,13 @@ def train(args):
             average_gradients(D)  # over ranks, where torchrun started several
             opt_d.step()
 
-        D.requires_grad_(False)  # G's and E's update needs D's gradient in its pairs, not in its weights
         for _ in range(args.g_steps):
             g_loss = generator_loss(*D(*pairs(x_real)).chunk(2))  # D's last pictures, a fresh z
             opt_g.zero_grad(set_to_none=True)
-            g_loss.backward()
+            g_loss.backward(inputs=list(pair.parameters()))  # D's weights get no gradient
             average_gradients(pair)
             opt_g.step()
             update_ema(ema, pair, args.ema)
-        D.requires_grad_(True)
         return {"d_loss": d_loss, "g_loss": g_loss, "d_acc": pair_accuracy(score_real, score_fake)}  # the last update's
 
     # Run calls these two in eval mode without gradients, with labels y: draw for every sheet, score, figure and

@@ -181,16 +181,14 @@ def train(args):
             average_gradients(D)  # over ranks, where torchrun started several
             opt_d.step()
 
-        D.requires_grad_(False)  # G's update needs D's gradient in x, not in its weights
         for _ in range(args.g_steps):
             logit_real = D(x_real) if args.loss == "relativistic" else None
             g_loss = generator_loss(D(G(sample_z(args, len(x_real), device))), args.loss, logit_real)  # a fresh z
             opt_g.zero_grad(set_to_none=True)
-            g_loss.backward()
+            g_loss.backward(inputs=list(G.parameters()))  # D's weights get no gradient
             average_gradients(G)
             opt_g.step()
             update_ema(ema, G, args.ema)
-        D.requires_grad_(True)
         return {"d_loss": d_loss, "g_loss": g_loss, "penalty": penalty,
                 "d_acc": pair_accuracy(score_real, score_fake)}  # the last update's
 

@@ -333,7 +333,6 @@ def train(args, on_snapshot=lambda step, G, D: None):
                 with torch.no_grad():
                     for p in D.parameters(): p.clamp_(-args.clip, args.clip)
 
-        D.requires_grad_(args.method == "unrolled")  # looking ahead needs D's own slopes
         fake = G(noise(args, R, B))
         if args.method == "unrolled":
             ahead = look_ahead(D, opt_d, real, fake, args.k, args.lr_d * decay)
@@ -345,7 +344,6 @@ def train(args, on_snapshot=lambda step, G, D: None):
         opt_g.zero_grad()
         loss.backward(inputs=list(net.parameters()))  # D's weights get no gradient
         opt_g.step()
-        D.requires_grad_(True)
         with torch.no_grad():
             weight = 1 - min(args.ema, (1 + step) / (10 + step))
             torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), weight)

@@ -217,15 +217,13 @@ def train(args):
             opt_d.step()
             clipped = clip_weights(D, args.clip)
 
-        D.requires_grad_(False)  # G's update needs D's gradient in x, not in its weights
         for _ in range(args.g_steps):  # a fresh z, and the last labels: the data's mix of classes
             g_loss = generator_loss(judged(made(G, sample_z(args, len(x_real), device), labels), labels))
             opt_g.zero_grad(set_to_none=True)
-            g_loss.backward()
+            g_loss.backward(inputs=list(G.parameters()))  # D's weights get no gradient
             average_gradients(G)
             opt_g.step()
             update_ema(ema, G, args.ema)
-        D.requires_grad_(True)
         return {"d_loss": d_loss, "g_loss": g_loss, "w_dist": -d_loss, "clipped": clipped,
                 "d_acc": pair_accuracy(score_real, score_fake)}  # the last update's
 
