@@ -409,9 +409,8 @@ def load_data(name, data_dir, size, split, limit=None):
         faces = root / "celeba" / "img_align_celeba"
         return read_files(faces, [faces / n for n in names], [-1] * len(names), size, limit)
     if name == "digits": x, y = render_digits(*((20_000, 1) if train else (10_000, 2)))  # how many, and a seed
-    elif name == "stacked_mnist":
-        x, y = stack(*torchvision_data("mnist", root, train), *((128_000, 3) if train else (26_000, 4)))
-    else: x, y = torchvision_data(name, root, train)
+    else: x, y = torchvision_data(name.removeprefix("stacked_"), root, train)
+    if name == "stacked_mnist": x, y = stack(x, y, *((128_000, 3) if train else (26_000, 4)))
     return fit(x[:limit], size), y[:limit]
 
 def torchvision_data(name, root, train):
