@@ -341,8 +341,7 @@ def load_data(name, data_dir, size, split, limit=None):
     if name == "celeba":
         with or_fail(f"--dataset celeba: put torchvision's files of it into {root / 'celeba'}, or pip install gdown"):
             names = torchvision.datasets.CelebA(str(root), split=split, download=True).filename
-        faces = root / "celeba" / "img_align_celeba"
-        return read_files(faces, [faces / n for n in names], [-1] * len(names), size, limit)
+        return read_files(root / "celeba" / "img_align_celeba", names, [-1] * len(names), size, limit)
     if name == "digits": x, y = render_digits(*((20_000, 1) if train else (10_000, 2)))  # how many, and a seed
     else: x, y = torchvision_data(name.removeprefix("stacked_"), root, train)
     if name == "stacked_mnist": x, y = stack(x, y, *((128_000, 3) if train else (26_000, 4)))
@@ -361,7 +360,7 @@ def torchvision_data(name, root, train):
     return x[:, None] if x.dim() == 3 else x.permute(0, 3, 1, 2), torch.as_tensor(data.targets).long()
 
 def list_folder(root, split):
-    """Picture files below `root`, and labels by the first folder on the way (those to train on first) or -1. train/ and
+    """Pictures' paths below `root`; labels by the first folder on the way (those to train on first) or -1. train/ and
     test/ are the split, or else every tenth file is for testing. In order of the names' hashes: any n are a sample."""
     apart, kinds = (root / "train").is_dir() and (root / "test").is_dir(), "png jpg jpeg bmp webp gif tif tiff"
     found = [Path(d, n).relative_to(root) for d, _, names in os.walk(root, followlinks=True) for n in names]
@@ -373,14 +372,14 @@ def list_folder(root, split):
     names = list(dict.fromkeys(name for _, name in sorted((part[p] != "train", label[p]) for p in label)))
     files = [p for p in found if part[p] == split]
     if not files: fail(f"--dataset folder: no {kinds} in {root / split if apart else root}: name one by --data-dir")
-    return [root / p for p in files], [names.index(label[p]) if p in label else -1 for p in files]
+    return files, [names.index(label[p]) if p in label else -1 for p in files]
 
-def read_files(root, files, labels, size, limit):
+def read_files(root, names, labels, size, limit):
     """uint8 (N, 3, size, size) and labels (N,) of the files that can be read. Decoded once, by threads, and kept beside
     `root` under a name that changes with the files (names, sizes, dates) and with `size`."""
-    files, y = files[:limit], torch.tensor(labels[:limit])
+    files, y = [root / name for name in names[:limit]], torch.tensor(labels[:limit])
     facts = [p.stat() if p.exists() else p.lstat() for p in files]  # a link to nothing
-    stamp = [size, *((p.relative_to(root).as_posix(), s.st_size, s.st_mtime_ns) for p, s in zip(files, facts))]
+    stamp = [size, *((str(name), s.st_size, s.st_mtime_ns) for name, s in zip(names, facts))]
     key = hashlib.sha256(json.dumps(stamp).encode()).hexdigest()[:12]
     cache = root.resolve().parent / f"{root.resolve().name}-{size}-{key}.npz"
     if cache.exists():

@@ -283,7 +283,7 @@ def test_other_data_than_the_checkpoint_saw_is_refused(w, monkeypatch, capsys):
     w.main([*flags, "--dataset", "folder", "--data-dir", "here"])
     shutil.copytree("here", "there")
     w.main(["--resume", "a/last.pt", "--data-dir", "there", "--steps", "10"])
-    picture = next(p for p in sorted(Path("there/1").iterdir()) if p in w.list_folder(Path("there"), "train")[0])
+    picture = Path("there") / min(p for p in w.list_folder(Path("there"), "train")[0] if p.parts[0] == "1")
     Image.open(picture).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(picture)
     refused("--run-dir", "b")
     refused("--run-dir", "a")
