@@ -229,7 +229,7 @@ def train(args):
 # The method ends here. Below is the plumbing, the same in all seven scripts: FLAGS, DATA, STEP, RUN, in the order in
 # which a run uses them. Its home is wgan_gp.py; after a change there `python tests/sync.py` copies it to the others.
 # ======================================================================================================================
-import contextlib, copy, functools, hashlib, importlib, itertools, json, os, shutil, signal, sys, time, zlib
+import contextlib, copy, functools, glob, hashlib, importlib, itertools, json, os, shutil, signal, sys, time, zlib
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -395,16 +395,15 @@ def torchvision_data(name, root, train):
 def list_folder(root, split):
     """Pictures' paths below `root`; labels by the first folder on the way (those to train on first) or -1. train/ and
     test/ are the split, or else every tenth file is for testing. In order of the names' hashes: any n are a sample."""
-    apart, kinds = (root / "train").is_dir() and (root / "test").is_dir(), "png jpg jpeg bmp webp gif tif tiff"
-    found = [Path(d, n).relative_to(root) for d, _, names in os.walk(root, followlinks=True) for n in names]
-    found = [p for p in found if p.suffix[1:].lower() in kinds.split() and not any(d[0] == "." for d in p.parts)]
-    found.sort(key=lambda p: hashlib.sha256(os.fsencode(p.as_posix())).digest())
+    apart, kinds = (root / "train").is_dir() and (root / "test").is_dir(), "png jpg jpeg bmp webp gif tif tiff".split()
+    found = [p for p in map(Path, glob.glob("**", root_dir=root, recursive=True)) if p.suffix[1:].lower() in kinds]
+    found.sort(key=lambda p: hashlib.sha256(os.fsencode(p.as_posix())).digest())  # glob left out what is hidden
     tests = set(found[9::10] or found[-1:])
     part = {p: p.parts[0] if apart else "test" if p in tests else "train" for p in found}
     label = {p: p.parts[apart] for p in found if len(p.parts) > 1 + apart}
     names = list(dict.fromkeys(name for _, name in sorted((part[p] != "train", label[p]) for p in label)))
     files = [p for p in found if part[p] == split]
-    if not files: fail(f"--dataset folder: no {kinds} in {root / split if apart else root}: name one by --data-dir")
+    if not files: fail(f"--dataset folder: no {'/'.join(kinds)} in {root / split if apart else root}: see --data-dir")
     return files, [names.index(label[p]) if p in label else -1 for p in files]
 
 def read_files(root, names, labels, size, limit):
