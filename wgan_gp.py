@@ -439,13 +439,13 @@ class Batches:
         self.args, self.device, self.step, self.epoch, self.held = args, device, 0, None, None
         shape = args.d_steps, args.batch_size // WORLD, DATASETS[args.dataset], args.image_size, args.image_size
         with or_fail("--batch-size"): self.buffer = torch.empty(shape, dtype=torch.uint8, device=device)  # see captured
+        self.load = functools.partial(load_data, args.dataset, args.data_dir, args.image_size)  # for scores too
         if args.generate and args.reject != "drs": return  # the data is not needed
         if RANK: from_rank_0()  # which may have to download or decode: hence the timeout
-        x, y = load_data(args.dataset, args.data_dir, args.image_size, "train", 256 if args.dry_run else None)
+        x, y = self.load("train", 256 if args.dry_run else None)
         if not RANK: from_rank_0()
         if args.dataset == "folder" and not RANK and not args.dry_run:  # now, not after hours of training
-            tests, _ = load_data("folder", args.data_dir, args.image_size, "test")
-            say(f"{args.data_dir}: {len(x)} pictures read, {len(tests)} more set aside for testing")
+            say(f"{args.data_dir}: {len(x)} pictures read, {len(self.load('test')[0])} more set aside for testing")
         data = f"{len(x)} pictures of CRC {zlib.crc32(x.contiguous().numpy()) if args.dataset == 'folder' else 0:08x}"
         if vars(args).setdefault("data", data) != data: fail(f"{args.resume} saw {args.data}, the data is {data}")
         args.classes = int(y.max()) + 1 if y.min() >= 0 else 0
@@ -608,8 +608,7 @@ class Run:
         if alone: say("metrics.py is not beside this script: no scores, and of the figures only the sheets")
         elif not RANK:
             from metrics import Study
-            load = functools.partial(load_data, args.dataset, args.data_dir, args.image_size)
-            self.study = Study(args, self.folder, load, self.draw, self.rate, self.noise, batch.held, labels, say)
+            self.study = Study(args, self.folder, batch.load, self.draw, self.rate, self.noise, batch.held, labels, say)
         if args.generate: return
         if not (self.folder / "best.pt").exists(): self.state.update(best_fid=math.inf, stale=0)
         self.start, self.mark = time.time() - self.state["seconds"], (time.time(), self.step)
