@@ -268,7 +268,7 @@ def add_run_flags(p):
     a("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of the networks, the order of the data, and all noise")
     a("--paper", action="store_true", help="the paper's settings where no flag says otherwise, not the best ones")
     a("--dry-run", action="store_true", help="two iterations and one of everything else, on tiny data")
-    p.fixed = vars(p.parse_args([])).keys()  # the flags so far: a resumed run has its checkpoint's
+    p.fixed = vars(p.parse_args([])).keys()  # the flags so far: in a resumed run they cannot change
     a("--lr-g", type=rate, help="learning rate of G")
     a("--lr-d", type=rate, help="learning rate of D")
     a("--lr-decay", choices=("none", "linear", "best-fid"), default="none", help="linear: to 0; best-fid: --patience")
@@ -286,7 +286,7 @@ def add_run_flags(p):
       "keep with chance sigmoid(score), not for a critic's score; drs: Azadi et al. 2019, calibrated on --holdout")
     a("--drs-percentile", type=number(float, 0, 100), default=60.0, help="of D's scores, kept half; the paper: 80, 95")
     a("--tensorboard", action=argparse.BooleanOptionalAction, default=False, help="write the log for TensorBoard too")
-    p.kept = vars(p.parse_args([])).keys()  # the flags so far: not given again, they are the checkpoint's
+    p.kept = vars(p.parse_args([]))  # the flags so far and their defaults: a resumed run has its checkpoint's
     a("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="mps is written for but untested")
     a("--graph", action=argparse.BooleanOptionalAction, help="replay the iteration as one graph. Default: on one GPU")
     a("--run-dir", help="default: runs/SCRIPT-DATASET-FLAGS-sSEED-TIME, FLAGS those that are not the default")
@@ -297,21 +297,20 @@ def add_run_flags(p):
 
 def resolve(p, argv, best, mlp, paper):
     """Flags. Those not given are the checkpoint's with --resume, else the `paper`'s with --paper, else the `best`, and
-    with --arch mlp those of `mlp` on top. The `paper` names all that the others name."""
+    with --arch mlp those of `mlp` on top; else what suits the data, or add_run_flags' own default."""
     p.set_defaults(**best)  # which --help shows
     args, old = p.parse_args(argv), {}
     if "" in vars(args).values(): fail("a flag was given an empty value")
     if args.resume:
         checkpoint = read_checkpoint(args.resume)
         if checkpoint["script"] != SCRIPT.stem: fail(f"{args.resume} is a checkpoint of {checkpoint['script']}.py")
-        old = {k: v for k, v in checkpoint["args"].items() if k in p.kept | {"classes", "data", "name"}}
+        old = {k: v for k, v in checkpoint["args"].items() if k in {*p.kept, "classes", "data", "name"}}
         args.paper, args.arch = old.setdefault("paper", True), old["arch"]  # once all runs were such
-    p.set_defaults(**(paper if args.paper else best | (mlp if args.arch == "mlp" else {})))
-    convs, defaults = args.arch == "dcgan", vars(p.parse_args([]))
-    side = 28 if not convs else 32 if args.paper else {"cifar10": 32, "celeba": 64, "folder": 64}.get(args.dataset, 28)
-    nz = 16 if convs and not args.paper and DATASETS[args.dataset] == 1 else 100  # on grey 16 beat 100 by a third
-    before = {"image_size": side, "latent_dim": nz} | {k: v for k, v in (defaults | old).items() if v is not None}
-    p.set_defaults(**before | ({"epochs": None, "steps": None} if old.get("steps") else {}))
+    conv = args.arch == "dcgan"
+    side = 28 if not conv else 32 if args.paper else {"cifar10": 32, "celeba": 64, "folder": 64}.get(args.dataset, 28)
+    nz = 16 if conv and not args.paper and DATASETS[args.dataset] == 1 else 100  # on grey 16 beat 100 by a third
+    base = p.kept | dict(image_size=side, latent_dim=nz) | (paper if args.paper else best if conv else best | mlp) | old
+    p.set_defaults(**base | ({"epochs": None, "steps": None} if old.get("steps") else {}))
     args = p.parse_args(argv)
     if not (args.steps or args.epochs): args.steps = old["steps"]  # neither was given, to go further
     free = {"seed"} if args.generate and args.reject != "drs" else set()  # other pictures; drs needs its --holdout
@@ -322,7 +321,7 @@ def resolve(p, argv, best, mlp, paper):
     if args.z_file and args.reject != "none": fail("--z-file goes without --reject")
     if args.lr_decay == "best-fid" and not args.eval_every: fail("--lr-decay best-fid needs --eval-every")
     if args.reject == "drs" and args.holdout < 2: fail("--reject drs needs pictures D never saw: --holdout 1000, say")
-    changed = [f"{k}{v}".removesuffix("True") for k, v in vars(args).items() if k in p.named and v != before.get(k)]
+    changed = [f"{k}{v}".removesuffix("True") for k, v in vars(args).items() if k in p.named and v != base.get(k)]
     while len("-".join(changed)) > 60: changed.pop()  # what a legend can hold
     name = old.get("name", f"{SCRIPT.stem}-{args.dataset}-").rpartition("-")[0]  # without its seed
     args.name = "-".join([name, *changed, f"s{args.seed}"])
