@@ -292,8 +292,7 @@ def resolve(p, argv, best, mlp, paper):
     side = 28 if not conv else 32 if args.paper else {"cifar10": 32, "celeba": 64, "folder": 64}.get(args.dataset, 28)
     nz = 16 if conv and not args.paper and DATASETS[args.dataset] == 1 else 100  # on grey 16 beat 100 by a third
     base = p.kept | dict(image_size=side, latent_dim=nz) | (paper if args.paper else best if conv else best | mlp) | old
-    p.set_defaults(**base | ({"epochs": None, "steps": None} if old.get("steps") else {}))
-    args = p.parse_args(argv)
+    args = p.parse_args(argv, argparse.Namespace(**base | (dict(epochs=None, steps=None) if old.get("steps") else {})))
     if not (args.steps or args.epochs): args.steps = old["steps"]  # neither was given, to go further
     free = {"seed"} if args.generate and args.reject != "drs" else set()  # other pictures; drs needs its --holdout
     for k in (p.fixed & old.keys()) - free:
