@@ -322,8 +322,7 @@ def resolve(p, argv, best, mlp, paper):
     if args.reject == "drs" and args.holdout < 2: fail("--reject drs needs pictures D never saw: --holdout 1000, say")
     changed = [f"{k}{v}".removesuffix("True") for k, v in vars(args).items() if k in p.named and v != base.get(k)]
     while len("-".join(changed)) > 60: changed.pop()  # what a legend can hold
-    name = old.get("name", f"{SCRIPT.stem}-{args.dataset}-").rpartition("-")[0]  # without its seed
-    args.name = "-".join([name, *changed, f"s{args.seed}"])
+    args.name = old.get("name", "-".join([SCRIPT.stem, args.dataset, *changed, f"s{args.seed}"]))
     if args.dry_run:
         args.steps, args.batch_size, args.holdout = 2 * args.d_steps, min(args.batch_size, 16), min(args.holdout, 64)
         args.log_every = args.sample_every = args.eval_every = args.checkpoint_every = args.d_steps
