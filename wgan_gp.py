@@ -592,7 +592,7 @@ class Run:
         self.labels, self.step, self.count, self.sums = labels, 0, 0, torch.zeros((), device=batch.device)
         self.draw, self.rate = (functools.partial(in_parts, self, f) for f in (draw, rate))
         self.signal = self.leaving = self.study = self.board = None
-        self.state = {"best_fid": math.inf, "stale": 0, "scored": -1, "seconds": 0.0}
+        self.state = {"best_fid": math.inf, "stale": 0, "scored": 0, "seconds": 0.0}
         if args.resume: restore(self, args.resume)
         self.total = 0 if args.generate else args.steps or args.epochs * batch.per_epoch
         if 0 < self.total <= self.step - args.d_steps: fail(f"{args.resume} is at step {self.step}, past {self.total}")
@@ -615,7 +615,6 @@ class Run:
         self.rows = [header, *rows]  # as of an unbroken run: none past its step, none that a kill cut
         if log.exists(): write_whole(log, lambda f: f.write("\n".join([*self.rows, ""]).encode()))
         if writer: self.board = writer(self.folder, purge_step=self.step)
-        if self.step == 0 and args.sample_every: self.sheet()
         for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, self.stop)
         say(f"{self.folder}: {self.total} D updates of {args.batch_size} out of {len(batch.x)} pictures"
             + ", which are few," * (len(batch.x) < 500) + f" on {WORLD} x {batch.device}")
@@ -630,10 +629,12 @@ class Run:
         self.signal = number
 
     def training(self):
-        """Whether to go on. First scores this step, if that is due, and sets the learning rates of the next."""
+        """Whether to go on. First what is due at this step, and the learning rates of the next."""
         args, state = self.args, self.state
         if args.generate: return False
+        if self.due(args.sample_every): self.sheet()
         if self.signal is None and self.due(args.eval_every): self.evaluate()  # a resumed run too, if killed at it
+        if self.due(args.log_every, args.sample_every, args.eval_every): self.mark = time.time(), self.step
         if WORLD == 1 or self.due(args.eval_every) or self.step // args.d_steps % 10 == 0:  # all ranks at one step
             self.leaving, state["stale"] = from_rank_0((self.signal, state["stale"]))
         if args.lr_decay == "best-fid" and state["stale"] >= args.patience:
@@ -644,26 +645,23 @@ class Run:
             for group in opt.param_groups: group["lr"] = group["lr"].fill_(lr) if torch.is_tensor(group["lr"]) else lr
         return self.step < self.total and self.leaving is None
 
-    def due(self, every):
-        """At the first end of an iteration at or past each multiple of `every` D updates."""
-        return every > 0 and self.step > 0 and self.step % every < self.args.d_steps
+    def due(self, *every):
+        """At the first end of an iteration at or past each multiple of one of `every` D updates, and at the start."""
+        return any(n > 0 and self.step % n < self.args.d_steps for n in every)
 
     def record(self, values):
-        """Once an iteration: its losses go onto sums that stay on the device; then whatever is due."""
+        """Once an iteration: its losses go onto sums that stay on the device; a row of the log, a checkpoint."""
         self.step, self.count = self.step + self.args.d_steps, self.count + 1
         self.sums = self.sums + torch.stack([v.detach() for v in values.values()])
         if self.due(self.args.log_every): progress(self, list(values))
-        if self.due(self.args.sample_every): self.sheet()
         if self.due(self.args.checkpoint_every): save(self)
 
     def sheet(self, name=None):
         """Of one fixed z: 64 pictures, or eight columns and a row for each label, of which 20 are shown."""
         check_finite(self)
         n, rows = (64, 1) if self.labels == 1 else (8, min(self.labels, 20))
-        if not RANK:
-            x, _ = self.draw(self.noise(n, 1).repeat(rows, 1), torch.arange(rows).repeat_interleave(n))
-            save_sheet(x, self.folder / (name or f"samples/step_{self.step:07}.png"))
-        self.mark = time.time(), self.step  # images_per_s is of training alone
+        x, _ = self.draw(self.noise(n, 1).repeat(rows, 1), torch.arange(rows).repeat_interleave(n))
+        if not RANK: save_sheet(x, self.folder / (name or f"samples/step_{self.step:07}.png"))
 
     def evaluate(self):
         """Scores of fresh samples; best.pt by the FID to training pictures: that to the test set stays a measure."""
@@ -676,7 +674,6 @@ class Run:
                 save(self, "best.pt")
             log_row(self, scores)
             save(self)  # it now knows of the score
-        self.mark = time.time(), self.step
 
     def finish(self, more_figures=lambda: None):
         """The last checkpoint, figures and scores; with --generate the pictures asked for."""
@@ -715,8 +712,8 @@ def progress(run, names):
     check_finite(run)  # waits for the device
     if WORLD > 1: torch.distributed.all_reduce(run.sums)
     means = dict(zip(names, (run.sums / WORLD / run.count).tolist()))
-    speed = (run.step - run.mark[1]) / max(time.time() - run.mark[0], 1e-9)  # D updates a second
-    run.sums, run.count, run.mark = torch.zeros_like(run.sums), 0, (time.time(), run.step)
+    speed = (run.step - run.mark[1]) / max(time.time() - run.mark[0], 1e-9)  # D updates a second, of training alone
+    run.sums, run.count = torch.zeros_like(run.sums), 0
     rates = {f"lr_{k}": float(opt.param_groups[0]["lr"]) for k, opt in run.opts.items()}
     row = log_row(run, {**means, "images_per_s": speed * run.args.batch_size, **rates})
     say(f"epoch {row['epoch']:.1f}/{run.total / run.batch.per_epoch:.4g}  D {run.step} G {row['g_updates']}  "
