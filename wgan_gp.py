@@ -596,15 +596,14 @@ class Run:
         if args.resume: restore(self, args.resume)
         self.total = 0 if args.generate else args.steps or args.epochs * batch.per_epoch
         if 0 < self.total <= self.step - args.d_steps: fail(f"{args.resume} is at step {self.step}, past {self.total}")
-        alone = not SCRIPT.with_name("metrics.py").exists()
-        if alone and (args.reject != "none" or args.lr_decay == "best-fid"):
+        Study = SCRIPT.with_name("metrics.py").exists() and importlib.import_module("metrics").Study
+        if not Study and (args.reject != "none" or args.lr_decay == "best-fid"):
             fail("--reject and --lr-decay best-fid need metrics.py beside the script")
         with or_fail("--tensorboard: pip install tensorboard"):
             writer = args.tensorboard and not RANK and importlib.import_module("torch.utils.tensorboard").SummaryWriter
         self.folder = from_rank_0(None if RANK else make_folder(args))
-        if alone: say("metrics.py is not beside this script: no scores, and of the figures only the sheets")
+        if not Study: say("metrics.py is not beside this script: no scores, and of the figures only the sheets")
         elif not RANK:
-            from metrics import Study
             self.study = Study(args, self.folder, batch.load, self.draw, self.rate, self.noise, batch.held, labels, say)
         if args.generate: return
         if not (self.folder / "best.pt").exists(): self.state.update(best_fid=math.inf, stale=0)
