@@ -643,8 +643,7 @@ class Run:
         self.start, self.mark = time.time() - self.state["seconds"], (time.time(), self.step)
         log = self.folder / "log.csv"
         header, *rows = (log.read_text() if log.exists() else "").split() or ["step"]
-        rows = [r for r in rows if r.count(",") == header.count(",") and int(r.split(",")[0]) <= self.step]
-        self.rows = [header, *rows]  # as of an unbroken run: none past its step, none that a kill cut
+        self.rows = [header, *(r for r in rows if int(r.split(",")[0]) <= self.step)]  # as of an unbroken run
         if log.exists(): write_whole(log, lambda f: f.write("\n".join([*self.rows, ""]).encode()))
         if writer: self.board = writer(self.folder, purge_step=self.step)
         for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, self.stop)

@@ -206,7 +206,7 @@ def test_mlp_resumes_bit_for_bit_and_from_another_run_directory(w):
 def test_rows_past_the_step_are_dropped(w, whole):
     w.main([*w.tiny, "--steps", "20", "--run-dir", "half", "--lr-decay", "linear", "--sample-every", "10"])
     with open("half/log.csv", "a") as f:
-        f.write("25" + "," * (open("half/log.csv").readline().count(",")) + "\n20,1,")  # and a row cut by a kill
+        f.write("25" + "," * (open("half/log.csv").readline().count(",")) + "\n")
     w.main(["--resume", "half/last.pt", "--sample-every", "0"])
     assert [r[0] for r in losses("half")] == ["5", "10", "15", "20"]
     assert sorted(p.name for p in Path("half/samples").iterdir()) == [f"step_{i:07}.png" for i in (0, 10, 20)]
