@@ -593,8 +593,7 @@ def make_folder(args):
     folder = Path(args.run_dir or old or f"runs/{args.name}-{datetime.now():%Y%m%d-%H%M%S-%f}")
     if args.generate: return folder
     fresh = not old or folder.resolve() != old.resolve()
-    if fresh and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        fail(f"--run-dir {folder} is in use: name another, or go on with --resume {folder / 'last.pt'}")
+    if fresh and any(folder.glob("*")): fail(f"--run-dir {folder} is in use: name another, or --resume its last.pt")
     with or_fail(f"--run-dir {folder}"):
         (folder / "samples").mkdir(parents=True, exist_ok=True)
         if fresh: shutil.copy(SCRIPT, folder / SCRIPT.name)
@@ -787,7 +786,7 @@ def restore(run, path, weights_only=False):
 def generate(run):
     """--generate N pictures as PNG files: of fresh z, of --z-file, or chosen by --reject."""
     args, out, took = run.args, Path(run.args.generate_to or run.folder / "generated"), None
-    if out.exists() and (not out.is_dir() or any(out.iterdir())): fail(f"--generate-to {out} is in use")
+    if any(out.glob("*")): fail(f"--generate-to {out} is in use")
     z = run.noise(args.generate, 6)
     if args.z_file:
         with or_fail(f"--z-file {args.z_file}, to be ({args.generate} or more, {args.latent_dim}) and finite"):
