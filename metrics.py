@@ -812,8 +812,9 @@ class Study:
         return self.judge.labels[torch.randint(len(self.judge.labels), (n,), generator=seeded(12, *key))]
 
     def last_scores(self, restore):
-        """scores.json: of last.pt and best.pt on fresh z, and of what --reject keeps; and curves.png. restore(name)
-        loads a checkpoint of the run and returns its step."""
+        """The figures; scores.json: of last.pt and best.pt on fresh z, and of what --reject keeps; and curves.png.
+        restore(name) loads a checkpoint of the run and returns its step."""
+        self.figures()  # of the weights as they are: restore comes after
         scores, reject, steps = {}, self.args.reject, {}
         for name in [n for n in ("last.pt", "best.pt") if (self.folder / n).exists()] if self.ready() else ():
             steps[name] = restore(name)
@@ -831,8 +832,7 @@ class Study:
                     continue
                 scores[f"{name} --reject {reject}"] = s = {**self.judge(x), **took}
                 self.say(f"{name}, --reject {reject}: {self.judge.line(s)}; {took['line']}")
-        if scores:
-            (self.folder / "scores.json").write_text(json.dumps(scores, indent=1))
+        if scores: (self.folder / "scores.json").write_text(json.dumps(scores, indent=1))
         if not (self.folder / "log.csv").exists():
             return self.say("no curves.png: log.csv has no rows, which come every --log-every updates of D")
         try: plot([self.folder], self.folder / "curves.png")

@@ -705,10 +705,8 @@ class Run:
         if RANK: return
         self.sheet("samples.png")
         more_figures()
-        if self.study:
-            self.study.figures()
-            self.evaluate()
-            self.study.last_scores(lambda name: restore(self, self.folder / name, weights_only=True))
+        self.evaluate()
+        if self.study: self.study.last_scores(lambda name: restore(self, self.folder / name, weights_only=True))
         say(f"done: {self.folder}")
 
 @torch.no_grad()
