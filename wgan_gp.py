@@ -629,7 +629,7 @@ class Run:
         """Whether to go on. First what is due at this step, and the learning rates of the next."""
         args, state = self.args, self.state
         if args.generate: return False
-        if self.due(args.sample_every): self.sheet()
+        if self.due(args.sample_every): self.sheet(f"samples/step_{self.step:07}.png")
         if self.signal is None and self.due(args.eval_every): self.evaluate()  # a resumed run too, if killed at it
         if self.due(args.log_every, args.sample_every, args.eval_every): self.mark = time.time(), self.step
         if WORLD == 1 or self.due(args.eval_every) or self.step // args.d_steps % 10 == 0:  # all ranks at one step
@@ -653,12 +653,12 @@ class Run:
         if self.due(self.args.log_every): progress(self, list(values))
         if self.due(self.args.checkpoint_every): save(self)
 
-    def sheet(self, name=None):
+    def sheet(self, name):
         """Of one fixed z: 64 pictures, or eight columns and a row for each label, of which 20 are shown."""
         check_finite(self)
         n, rows = (64, 1) if self.labels == 1 else (8, min(self.labels, 20))
         x, _ = self.draw(self.noise(n, 1).repeat(rows, 1), torch.arange(rows).repeat_interleave(n))
-        if not RANK: save_sheet(x, self.folder / (name or f"samples/step_{self.step:07}.png"))
+        if not RANK: save_sheet(x, self.folder / name)
 
     def evaluate(self):
         """Scores of fresh samples; best.pt by the FID to training pictures: that to the test set stays a measure."""
