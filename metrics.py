@@ -36,7 +36,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from torch import nn
+from torch import fx, nn
 from torch.nn import functional as F
 
 # SCORES: pure functions of features and logits ------------------------------------------------------------------------
@@ -422,31 +422,25 @@ class Inception(nn.Module):
     as pytorch-fid does, bilinearly, without antialiasing. The logits are without the bias, as torch-fidelity's are.
     `state` is that file's dict; RuntimeError where it does not fit."""
 
-    channels, classes, batch = 3, 1008, 25
+    batch = 25  # pictures at a time
 
     def __init__(self, state):
         super().__init__()
         from torchvision.models import Inception3
         with torch.device("meta"):  # no memory and no random numbers for weights that are replaced at once
-            net = Inception3(num_classes=self.classes, aux_logits=False, init_weights=False)
-        for name, part in net.named_children():
-            self.add_module(name, part)
-        self.load_state_dict(state, assign=True)
+            net = Inception3(num_classes=1008, aux_logits=False, init_weights=False).eval()
+        net.load_state_dict(state, assign=True)
+        fc, net.fc = net.fc, nn.Identity()
+        self.body, self.fc = fx.symbolic_trace(net), fc  # torchvision's forward, whose calls can be changed
+        *pools, last = (node for node in self.body.graph.nodes if node.target is F.avg_pool2d)  # nine, one a block
+        for pool in pools:
+            pool.update_kwarg("count_include_pad", False)
+        last.target = F.max_pool2d
+        self.body.recompile()
         self.float().eval().requires_grad_(False).to(memory_format=torch.channels_last)  # 1.6 times faster on a CPU
 
     def forward(self, x):  # (N, 3, 299, 299) in [-1, 1]
-        for stem in (self.Conv2d_1a_3x3, self.Conv2d_2a_3x3, self.Conv2d_2b_3x3, self.maxpool1,
-                     self.Conv2d_3b_1x1, self.Conv2d_4a_3x3, self.maxpool2):
-            x = stem(x)
-        for block in (self.Mixed_5b, self.Mixed_5c, self.Mixed_5d):
-            x = mixed_a(block, x)  # (N, 288, 35, 35)
-        x = self.Mixed_6a(x)
-        for block in (self.Mixed_6b, self.Mixed_6c, self.Mixed_6d, self.Mixed_6e):
-            x = mixed_c(block, x)  # (N, 768, 17, 17)
-        x = self.Mixed_7a(x)
-        x = mixed_e(self.Mixed_7b, x, mean_pool)
-        x = mixed_e(self.Mixed_7c, x, max_pool)  # (N, 2048, 8, 8)
-        features = x.mean((2, 3))
+        features = self.body(x)
         return features, features @ self.fc.weight.T
 
     @staticmethod
@@ -460,33 +454,6 @@ class Inception(nn.Module):
         with exact():
             parts = [self(self.prepare(b.to(device))) for b in as_pictures(x, 1, 3).split(self.batch)]
         return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
-
-def mean_pool(x):
-    return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
-
-def max_pool(x):
-    return F.max_pool2d(x, 3, 1, 1)
-
-def chain(x, *parts):
-    for part in parts:
-        x = part(x)
-    return x
-
-def mixed_a(b, x):
-    return torch.cat([b.branch1x1(x), chain(x, b.branch5x5_1, b.branch5x5_2),
-                      chain(x, b.branch3x3dbl_1, b.branch3x3dbl_2, b.branch3x3dbl_3),
-                      chain(x, mean_pool, b.branch_pool)], 1)
-
-def mixed_c(b, x):
-    return torch.cat([b.branch1x1(x), chain(x, b.branch7x7_1, b.branch7x7_2, b.branch7x7_3),
-                      chain(x, b.branch7x7dbl_1, b.branch7x7dbl_2, b.branch7x7dbl_3, b.branch7x7dbl_4,
-                            b.branch7x7dbl_5),
-                      chain(x, mean_pool, b.branch_pool)], 1)
-
-def mixed_e(b, x, pool):
-    y, z = b.branch3x3_1(x), chain(x, b.branch3x3dbl_1, b.branch3x3dbl_2)
-    return torch.cat([b.branch1x1(x), b.branch3x3_2a(y), b.branch3x3_2b(y), b.branch3x3dbl_3a(z), b.branch3x3dbl_3b(z),
-                      chain(x, pool, b.branch_pool)], 1)
 
 def inception(weights, device):
     """The Inception of the file `weights`, or of the one that torch.hub keeps, fetched if need be; .name as above.
