@@ -460,14 +460,10 @@ def inception(weights, device):
     ValueError where there is no such file or it holds another network."""
     path = Path(weights or Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION.rsplit("/", 1)[1])
     try:
-        if weights:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        else:
-            quiet = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
-            with quiet:
-                state = torch.hub.load_state_dict_from_url(INCEPTION, map_location="cpu", check_hash=True,
-                                                           weights_only=True)
-        net = Inception(state)
+        if not (weights or path.exists()):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(INCEPTION, path, path.stem.rsplit("-", 1)[1], sys.stderr.isatty())
+        net = Inception(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as e:  # no network, a file cut short or of another network: a different kind for each
         if weights and not path.exists():
             raise ValueError(f"--weights {path}: no such file") from None
