@@ -479,15 +479,11 @@ def inception(weights, device):
 SCORES = ("fid", "kid", "is", "mode", "pr", "dc")
 
 class Sample:
-    """What a network makes of pictures: .n, .moments and, if kept, .features (N, d) and .logits (N, K)."""
+    """What a network makes of pictures: .n, .moments; if kept, .features (N, d), .logits (N, K) and .radius(k) (N,)."""
 
     def __init__(self, moments, features=None, logits=None):
-        self.moments, self.n, self.features, self.logits, self.radii = moments, moments.n, features, logits, {}
-
-    def radius(self, k):
-        if k not in self.radii:
-            self.radii[k] = ball_radius(self.features, k)
-        return self.radii[k]
+        self.moments, self.n, self.features, self.logits = moments, moments.n, features, logits
+        self.radius = functools.cache(functools.partial(ball_radius, features))
 
 def embed(net, pictures, keep=True, what="pictures"):
     """A Sample of uint8 pictures (N, C, H, W), or of a Pictures, which are read as they are needed. Without `keep` no
