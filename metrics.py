@@ -1107,22 +1107,17 @@ def read_picture(path, channels):
 
 def cached(net, pictures, keep_features, folder, what):
     """embed(), but read from `folder` where the same network has seen the same pictures before; None: made anew."""
-    path = None
-    if folder:
-        key = f"{net.name} {next(net.parameters()).device.type} {keep_features} 2 {pictures.digest()}"
-        path = Path(folder) / f"statistics-{hashlib.sha256(key.encode()).hexdigest()[:24]}.pt"
-    if path and path.exists():
-        try:
-            saved = torch.load(path, map_location=next(net.parameters()).device, weights_only=True)
-            sample = Sample(Moments(), saved.pop("features"), saved.pop("logits"))
-            pictures.formats = Counter(saved.pop("formats"))
-            sample.moments.__dict__.update(saved)
-            sample.n = sample.moments.n
-            return sample
-        except Exception:  # cut short: made again
-            pass
+    if not folder: return embed(net, pictures, keep_features, what)
+    device, moments = next(net.parameters()).device, Moments()
+    key = hashlib.sha256(f"{net.name} {device.type} {keep_features} 2 {pictures.digest()}".encode()).hexdigest()[:24]
+    path = Path(folder) / f"statistics-{key}.pt"
+    with contextlib.suppress(Exception):  # none is there, or one cut short, which is made again
+        saved = torch.load(path, map_location=device, weights_only=True)
+        features, logits, pictures.formats = saved.pop("features"), saved.pop("logits"), Counter(saved.pop("formats"))
+        vars(moments).update(saved)
+        return Sample(moments, features, logits)
     sample = embed(net, pictures, keep_features, what)
-    if path and not pictures.bad:
+    if not pictures.bad:
         saved = {"features": sample.features, "logits": sample.logits, "formats": dict(pictures.formats)}
         keep(path, {**vars(sample.moments), **saved}, say)
     return sample
