@@ -1010,43 +1010,36 @@ class Pictures:
     not square, of several sizes, of more than 8 bits a channel."""
 
     def __init__(self, source, channels, name=None):
-        self.path, self.channels, self.files, self.x = name or source, channels, [], None
-        self.formats, self.bad, self.n, self.size = Counter(), [], None, None
+        self.path, self.channels, self.kind = name or source, channels, "data set"
+        self.formats, self.bad, self.size = Counter(), [], None
         try:
-            if torch.is_tensor(source):
-                self.x = source
-            elif Path(source).suffix in (".npy", ".pt"):
+            if not torch.is_tensor(source) and Path(source).suffix in (".npy", ".pt"):
                 load = np.load if Path(source).suffix == ".npy" else functools.partial(torch.load, weights_only=True)
-                self.x = torch.as_tensor(load(source))
-            else:
-                self.files = sorted(f for f in Path(source).iterdir()
-                                    if f.suffix.lower() in SUFFIXES and not f.name.startswith("."))
+                source, self.kind = torch.as_tensor(load(source)), "array"
+            self.items = as_pictures(source, channels, 1) if torch.is_tensor(source) else sorted(
+                f for f in Path(source).iterdir() if f.suffix.lower() in SUFFIXES and not f.name.startswith("."))
         except Exception as e:  # numpy and torch raise a different kind for each way to be damaged
-            raise ValueError(f"{source}: {type(e).__name__}: {e}") from None
-        if self.x is None:
-            n = len(self.files)
-            self.files = [f for f in self.files if self.read(f) is not None]
+            raise ValueError(f"{self.path}: {type(e).__name__}: {e}") from None
+        if torch.is_tensor(self.items):
+            self.size = self.items.shape[3]
+            if self.items.shape[2] != self.size:
+                raise ValueError(f"{self.path}: {tuple(self.items.shape)}: all must be square ({CROPPED})")
+        else:
+            n, self.items = len(self.items), [f for f in self.items if self.read(f) is not None]
             bad = f"{len(self.bad)} of {n} pictures of {source}: {'; '.join(self.bad[:3])}"
             if len(self.bad) > 0.01 * n:
                 raise ValueError(f"cannot read {bad}; more than 1 %, and other pictures than asked for are not scored")
-            if n < 2:
-                raise ValueError(f"{source} holds {n} of {' '.join(SUFFIXES)}: a covariance needs two or more")
             if self.bad:
                 say(f"left out {bad}")
-            return
-        shape = tuple(self.x.shape)
-        if (len(shape) != 4 or self.x.dtype != torch.uint8 or shape[0] < 2 or shape[2] != shape[3] or shape[3] < 1
-                or shape[1] not in (channels, 1)):
-            raise ValueError(f"{self.path}: {self.x.dtype} {shape} is not uint8 (2 or more, {channels}, S, S)")
-        self.size = shape[3]
+        if len(self) < 2:
+            raise ValueError(f"{self.path} holds {len(self)} pictures ({' '.join(SUFFIXES)}): two or more are needed")
 
     def __len__(self):
-        there = len(self.files if self.x is None else self.x)
-        return there if self.n is None else min(self.n, there)
+        return len(self.items)
 
     def first(self, n):
         """Only the first n, from now on."""
-        self.n = n
+        self.items = self.items[:n]
         return self
 
     def read(self, path):
@@ -1063,20 +1056,20 @@ class Pictures:
         return picture
 
     def batches(self, size):
-        if self.x is not None:
-            self.formats["array" if Path(str(self.path)).suffix in (".npy", ".pt") else "data set"] = len(self)
-            for part in self.x[:len(self)].split(size):
-                yield part.expand(-1, self.channels, -1, -1)
-            return
         self.formats.clear()
-        for i in range(0, len(self), size):
-            yield torch.stack([self.read(f) for f in self.files[i:min(i + size, len(self))]])
+        for part in (self.items[i:i + size] for i in range(0, len(self), size)):
+            if torch.is_tensor(part):
+                self.formats[self.kind] += len(part)
+                yield part.expand(-1, self.channels, -1, -1)
+            else:
+                yield torch.stack([self.read(f) for f in part])
 
     def digest(self):
-        h = hashlib.sha256(repr((len(self), self.size, self.channels, self.x is None)).encode())
-        if self.x is not None:
-            h.update(self.x[:len(self)].contiguous().numpy())
-        for data in (f.read_bytes() for f in self.files):
+        files = not torch.is_tensor(self.items)
+        h = hashlib.sha256(repr((len(self), self.size, self.channels, files)).encode())
+        if not files:
+            h.update(self.items.contiguous().numpy())
+        for data in map(Path.read_bytes, self.items) if files else ():
             h.update(len(data).to_bytes(8, "big") + data)
         return h.hexdigest()
 
