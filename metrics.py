@@ -1052,7 +1052,7 @@ class Pictures:
         if picture.shape[-1] != self.size:
             raise ValueError(f"{path} is {picture.shape[-1]} pixels wide, the first {self.size}: all must be of one "
                              f"({CROPPED})")
-        self.formats[kind] += 1
+        self.formats[kind.replace("MPO", "JPEG")] += 1  # a phone's JPEG with a second picture inside
         return picture
 
     def batches(self, size):
@@ -1076,9 +1076,6 @@ class Pictures:
     def __str__(self):
         kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(self.formats.items()))
         return f"{self.path} ({kinds}, {self.size}x{self.size})"
-
-    def jpegs(self):
-        return sum(n for kind, n in self.formats.items() if kind in ("JPEG", "MPO"))
 
 def read_picture(path, channels):
     """uint8 (channels, S, S), upright, and the kind of file, by its content; what is see-through becomes white. OSError
@@ -1233,11 +1230,9 @@ def score(args, load_data, datasets):
         if isinstance(net, Stacked):
             scores.update(mode_coverage(fake_sample.logits.argmax(1), 1000))
     scores.update(n_real=n, n_fake=n, features=net.name, accuracy=net.accuracy, labelled=net.labelled,
-                  jpeg_real=real.jpegs(), jpeg_fake=fake.jpegs(), **floor)
-    for pictures in (real, fake):
-        if pictures.jpegs():
-            say(f"warning: {pictures.path} holds {pictures.jpegs()} JPEG files, whose losses are part of the scores: "
-                f"{JPEG_EFFECT}")
+                  jpeg_real=real.formats["JPEG"], jpeg_fake=fake.formats["JPEG"], **floor)
+    for p in (p for p in (real, fake) if p.formats["JPEG"]):
+        say(f"warning: {p.path} holds {p.formats['JPEG']} JPEG files, whose losses are in the scores: {JPEG_EFFECT}")
     if n < 1000 or (not small and n < 4096 and "fid" in args.scores):
         say(f"warning: {n} pictures of each kind: FID is too large, and compares at this n only")
     print(json.dumps(scores, indent=1) if args.json else table(scores, fake, real))
