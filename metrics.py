@@ -1149,16 +1149,11 @@ def main(argv=None):
     except (OSError, ValueError) as e:
         fail(e)
 
-def named_data():
-    """wgan_gp's load_data and DATASETS: the one place where this file looks at a script, and only as a command."""
-    try:
-        import wgan_gp
-        return wgan_gp.load_data, wgan_gp.DATASETS
-    except ImportError:
-        return None, {}
-
 def command(argv):
-    load_data, datasets = named_data()
+    try:  # the one place where this file looks at a script, and only as a command
+        from wgan_gp import DATASETS as datasets, load_data
+    except ImportError:
+        load_data, datasets = None, {}
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     p.error = fail
     p.add_argument("--real", help=f"the test set of {', '.join(datasets)}; or a folder, a .npy or a .pt")
