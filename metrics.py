@@ -814,7 +814,10 @@ class Study:
             x, y = self.held
             head = platt(self.rate(x, y), torch.cat([more(len(b))[1] for b in x.split(500)]))
         x, took = rejected(args.reject, more, n, seeded(args.seed, *key, 1), head, args.drs_percentile)
-        return x, {**took, "line": rejection_line(took)}
+        line = (f"{took['attempts']} attempts, {took['acceptance']:.1%} kept"
+                + (f", calibrated at AUC {took['auc']:.3f}" if head else "")
+                + (f". {took['warning']}" if took["warning"] else ""))
+        return x, {**took, "line": line}
 
     def figures(self):
         """training.gif, interpolation_latent.png and _pixel.png, traversal.png, of the weights as they are."""
@@ -838,11 +841,6 @@ class Study:
         strongest = (high - low).abs().flatten(1).mean(1).argsort(descending=True)[:rows]
         slid = torch.where(one[strongest, None], torch.linspace(-far, far, 9).view(1, 9, 1), z).flatten(0, 1)
         save_sheet(self.draw(slid, y[:1].expand(len(slid)))[0], self.folder / "traversal.png", 9)
-
-def rejection_line(took):
-    return (f"{took['attempts']} attempts, {took['acceptance']:.1%} kept"
-            + (f", calibrated at AUC {took['auc']:.3f}" if took["auc"] else "")
-            + (f". {took['warning']}" if took["warning"] else ""))
 
 def seeded(*key):
     """A CPU generator, a pure function of whole numbers, the same as the scripts'."""
