@@ -232,9 +232,8 @@ def probe(args, first, device):
         from sklearn.linear_model import LogisticRegression
         from sklearn.svm import SVC
     models = LogisticRegression(C=1.0, max_iter=1000), SVC(C=1.0, kernel="rbf", gamma="scale")
-    few = 256 if args.dry_run else None
-    load = functools.partial(load_data, args.dataset, args.data_dir, args.image_size, limit=few)
-    (x, y), (x_test, y_test) = load("train"), load("test")
+    load = functools.partial(load_data, args.dataset, args.data_dir, args.image_size)
+    (x, y), (x_test, y_test) = (load(split, 256 if args.dry_run else None) for split in ("train", "test"))
     classes = int(y.max()) + 1 if min(y.min(), y_test.min()) >= 0 else 0
     if not 2 <= classes <= 100: fail(f"--probe reads labels, of 2 to 100 classes: {args.dataset} has {classes}")
     checkpoint, ema = read_checkpoint(args.resume), copy.deepcopy(first)
@@ -251,13 +250,10 @@ def probe(args, first, device):
     made = torch.cat([ema.G(ema.E(b.to(device))).cpu() for b in real.split(500)])
     print(f"\nreconstruction ratio {reconstruction_ratio(real, made, args.seed):.3f}")
     if SCRIPT.with_name("metrics.py").exists():
-        import metrics
-        home = Path(args.data_dir)
-        if args.dataset == "folder": home = home.resolve().parent  # not among the pictures
-        with or_fail("no network to tell the reconstructions' classes"):
-            judge = metrics.Judge(args.dataset, load, None if few else home, device)
-        kept = (judge.net.embed(to_uint8(made))[1].argmax(1).cpu() == y_test).double().mean()
-        print(f"{kept:.2%} of the reconstructions are of the picture's class, by that classifier")
+        from metrics import Study
+        if judge := Study(args, Path(args.resume).parent, load).ready():
+            kept = (judge.net.embed(to_uint8(made))[1].argmax(1).cpu() == y_test).double().mean()
+            print(f"{kept:.2%} of the reconstructions are of the picture's class, by that classifier")
 
 
 def reconstruction_ratio(x, made, seed):

@@ -737,7 +737,7 @@ class Study:
     noise(n, *key)  -> z (n, latent_dim), a pure function of its arguments
     held            pictures and labels that D never saw, or None; labels: how many G can be asked for, 1: none"""
 
-    def __init__(self, args, folder, load, draw, rate, noise, held, labels, say=print):
+    def __init__(self, args, folder, load, draw=None, rate=None, noise=None, held=None, labels=1, say=print):
         self.args, self.folder, self.load, self.draw, self.rate = args, Path(folder), load, draw, rate
         self.noise, self.held, self.labels, self.say, self.judge = noise, held, labels, say, None
 
