@@ -228,7 +228,8 @@ def real_figures(args, ema, x_train, folder):
 def probe(args, first, device):
     """Prints, in Markdown, what share of the test labels classifiers tell from E(x), from the layer before, from both
     in the untrained E (`first` holds it), and from pixels."""
-    with or_fail("--probe needs a package of its own: pip install scikit-learn"):
+    with or_fail("--probe needs metrics.py beside the script, and scikit-learn: pip install scikit-learn"):
+        from metrics import Study, answers, reconstruction_ratio
         from sklearn.linear_model import LogisticRegression
         from sklearn.svm import SVC
     models = LogisticRegression(C=1.0, max_iter=1000), SVC(C=1.0, kernel="rbf", gamma="scale")
@@ -249,30 +250,9 @@ def probe(args, first, device):
     real = from_uint8(x_test)
     made = torch.cat([ema.G(ema.E(b.to(device))).cpu() for b in real.split(500)])
     print(f"\nreconstruction ratio {reconstruction_ratio(real, made, args.seed):.3f}")
-    if SCRIPT.with_name("metrics.py").exists():
-        from metrics import Study
-        if judge := Study(args, Path(args.resume).parent, load).ready():
-            kept = (judge.net.embed(to_uint8(made))[1].argmax(1).cpu() == y_test).double().mean()
-            print(f"{kept:.2%} of the reconstructions are of the picture's class, by that classifier")
-
-
-def reconstruction_ratio(x, made, seed):
-    """mean |x - G(E(x))| / mean |x - G(E(x'))|, x' the next in a random circle of all pictures: 0 where G undoes E, 1
-    where E tells nothing."""
-    circle = torch.randperm(len(x), generator=seeded(seed, 10))
-    right, wrong = ((x[circle] - made[i]).flatten(1).norm(dim=1).mean() for i in (circle, circle.roll(-1)))
-    return (right / wrong).item()
-
-
-def answers(models, x, y, x_test):
-    """Labels of x_test (N, d): 1-NN's, by plain distances as in the paper (scaled ones cost MNIST's pixels 2.6 points),
-    and those of models that see numbers of mean 0 and deviation 1; the second model is fitted to the first 5,000."""
-    squares = x.square().sum(1)  # |a - x|^2 = |a|^2 - 2 a.x + |x|^2: which x is nearest does not depend on |a|^2
-    yield torch.cat([y[torch.addmm(squares, a, x.T, alpha=-2).argmin(1)] for a in x_test.split(250)])
-    mean, deviation = x.mean(0), x.std(0, correction=0)
-    x, x_test = ((t - mean) / torch.where(deviation > 0, deviation, 1) for t in (x, x_test))
-    for model, n in zip(models, (len(x), 5000)):
-        yield torch.from_numpy(model.fit(x[:n].numpy(), y[:n].numpy()).predict(x_test.numpy()))
+    if judge := Study(args, Path(args.resume).parent, load).ready():
+        kept = (judge.net.embed(to_uint8(made))[1].argmax(1).cpu() == y_test).double().mean()
+        print(f"{kept:.2%} of the reconstructions are of the picture's class, by that classifier")
 
 
 # ======================================================================================================================

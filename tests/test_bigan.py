@@ -458,14 +458,14 @@ def blobs(n=400, d=5, classes=4, seed=0, spread=2.5):
 
 def test_nearest_is_scikit_learns():
     x, y = blobs(1500, 6, 7)
-    (answer,) = bigan.answers([], x[:800], y[:800], x[800:])
+    (answer,) = metrics.answers([], x[:800], y[:800], x[800:])
     wanted = KNeighborsClassifier(1, algorithm="brute").fit(x[:800], y[:800]).predict(x[800:])
     assert np.array_equal(answer.numpy(), wanted) and (wanted == y[800:].numpy()).mean() < 0.9
 
 
 def test_nearest_of_equals_is_the_first():
     x, y = torch.tensor([[0., 0], [3, 0], [0, 0]]), torch.tensor([5, 2, 4])
-    assert next(bigan.answers([], x, y, torch.tensor([[0.1, 0], [2, 0]]))).tolist() == [5, 2]
+    assert next(metrics.answers([], x, y, torch.tensor([[0.1, 0], [2, 0]]))).tolist() == [5, 2]
 
 
 def shares(line):
@@ -477,7 +477,7 @@ MODELS = LogisticRegression(C=1.0, max_iter=1000), SVC(C=1.0, kernel="rbf", gamm
 
 def rights(x, y, x_test, y_test):
     """What share the probe's three classifiers get right, in percent."""
-    return [100 * (a == y_test).double().mean().item() for a in bigan.answers(MODELS, x, y, x_test)]
+    return [100 * (a == y_test).double().mean().item() for a in metrics.answers(MODELS, x, y, x_test)]
 
 
 def fitted_by_scikit_learn(x, y, x_test, y_test):
@@ -520,7 +520,7 @@ def test_the_svm_alone_sees_the_first_5000():
         return SimpleNamespace(predict=lambda c: seen[-1][1][:len(c)].numpy())
 
     x, y = torch.arange(5100.)[:, None], torch.arange(5100) % 2
-    assert len(list(bigan.answers([SimpleNamespace(fit=fit)] * 2, x, y, x[:30] + 0.3))) == 3
+    assert len(list(metrics.answers([SimpleNamespace(fit=fit)] * 2, x, y, x[:30] + 0.3))) == 3
     for (a, b), n in zip(seen, (5100, 5000)):
         assert len(a) == len(b) == n and torch.equal(b, y[:n])
         torch.testing.assert_close(a, (x[:n] - x.mean()) / x.std(correction=0))
@@ -531,14 +531,14 @@ def test_reconstruction_ratio_of_orthogonal_pictures(c):
     """x_i = e_i and G(E(x_i)) = c e_i: |1 - c| over sqrt(1 + c^2), whichever the mismatch, as long as it is one."""
     x = torch.eye(36, dtype=torch.float64).view(36, 1, 6, 6)
     for seed in range(5):
-        assert bigan.reconstruction_ratio(x, c * x, seed) == pytest.approx(abs(1 - c) / np.sqrt(1 + c * c), abs=1e-12)
+        assert metrics.reconstruction_ratio(x, c * x, seed) == pytest.approx(abs(1 - c) / np.sqrt(1 + c * c), abs=1e-12)
 
 
 def test_reconstruction_ratio_of_a_code_that_tells_nothing():
     x = torch.randn(400, 1, 6, 6)
-    assert bigan.reconstruction_ratio(x, torch.zeros_like(x) + 0.1, 0) == pytest.approx(1, abs=1e-6)
+    assert metrics.reconstruction_ratio(x, torch.zeros_like(x) + 0.1, 0) == pytest.approx(1, abs=1e-6)
     noise = torch.randn(400, 1, 6, 6)
-    assert bigan.reconstruction_ratio(x, noise, 0) == pytest.approx(1, abs=0.05)
+    assert metrics.reconstruction_ratio(x, noise, 0) == pytest.approx(1, abs=0.05)
 
 
 # --probe --------------------------------------------------------------------------------------------------------------
@@ -550,6 +550,7 @@ def bytes_below(path):
 
 def test_probe_of_a_run(trained, capsys, monkeypatch):
     """Each row against features and classifiers made here; nothing is trained or written."""
+    monkeypatch.setattr(metrics.Study, "ready", lambda self: None)  # too few pictures, say
     before, kept = bytes_below("."), capsys.readouterr()
     bigan.main(["--resume", "run/last.pt", "--probe"])
     out = capsys.readouterr().out
@@ -579,7 +580,6 @@ def test_probe_of_a_run(trained, capsys, monkeypatch):
 
 def test_probe_counts_reconstructions_that_keep_their_class(trained, capsys, monkeypatch):
     """A stand-in for the classifier takes a picture's brightness for its class."""
-    monkeypatch.setattr(bigan, "SCRIPT", Path(bigan.__file__))
     G, E = averaged(trained)
     x, y = rendered(300, 2)
     made = bigan.to_uint8(G(E(x.float() / 127.5 - 1)))
@@ -606,7 +606,8 @@ def test_probe_counts_reconstructions_that_keep_their_class(trained, capsys, mon
         wanted, abs=0.4)
 
 
-def test_probing_leaves_no_trace_in_what_follows(trained):
+def test_probing_leaves_no_trace_in_what_follows(trained, monkeypatch):
+    monkeypatch.setattr(metrics.Study, "ready", lambda self: None)
     bigan.main(["--resume", "run/last.pt", "--probe"])
     bigan.main(["--resume", "run/last.pt", "--steps", "6"])
     later = torch.load("run/last.pt", weights_only=True)
