@@ -488,15 +488,13 @@ class Sample:
 def embed(net, pictures, keep=True, what="pictures"):
     """A Sample of uint8 pictures (N, C, H, W), or of a Pictures, which are read as they are needed. Without `keep` no
     feature is held longer than its batch. ValueError: pictures of another kind, features that are not finite."""
-    moments, features, logits = Moments(), [], []
+    moments, kept = Moments(), []
     batches = pictures.batches(net.batch) if hasattr(pictures, "batches") else as_pictures(pictures).split(net.batch)
     for batch in progress(batches, len(pictures), what):
-        f, l = net.embed(batch)
-        moments.add(f)
-        if keep:
-            features.append(f)
-            logits.append(l)
-    return Sample(moments, torch.cat(features), torch.cat(logits)) if keep else Sample(moments)
+        features, logits = net.embed(batch)
+        moments.add(features)
+        if keep: kept.append((features, logits))
+    return Sample(moments, *map(torch.cat, zip(*kept)))
 
 def progress(batches, total, what):
     """The batches, and a line on stderr on how far they are: kept fresh on a terminal, every 10 s elsewhere."""
