@@ -318,9 +318,7 @@ def train_classifier(x, y, classes, device, epochs=None, say=print):
         opt = torch.optim.AdamW(net.parameters(), 1e-3, weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 4e-3, epochs * (len(x) // size))
         for epoch in range(epochs):
-            order = torch.randperm(len(x), generator=rng)
-            for i in range(len(x) // size):
-                index = order[i * size:(i + 1) * size]
+            for index in torch.randperm(len(x), generator=rng)[:len(x) // size * size].split(size):
                 label = torch.randint(4, (size,), generator=rng) if y is None else y[index]
                 dx, dy = torch.randint(-2, 3, (2,), generator=rng).tolist()
                 batch = turned(x[index], label) if y is None else x[index]
