@@ -1137,9 +1137,8 @@ def table(s, fake, real):
             ("FID, training", "fid_train", ".4g", "against training pictures"),
             ("KID", "kid", ".4g", "+- {kid_std:.4g}"),
             ("Inception Score", "inception_score", ".2f", "+- {inception_score_std:.2f}"),
-            ("Mode Score", "mode_score", ".2f", ""), ("precision", "precision", ".3f", "k 3"),
-            ("recall", "recall", ".3f", "k 3"), ("density", "density", ".3f", "k 5"),
-            ("coverage", "coverage", ".3f", "k 5"),
+            ("Mode Score", "mode_score", ".2f", ""),
+            *((s, s, ".3f", f"k {k}") for s, k in (("precision", 3), ("recall", 3), ("density", 5), ("coverage", 5))),
             ("classes", "classes", "d", "of {class_min:.1%} to {class_max:.1%}"),
             ("modes", "modes", "d", "of 1000, KL {modes_kl:.3f} to the uniform law")]
     what = "labels" if s["labelled"] else "rotations"
