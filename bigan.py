@@ -150,8 +150,7 @@ def squared_gradient(D, x, z):
 def train(args):
     device, channels = pick_device(args), DATASETS[args.dataset]
     torch.manual_seed(args.seed)
-    G, D = make_generator(args, channels), make_discriminator(args, channels)  # drawn on the CPU
-    E = make_encoder(args, channels)
+    G, D, E = (make(args, channels) for make in (make_generator, make_discriminator, make_encoder))  # drawn on the CPU
     G, D, E = (net.to(device, memory_format=torch.channels_last) for net in (G, D, E))
     G.amp = D.amp = E.amp = args.amp
     pair = nn.ModuleDict({"G": G, "E": E})  # under one optimizer and one average
