@@ -502,8 +502,7 @@ def progress(batches, total, what):
         now = time.time()
         if now - said > (0.5 if live else 10):
             text = f"{what}: {done} of {total}, {(now - start) / done * (total - done):.0f} s to go"
-            sys.stderr.write(f"\r\033[K{text}" if live else text + "\n")
-            sys.stderr.flush()
+            print(f"\r\033[K{text}" if live else text, end="" if live else "\n", file=sys.stderr, flush=True)
             said = now
     if live and said > start:
         sys.stderr.write("\r\033[K")
