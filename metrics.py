@@ -1041,7 +1041,7 @@ class Pictures:
             if self.bad:
                 say(f"left out {bad}")
         if len(self) < 2:
-            raise ValueError(f"{self.path} holds {len(self)} pictures ({' '.join(SUFFIXES)}): two or more are needed")
+            raise ValueError(f"{self.path} holds {len(self)} pictures, in a folder {' '.join(SUFFIXES)}: 2 are needed")
 
     def __len__(self):
         return len(self.items)
