@@ -230,7 +230,7 @@ def number(kind, low, high=2**40):
 
 def add_run_flags(p):
     """The flags of every image script. Its own stand before them, and its defaults follow in resolve."""
-    p.error, p.formatter_class = fail, argparse.ArgumentDefaultsHelpFormatter
+    p.error = fail
     a, count, share, rate = p.add_argument, number(int, 0), number(float, 0, 0.999999), number(float, 0, 10)
     a("--dataset", choices=DATASETS, default="digits", help="digits: rendered here, no download")
     a("--image-size", type=number(int, 8, 1024), help="28, 32 or 64; an mlp: any. Default: what suits the data")
@@ -240,7 +240,7 @@ def add_run_flags(p):
     a("--latent-dim", type=number(int, 1, 65536), help="size of z. Default: 16 for grey by dcgan; --paper, else: 100")
     a("--prior", choices=("normal", "uniform"), default="normal", help="law of z: N(0, I) or U[-1, 1]")
     a("--batch-size", type=number(int, 2), help="pictures a step")
-    a("--d-steps", "--n-critic", type=number(int, 1, 1000), help="D updates an iteration; WGAN-GP's paper: 5")
+    a("--d-steps", "--n-critic", type=number(int, 1, 1000), help="D updates an iteration")
     a("--g-steps", type=number(int, 1, 1000), default=1, help="G updates an iteration")
     a("--beta1", type=share, help="Adam's first moment")
     a("--beta2", type=share, help="Adam's second moment")
@@ -280,7 +280,10 @@ def add_run_flags(p):
 def resolve(p, argv, best, mlp, paper):
     """Flags. Those not given are the checkpoint's with --resume, else the `paper`'s with --paper, else the `best`, and
     with --arch mlp those of `mlp` on top; else what suits the data, or add_run_flags' own default."""
-    p.set_defaults(**best)  # which --help shows
+    p.set_defaults(**best)
+    for a in p._actions[1:]:  # all but --help, which shows these
+        values = {"default": a.default, "--paper": paper.get(a.dest)}.items()
+        a.help += "".join(f" ({k}: {v})" for k, v in values if v is not None and v is not False)
     args, old = p.parse_args(argv), {}
     if "" in vars(args).values(): fail("a flag was given an empty value")
     if args.resume:

@@ -47,6 +47,9 @@ def test_help_shows_what_a_run_would_take(module, capsys):
     assert stop.value.code == 0
     for flag, value in module.BEST.items():
         assert f"(default: {value})" in text[flag.replace("_", "-")], flag
+    for flag, value in module.PAPER.items():
+        assert value is None or f"(--paper: {value})" in text[flag.replace("_", "-")], flag
+    assert all(line.count("(default: ") <= 1 and "default: None" not in line for line in text.values())
 
 
 def test_the_papers_settings():
