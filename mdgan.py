@@ -365,32 +365,32 @@ def pick_device(args):
 # DATA -----------------------------------------------------------------------------------------------------------------
 DATASETS = dict(digits=1, mnist=1, fashion=1, cifar10=3, celeba=3, folder=3, stacked_mnist=3)  # channels
 TORCHVISION = {"mnist": ("MNIST", "MNIST/raw"), "fashion": ("FashionMNIST", "FashionMNIST/raw"),
-               "cifar10": ("CIFAR10", "cifar-10-batches-py")}  # class, and its folder under --data-dir
+               "cifar10": ("CIFAR10", "cifar-10-batches-py"), "celeba": ("CelebA", "celeba")}  # class, folder
 
 def load_data(name, data_dir, size, split, limit=None):
     """The "train" or "test" pictures of a data set: uint8 (N, C, size, size) in 0..255, int64 labels (N,) or -1."""
     root, train = Path(data_dir), split == "train"
     if name == "folder": return read_files(root, *list_folder(root, split), size, limit)
     if name == "celeba":
-        with or_fail(f"--dataset celeba: put torchvision's files of it into {root / 'celeba'}, or pip install gdown"):
-            names = torchvision.datasets.CelebA(str(root), split=split, download=True).filename
+        names = from_torchvision(name, root, split=split).filename
         return read_files(root / "celeba" / "img_align_celeba", names, [-1] * len(names), size, limit)
     if name == "digits": x, y = render_digits(*((20_000, 1) if train else (10_000, 2)))  # how many, and a seed
-    else: x, y = torchvision_data(name.removeprefix("stacked_"), root, train)
+    else:
+        data = from_torchvision(name.removeprefix("stacked_"), root, train=train)
+        x, y = torch.as_tensor(data.data), torch.as_tensor(data.targets).long()
+        x = x[:, None] if x.dim() == 3 else x.permute(0, 3, 1, 2)
     if name == "stacked_mnist": x, y = stack(x, y, *((128_000, 3) if train else (26_000, 4)))
     return fit(x[:limit], size), y[:limit]
 
-def torchvision_data(name, root, train):
-    """Pictures (N, C, H, W) as they come, and labels (N,): files under `root` are used, missing ones downloaded."""
+def from_torchvision(name, root, **part):
+    """Its data set of that name, or the `part` asked for: files under `root` are used, missing ones downloaded."""
     kind, place = TORCHVISION[name]
     ours = [d for d in (root / place, *(root / place).parents) if not d.exists()]
-    try: data = getattr(torchvision.datasets, kind)(str(root), train=train, download=True)
+    try: return getattr(torchvision.datasets, kind)(str(root), download=True, **part)
     except Exception as e:  # no network, a damaged or cut file: torchvision raises a different kind for each
         for d in (d for d in ours if d.is_dir() and not any(d.iterdir())): d.rmdir()
         fail(f"--dataset {name}: no usable files in {root / place} and no download ({e}). Offline: put torchvision's "
              f"{kind} there, name a folder that has it by --data-dir, or use --dataset digits")
-    x = torch.as_tensor(data.data)
-    return x[:, None] if x.dim() == 3 else x.permute(0, 3, 1, 2), torch.as_tensor(data.targets).long()
 
 def list_folder(root, split):
     """Pictures' paths below `root`; labels by the first folder on the way (those to train on first) or -1. train/ and

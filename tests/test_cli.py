@@ -120,6 +120,11 @@ def test_stacked_digits_are_three_at_random_and_labelled_by_all_three():
     assert torch.equal(again[0], stacked) and torch.equal(again[1], labels) and not torch.equal(other[1], labels)
 
 
+def as_torchvision(x, y, channels=1):
+    """What its data sets look like: grey pictures (N, H, W), coloured ones (N, H, W, 3)."""
+    return SimpleNamespace(data=x[:, 0] if channels == 1 else x.expand(-1, 3, -1, -1).permute(0, 2, 3, 1), targets=y)
+
+
 @pytest.fixture
 def stacked_digits(monkeypatch):
     """stacked_mnist out of the rendered digits, a few hundred in place of 128,000; returns the sizes asked for."""
@@ -130,8 +135,8 @@ def stacked_digits(monkeypatch):
             return stack(x, y, 300, seed)
 
         monkeypatch.setattr(module, "stack", few)
-        monkeypatch.setattr(module, "torchvision_data", lambda name, root, train: {"mnist": digits}[name](
-            "train" if train else "test"))
+        monkeypatch.setattr(module, "from_torchvision", lambda name, root, train: as_torchvision(
+            *{"mnist": digits}[name]("train" if train else "test")))
     return asked
 
 
@@ -734,8 +739,8 @@ def test_every_command_of_readme_runs(command, tmp_path, monkeypatch, capsys, qu
     taken = {flag: args[args.index(flag) + 1] for flag in ("--real", "--fake", "--data-dir") if flag in args}
     small = {s: tuple(t[:n] for t in digits(s)) for s, n in (("train", 400), ("test", 200))}
     monkeypatch.setattr(wgan_gp, "render_digits", lambda n, seed: small["train" if seed == 1 else "test"])
-    monkeypatch.setattr(wgan_gp, "torchvision_data", lambda name, root, train: (lambda x, y: (
-        x.expand(-1, wgan_gp.DATASETS[name], -1, -1), y))(*small["train" if train else "test"]))
+    monkeypatch.setattr(wgan_gp, "from_torchvision", lambda name, root, train: as_torchvision(
+        *small["train" if train else "test"], wgan_gp.DATASETS[name]))
     monkeypatch.setattr(wgan_gp, "stack", lambda x, y, n, seed, stack=wgan_gp.stack: stack(x, y, 200, seed))
     if taken.get("--real") in ("celeba", "folder"):
         for i, p in enumerate(digits("train")[0][:600]):

@@ -680,7 +680,8 @@ def test_celeba_is_torchvisions_list_and_the_files_beside_it(tmp_path, capsys, m
 def test_celeba_without_files_or_gdown_is_one_line(tmp_path, capsys, monkeypatch):
     import torchvision.datasets
 
-    def refused(*a, **k):
+    def refused(root, *a, **k):
+        (tmp_path / "celeba").mkdir()  # as where gdown is there and the network is not
         raise RuntimeError("To download files from GDrive,\n'gdown' is required.")
 
     monkeypatch.setattr(torchvision.datasets, "CelebA", refused)
