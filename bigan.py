@@ -9,11 +9,11 @@ Donahue, Krahenbuhl and Darrell 2017, arXiv 1605.09782, eq. (3); Dumoulin et al.
     python bigan.py --dataset mnist --epochs 200
     python bigan.py --dataset mnist --paper --arch mlp --latent-dim 50 --prior uniform --epochs 400 --lr-decay linear
 
-Expect FID[classifier] 13 of --dataset mnist --amp --steps 2600, three minutes of one CPU core, where real digits have
-2: seed 0, network 565494b9. After the last command, at 80 epochs, 1-NN on the layer before E(x) gets 97 % of the labels
+Expect FID[classifier] 14.8 +- 1.7 of --dataset mnist --amp --steps 2600, 3 minutes of one CPU core; real digits have
+2. Seeds 0-2, network 565494b9. By the last command, at 80 epochs, 1-NN on the layer before E(x) gets 97 % of the labels
 right, as on pixels; tests/gallery/README.md has the protocols, and the table that --resume FILE --probe prints.
 
-Neither G nor E is trained on what the other makes, but the best D is at a loss only if they undo each other. E's last
+Neither G nor E is trained on what the other makes, yet against the best D their optimum is to undo each other. E's last
 layer has the prior's range, linear or tanh: else D could tell by z alone. D has no batch norm. G and E are in train
 mode for D's pairs, and are used in eval mode with averaged weights.
 """
@@ -25,7 +25,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-# Names without an import stand below the ruled line: Net is nn.Sequential with --amp, number an argparse type, ...
+# Names without an import (Net, number, adam, Run and so on) stand below the ruled line.
 # Best of a search on MNIST, two or three minutes of one core a run (tests/gallery/README.md); resolve sets latent_dim.
 BEST = dict(batch_size=64, d_steps=1, lr_g=2e-3, lr_d=2e-3, beta1=0.0, beta2=0.9, ema=0.995, ngf=16, ndf=16,
             r1=1.0, penalty_share=0.25, lr_decay="linear")
@@ -36,8 +36,8 @@ PAPER = dict(latent_dim=100, batch_size=128, d_steps=1, lr_g=2e-4, lr_d=2e-4, be
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("--r1", type=number(float, 0), default=0.0, help="gamma of R1 on real pairs, not in the paper")
-    p.add_argument("--penalty-share", type=number(float, 0.01, 1), default=1.0, help="share of the batch penalized")
+    p.add_argument("--r1", type=number(float, 0), help="gamma of R1 on real pairs, not in the paper")
+    p.add_argument("--penalty-share", type=number(float, 0.01, 1), help="share of the batch penalized")
     add_run_flags(p)  # what follows is not kept in checkpoints
     p.add_argument("--probe", action="store_true", help="with --resume: what classifiers read from E")
     args = resolve(p, argv, BEST, MLP, PAPER)
@@ -106,9 +106,9 @@ class Join(nn.ModuleDict):
 
 def dcgan_plan(args, base):
     """Side of the smallest feature map, the channels from there to the picture, and the kernels of the blocks between:
-    4, [128, 64, 32], [4, 4, 4] at side 32. With stride 2 and padding 1 a kernel of 4 doubles a side, 3 makes 7 of 4."""
+    4, [64, 32, 16], [4, 4, 4] at side 32, base 16. Kernels of 4 (stride 2, padding 1) double a side, 3 makes 7 of 4."""
     plans = {28: (4, [4, 2, 1], [3, 4, 4]), 32: (4, [4, 2, 1], [4, 4, 4]), 64: (4, [8, 4, 2, 1], [4, 4, 4, 4])}
-    if args.paper: plans[28] = 7, [2, 1], [4, 4]
+    if args.paper: plans[28] = 7, [2, 1], [4, 4]  # with --image-size 28; else its side is 32
     if args.image_size not in plans:
         fail(f"--arch dcgan makes pictures of 28, 32 or 64 pixels, not --image-size {args.image_size}")
     start, factors, kernels = plans[args.image_size]
@@ -119,7 +119,7 @@ def dcgan_init(m):
     """Radford et al. 2016, section 4: weights N(0, .02); as in its code, batch norm's scale N(1, .02)."""
     if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)):
         for name, p in m.named_parameters():
-            if "weight" in name:  # under spectral norm it is called parametrizations.weight.original
+            if "weight" in name:  # spectral norm's is parametrizations.weight.original
                 nn.init.normal_(p, 1.0 if isinstance(m, nn.BatchNorm2d) else 0.0, 0.02)
 
 
@@ -188,7 +188,7 @@ def train(args):
             average_gradients(pair)
             opt_g.step()
             update_ema(ema, pair, args.ema)
-        return {"d_loss": d_loss, "g_loss": g_loss, "d_acc": pair_accuracy(score_real, score_fake)}  # the last update's
+        return {"d_loss": d_loss, "g_loss": g_loss, "d_acc": pair_accuracy(score_real, score_fake)}  # of the last
 
     # Run calls these two in eval mode without gradients, with labels y: draw for every sheet, score, figure and
     # --generate; rate, which is D's score, to calibrate --reject drs on pictures that D has not seen.
@@ -200,7 +200,7 @@ def train(args):
         return D(from_uint8(x_uint8), ema.E(from_uint8(x_uint8)))
 
     run = Run(args, {"G": G, "D": D, "E": E}, {"g": opt_g, "d": opt_d}, ema, draw, rate, batch)
-    step = captured(step, args)  # under --graph
+    step = captured(step, args)  # one CUDA graph, under --graph
     while run.training():
         for i in range(args.d_steps):
             x[i], _ = batch()
@@ -216,8 +216,8 @@ def real_figures(args, ema, x_train, folder):
     interpolation_real.png, a row x, G along the line from E(x) to E(x'), and x'."""
     x = load_data(args.dataset, args.data_dir, args.image_size, "test", 16)[0].to(x_train.device)
     made = ema.G(z := ema.E(from_uint8(x)))
-    far = torch.cat([torch.cdist(made.flatten(1), from_uint8(b).flatten(1)) for b in x_train.split(1000)], 1)
-    save_sheet(torch.cat([x, to_uint8(made), x_train[far.argmin(1)]]), folder / "reconstructions.png", len(x))
+    distance = torch.cat([torch.cdist(made.flatten(1), from_uint8(b).flatten(1)) for b in x_train.split(1000)], 1)
+    save_sheet(torch.cat([x, to_uint8(made), x_train[distance.argmin(1)]]), folder / "reconstructions.png", len(x))
     (xa, za), (xb, zb) = ((t[:8, None] for t in (x.roll(-k, 0), z.roll(-k, 0))) for k in (0, len(x) // 2))
     between = torch.lerp(za, zb, torch.linspace(0, 1, 10, device=z.device).view(1, 10, 1))
     between = to_uint8(ema.G(between.flatten(0, 1))).unflatten(0, (-1, 10))
@@ -352,13 +352,13 @@ def resolve(p, argv, best, mlp, paper):
         checkpoint = read_checkpoint(args.resume)
         if checkpoint["script"] != SCRIPT.stem: fail(f"{args.resume} is a checkpoint of {checkpoint['script']}.py")
         old = {k: v for k, v in checkpoint["args"].items() if k in {*p.kept, "classes", "data", "name"}}
-        args.paper, args.arch = old.setdefault("paper", True), old["arch"]  # once all runs were such
+        args.paper, args.arch = old.setdefault("paper", True), old["arch"]  # from before there was --paper
     conv = args.arch == "dcgan"
     side = 28 if not conv else 32 if args.paper else {"cifar10": 32, "celeba": 64, "folder": 64}.get(args.dataset, 28)
     nz = 16 if conv and not args.paper and DATASETS[args.dataset] == 1 else 100  # on grey 16 beat 100 by a third
     base = p.kept | dict(image_size=side, latent_dim=nz) | (paper if args.paper else best if conv else best | mlp) | old
     args = p.parse_args(argv, argparse.Namespace(**base | (dict(epochs=None, steps=None) if old.get("steps") else {})))
-    if not (args.steps or args.epochs): args.steps = old["steps"]  # neither was given, to go further
+    if not (args.steps or args.epochs): args.steps = old["steps"]  # neither was given, to train for longer
     free = {"seed"} if args.generate and args.reject != "drs" else set()  # other pictures; drs needs its --holdout
     for k in (p.fixed & old.keys()) - free:
         if vars(args)[k] != old[k]: fail(f"--{k.replace('_', '-')} is {old[k]} in {args.resume}: it cannot change")
@@ -376,7 +376,7 @@ def resolve(p, argv, best, mlp, paper):
     return args
 
 def pick_device(args):
-    """The device, this rank's own under torchrun; fails where --device, --graph or --amp ask for what is not there."""
+    """The device, this rank's own under torchrun, which it joins; fails where a flag asks for what is not there."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     name = next(k for k in there if there[k]) if args.device == "auto" else args.device
     if not there[name]: fail(f"--device {name}: this PyTorch finds no such device")
@@ -489,7 +489,7 @@ def stack(x, y, n, seed):
     return x[i, 0], y[i] @ torch.tensor([100, 10, 1])
 
 def fit(x, size):
-    """uint8 (N, C, H, W) -> side `size`: 28 to 32 by 2 pixels of zeros, everything else resized with antialiasing."""
+    """uint8 (N, C, H, W) -> side `size`: 28 becomes 32 by 2 pixels of zeros, then all is resized with antialiasing."""
     x = F.pad(x, (2, 2, 2, 2)) if x.shape[-1] == 28 and size >= 32 else x
     return torch.cat([torchvision.transforms.functional.resize(b, [size, size]) for b in x.split(1000)])
 
@@ -503,7 +503,7 @@ class Batches:
         with or_fail("--batch-size"): self.buffer = torch.empty(shape, dtype=torch.uint8, device=device)  # see captured
         self.load = functools.partial(load_data, args.dataset, args.data_dir, args.image_size)  # for scores too
         if args.generate and args.reject != "drs": return  # the data is not needed
-        if RANK: from_rank_0()  # which may have to download or decode: hence the timeout
+        if RANK: from_rank_0()  # waits while that one downloads or decodes, up to pick_device's timeout
         x, y = self.load("train", 256 if args.dry_run else None)
         if not RANK: from_rank_0()
         if args.dataset == "folder" and not RANK and not args.dry_run:  # now, not after hours of training
@@ -557,8 +557,8 @@ def sample_z(args, n, device, generator=None):
     return draw(WORLD * n, args.latent_dim, device=device)[RANK::WORLD]
 
 def seeded(*key):
-    """A CPU generator, a pure function of whole numbers: hashed, as torch keeps only 32 bits of a seed. After the run's
-    seed: 0 data, 1 sheets, 2-5, 9 scores and figures, 6 --generate, 7 --holdout, 8 --reject, 10 --probe, 11 --flip."""
+    """A CPU generator, a pure function of whole numbers (hashed: torch keeps 32 bits of a seed): the run's seed, then
+    0 data, 1 sheets, 2-5, 9, 12 scores and figures, 6 --generate, 7 --holdout, 8 --reject, 10 --probe, 11 --flip."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 def adam(net, lr, args):
@@ -614,7 +614,7 @@ def captured(step, args):
 
 # RUN ------------------------------------------------------------------------------------------------------------------
 def write_whole(path, write, apart=""):
-    """write(file) to a file beside `path`, flush, rename: a kill leaves the old one. `apart`: others may write it."""
+    """write(file) to a file beside `path`, flush, rename: a kill leaves the old one. `apart` tells writers apart."""
     if RANK: return
     with open(temporary := path.with_name(f"{path.name}{apart}.tmp"), "wb") as f:
         write(f)
@@ -648,7 +648,7 @@ def make_folder(args):
     return folder
 
 class Run:
-    """Drives a training, of which it sees these arguments alone. Every rank calls the same methods; rank 0's writes."""
+    """Drives a training, of which it sees these arguments alone; one on every rank, of which rank 0's writes."""
 
     def __init__(self, args, nets, opts, ema, draw, rate, batch, labels=1):
         """labels: the number of classes that draw's y can ask for; 1: it has no y."""
@@ -670,7 +670,7 @@ class Run:
         elif not RANK:
             self.study = Study(args, self.folder, batch.load, self.draw, self.rate, self.noise, batch.held, labels, say)
         if args.generate: return
-        if not (self.folder / "best.pt").exists(): self.state.update(best_fid=math.inf, stale=0)
+        if not (self.folder / "best.pt").exists(): self.state.update(best_fid=math.inf, stale=0, scored=0)
         self.start, self.mark = time.time() - self.state["seconds"], (time.time(), self.step)
         log = self.folder / "log.csv"
         header, *rows = (log.read_text() if log.exists() else "").split() or ["step"]
@@ -686,8 +686,8 @@ class Run:
         return sample_z(self.args, n, "cpu", seeded(self.args.seed, *key))
 
     def stop(self, number, frame):
-        """At the end of this iteration, with a checkpoint; a second signal, or one after training, stops at once."""
-        if self.signal is not None: raise KeyboardInterrupt
+        """Ends the training after this iteration (ranks: within ten); a second signal, or one after that, at once."""
+        if self.signal is not None: raise SystemExit(128 + (number or self.signal))
         self.signal = number
 
     def training(self):
@@ -700,7 +700,7 @@ class Run:
         if WORLD == 1 or self.due(args.eval_every) or self.step // args.d_steps % 10 == 0:  # all ranks at one step
             self.leaving, state["stale"] = from_rank_0((self.signal, state["stale"]))
         if args.lr_decay == "best-fid" and state["stale"] >= args.patience:
-            restore(self, self.folder / "best.pt", weights_only=True)
+            restore(self, self.folder / "best.pt", keep_step=True)
             state["stale"], args.lr_g, args.lr_d = 0, args.lr_g / 2, args.lr_d / 2
         scale = max(0, 1 - self.step / self.total) if args.lr_decay == "linear" else 1
         for opt, lr in ((self.opts["g"], args.lr_g * scale), (self.opts["d"], args.lr_d * scale)):
@@ -719,16 +719,16 @@ class Run:
         if self.due(self.args.checkpoint_every): save(self)
 
     def sheet(self, name):
-        """Of one fixed z: 64 pictures, or eight columns and a row for each label, of which 20 are shown."""
+        """Of 64 fixed z; where there are labels, a row of the same eight z for each of the first 20."""
         check_finite(self)
         n, rows = (64, 1) if self.labels == 1 else (8, min(self.labels, 20))
         x, _ = self.draw(self.noise(n, 1).repeat(rows, 1), torch.arange(rows).repeat_interleave(n))
         if not RANK: save_sheet(x, self.folder / name)
 
     def evaluate(self):
-        """Scores of fresh samples; best.pt by the FID to training pictures: that to the test set stays a measure."""
-        if not self.study or self.state["scored"] == self.step: return  # a resumed run may know of it
-        save(self)  # what scores may be missing: that must not cost the run
+        """Scores of fresh samples. best.pt goes by the FID to training pictures, so the test set chooses nothing."""
+        if not self.study or self.state["scored"] == self.step: return  # or resumed
+        save(self)  # scoring may fail, of memory say: that must not cost the run
         if scores := self.study.evaluate(self.step):
             self.state.update(scored=self.step, stale=self.state["stale"] + 1)
             if scores["fid_train"] < self.state["best_fid"]:
@@ -744,12 +744,12 @@ class Run:
         if self.leaving is not None:
             say(f"stopped at step {self.step}: go on with --resume {self.folder / 'last.pt'}")
             raise SystemExit(128 + self.leaving)
-        self.signal = 0  # from here on one stops at once
+        self.stop(0, None)  # at once, if there was one since the last look; from here on any does
         if RANK: return
         self.sheet("samples.png")
         more_figures()
         self.evaluate()
-        if self.study: self.study.last_scores(lambda name: restore(self, self.folder / name, weights_only=True))
+        if self.study: self.study.last_scores(lambda name: restore(self, self.folder / name, keep_step=True))
         say(f"done: {self.folder}")
 
 @torch.no_grad()
@@ -782,7 +782,7 @@ def progress(run, names):
 
 def log_row(run, row):
     """One more row {column: number} of log.csv, which is small and written whole, as a column may be new. Its rows are
-    kept as text: as dicts they took 27 ms of the CPU to write ten thousand of, in place of 2. Returns the whole row."""
+    kept as text: ten thousand take 2 ms to write again, kept as dicts 27. Returns the whole row."""
     row = {"step": run.step, "epoch": run.step / run.batch.per_epoch,
            "g_updates": run.step // run.args.d_steps * run.args.g_steps, "seconds": time.time() - run.start, **row}
     columns = list(dict.fromkeys([*run.rows[0].split(","), *row]))
@@ -809,9 +809,9 @@ def read_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         return {k: checkpoint[k] for k in ("script", "args", "step", "nets", "ema", "opts", "rng", "state", "window")}
 
-def restore(run, path, weights_only=False):
-    """Networks, average and moments, in place, as a captured step reads them; then step, noise and log. Rates and
-    betas are flags. Returns the checkpoint's step."""
+def restore(run, path, keep_step=False):
+    """Networks, average and moments, in place, as a captured step reads them; then step, log and noise (another kind
+    of device's starts from the seed). Rates and betas are flags. Returns the checkpoint's step."""
     checkpoint, device = read_checkpoint(path), run.batch.device
     with or_fail(f"{path} does not fit these networks"):
         for k, net in run.nets.items(): net.load_state_dict(checkpoint["nets"][k])
@@ -820,7 +820,7 @@ def restore(run, path, weights_only=False):
             params = [p for group in opt.param_groups for p in group["params"]]
             for i, moments in checkpoint["opts"][k]["state"].items():
                 for m, v in moments.items(): opt.state[params[i]].setdefault(m, v.to(params[i].device)).copy_(v)
-    if not weights_only:
+    if not keep_step:
         run.step = run.batch.step = checkpoint["step"]
         run.sums, run.count = checkpoint["window"]["sums"].to(device), checkpoint["window"]["count"]
         run.state.update(checkpoint["state"])

@@ -736,7 +736,7 @@ class Study:
         self.noise, self.held, self.labels, self.say, self.judge = noise, held, labels, say, None
 
     def ready(self):
-        """The judge, made when it is first asked for; None where there can be no scores."""
+        """The judge, made when it is first asked for; False where there can be no scores, which is said once."""
         if self.judge is None:
             a, device = self.args, "cuda" if torch.cuda.is_available() and self.args.device != "cpu" else "cpu"
             home = Path(a.data_dir).resolve().parent if a.dataset == "folder" else a.data_dir  # not among the pictures
@@ -745,7 +745,7 @@ class Study:
                 self.judge = Judge(a.dataset, load, None if a.dry_run else home, device,
                                    epochs=1 if a.dry_run else None, say=self.say)
             except TooFew as e:  # the training goes on
-                self.say(f"no scores: {e}")
+                self.judge = self.say(f"no scores: {e}") or False
         return self.judge
 
     def evaluate(self, step):
@@ -760,9 +760,10 @@ class Study:
         return self.judge(self.draw(self.noise(self.judge.n, *key), y)[0], y)
 
     def asked(self, n, *key):
-        """n labels with the data's shares, where G takes one: in turn they would be scored for a bias that is ours."""
+        """n labels in the data's own shares, shuffled, where G takes one: in turn, or drawn, they would add to FID."""
         if self.labels == 1: return None
-        return self.judge.labels[torch.randint(len(self.judge.labels), (n,), generator=seeded(12, *key))]
+        y = self.judge.labels.sort().values
+        return y[torch.arange(n) * len(y) // n][torch.randperm(n, generator=seeded(self.args.seed, 12, *key))]
 
     def last_scores(self, restore):
         """The figures; scores.json: of last.pt and best.pt on fresh z, and of what --reject keeps; and curves.png.

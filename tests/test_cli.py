@@ -960,14 +960,14 @@ def script(tmp_path, no_training):
 
 
 def test_a_perfect_conditional_generator_scores_at_the_floor(script):
-    """On 80/10/10 it is asked for the data's shares; in turn, a third of each, the bias would be ours."""
+    """On 80/10/10 it is asked for exactly these shares; in turn, a third of each, the bias would be ours."""
     s = script(labels=10)
     scores = s.study.evaluate(100)
     floor, y = s.study.judge.floor, s.y
     share = torch.bincount(y, minlength=10).double() / 1000
-    assert (share - torch.bincount(s.sets["train"][1], minlength=10) / 1000).abs().max() < 5 * (0.16 / 1000) ** 0.5
+    assert torch.equal(share, torch.bincount(s.sets["train"][1], minlength=10).double() / 1000)
     assert scores["label_accuracy"] > 0.99 and scores["coverage"] > 0.9
-    assert scores["fid"] < 2.5 * floor, (scores["fid"], floor)  # most of what is above: the draw of the labels
+    assert scores["fid"] < 2 * floor, (scores["fid"], floor)  # labels drawn at random: 1.1 to 7 times
     s.study.evaluate(100)
     assert torch.equal(s.y, y) and s.asked == [(1000, 2, 100)] * 2  # a pure function of the step
     s.study.evaluate(200)
@@ -1041,7 +1041,7 @@ def test_too_few_test_pictures_are_no_scores_and_no_reason_to_stop(script, n):
     assert s.study.evaluate(10) is None and "no scores: " in s.said[0] and f"{n} test pictures" in s.said[0]
     (s.folder / "last.pt").touch()
     s.study.last_scores(lambda name: pytest.fail("there is nothing to score"))
-    assert not (s.folder / "scores.json").exists()
+    assert not (s.folder / "scores.json").exists() and sum("no scores" in line for line in s.said) == 1
     assert "no curves.png" in s.said[-1] and "--log-every" in s.said[-1]  # a run shorter than that
     (s.folder / "log.csv").write_text("step,d_loss\n10,much\n")  # another reason is not called by that name
     s.study.last_scores(lambda name: pytest.fail("there is nothing to score"))

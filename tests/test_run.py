@@ -525,6 +525,27 @@ def test_a_second_signal_stops_at_once_and_after_training_the_first(w, monkeypat
     assert stop.value.code == 130 and Path("b/last.pt").exists() and not Path("b/samples.png").exists()
 
 
+@pytest.mark.parametrize("first, second", [(signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGTERM)])
+def test_a_second_signal_is_the_exit_code(w, monkeypatch, first, second):
+    record = w.Run.record
+    monkeypatch.setattr(w.Run, "record", lambda run, values: (
+        record(run, values), os.kill(os.getpid(), first), os.kill(os.getpid(), second)))
+    with pytest.raises(SystemExit) as stop:
+        w.main([*w.tiny, "--steps", "40", "--run-dir", "a"])
+    assert stop.value.code == 128 + second and not Path("a/last.pt").exists()
+
+
+def test_a_signal_during_the_last_write_is_not_lost(w, monkeypatch):
+    """Training is over and has looked for signals for the last time, the figures have not begun."""
+    save = w.module.save
+    monkeypatch.setattr(w.module, "save", lambda run, name="last.pt": (
+        run.step == 10 and os.kill(os.getpid(), signal.SIGTERM), save(run, name)))
+    with pytest.raises(SystemExit) as stop:
+        w.main([*w.tiny, "--steps", "10", "--checkpoint-every", "0", "--run-dir", "a"])
+    assert stop.value.code == 143 and torch.load("a/last.pt", weights_only=True)["step"] == 10
+    assert not Path("a/samples.png").exists()
+
+
 @EVERY
 def test_step_counts_and_cadence(w):
     """--steps and every --*-every take effect at the first iteration boundary at or past the number."""
@@ -608,9 +629,9 @@ def test_scores_are_of_fresh_pictures_and_of_the_labels_asked_for(w, monkeypatch
     assert not torch.equal(at_10, end)
     G, _ = w.networks(torch.load("a/last.pt", weights_only=True))
     args = w.parse_args(w.tiny)
-    labels = rendered(300, 1)[1]  # ten of them, with the data's shares
+    assert rendered(300, 1)[1].bincount().tolist() == [30] * 10  # so of ten labels one of each, in another order
     for x, given, key in ((at_10, y, (2, 10)), (end, y_end, (3,))):
-        wanted = labels[torch.randint(300, (10,), generator=w.seeded(12, *key))] if w.told else None
+        wanted = torch.arange(10)[torch.randperm(10, generator=w.seeded(0, 12, *key))] if w.told else None
         assert given is None if wanted is None else torch.equal(given, wanted)
         shown = paint(G, w.sample_z(args, 10, "cpu", w.seeded(0, *key)), wanted)
         assert np.abs(x[:, 0].double().numpy() - shown).max() <= 1
@@ -635,8 +656,9 @@ def test_last_scores_are_made_up_for(w, monkeypatch, capsys):
     monkeypatch.setattr(metrics, "platt", lambda real, fake: (1.0, 0.0, 0.7))
     w.main(["--resume", "a/last.pt", "--reject", "drs"])
     assert "last.pt --reject drs" in json.loads(Path("a/scores.json").read_text())
-    w.main(["--resume", "a/last.pt", "--run-dir", "b"])
-    assert "last.pt" in json.loads(Path("b/scores.json").read_text())
+    w.main(["--resume", "a/last.pt", "--run-dir", "b"])  # whose log and best.pt are to be made
+    assert {"last.pt", "best.pt"} < json.loads(Path("b/scores.json").read_text()).keys()
+    assert [r["step"] for r in csv.DictReader(open("b/log.csv"))] == ["10"]
     capsys.readouterr()
 
 
