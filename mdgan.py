@@ -715,8 +715,8 @@ class Run:
         if self.leaving is not None:
             say(f"stopped at step {self.step}: go on with --resume {self.folder / 'last.pt'}")
             raise SystemExit(128 + self.leaving)
-        self.stop(0, None)  # at once, if there was one since the last look; from here on any does
         if RANK: return
+        self.stop(0, None)  # at once, if there was a signal since the last look; from here on any does
         self.sheet("samples.png")
         more_figures()
         self.evaluate()
