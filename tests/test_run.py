@@ -704,7 +704,7 @@ def test_a_kill_in_an_evaluation_resumes_as_an_unbroken_run(w, monkeypatch, fids
     w.main([*flags, "--run-dir", "whole"])
     restore = w.restore
 
-    def killed(run, path, weights_only=False):
+    def killed(run, path, keep_step=False):
         monkeypatch.setattr(w.module, "restore", restore)
         raise KeyboardInterrupt
 
