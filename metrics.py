@@ -356,7 +356,7 @@ def classifier(dataset, train, test, folder=None, device="cpu", epochs=None, say
     HASH", .accuracy its share right on the test pictures, .labelled whether its logits are of labels. Looked for in
     `folder` (None: neither read nor kept), then beside metrics.py, under a name that changes with the pictures; else
     trained, in one or two minutes on two cores. stacked_mnist has the network of single digits, a channel at a time."""
-    if dataset == "stacked_mnist":
+    if dataset == "stacked_mnist" and train[1].min() >= 0:  # not a folder that is called so
         red = [(x[:, :1], y // 100) for x, y in (train, test)]
         return Stacked(classifier("mnist", *red, folder, device, epochs, say))
     (x, y), (x_test, y_test) = train, test
@@ -394,7 +394,9 @@ def classifier(dataset, train, test, folder=None, device="cpu", epochs=None, say
 def picture_key(x, y):
     """A hash of pictures and labels, the same for MNIST at 28 and padded to 32."""
     x = F.pad(x, (2, 2, 2, 2)) if x.shape[-1] == 28 else x
-    return hashlib.sha256(x.contiguous().numpy().tobytes() + y.numpy().tobytes()).hexdigest()[:12]
+    key = hashlib.sha256(x.contiguous().numpy())  # as they lie: tobytes would double them
+    key.update(y.contiguous().numpy())
+    return key.hexdigest()[:12]
 
 def keep(path, what, say):
     """torch.save by way of a temporary file; a folder that cannot be written to costs a line and nothing else."""
@@ -549,12 +551,22 @@ FEWEST = 50  # pictures of a kind, below which a score is no score; below 1,000 
 
 class TooFew(ValueError): """Too few pictures for any score."""
 
+def enough(dataset):
+    """How many pictures of each kind are scored, where there are as many."""
+    return 26_000 if dataset == "stacked_mnist" else 10_000
+
+def some(items, n):
+    """n of pictures (N, C, H, W) or of a list of files, always the same, in their order. The first n are no sample:
+    classes may lie together, or writers (between the halves of MNIST's test set FID is 31, between random halves 2)."""
+    chosen = torch.randperm(len(items), generator=torch.Generator().manual_seed(2020))[:n].sort().values
+    return items[chosen] if torch.is_tensor(items) else [items[i] for i in chosen]
+
 class Judge:
     """Scores pictures against a data set. judge(x, y=None) takes uint8 (N, C, S, S), and the labels (N,) that were
     asked for, if any; returns a dict of plain numbers:
 
-    fid, coverage                                against the first n test pictures; coverage's k is 5
-    fid_train                                    against the first n training pictures: for choosing a checkpoint
+    fid, coverage                                against n test pictures; coverage's k is 5
+    fid_train                                    against n training pictures: for choosing a checkpoint
     inception_score, mode_score                  only where the network reads labels, as the next two lines
     classes, class_min, class_max                classes with 1/(4K) of the samples or more; least and largest share
     label_accuracy                               with y: the share that the network takes for what was asked
@@ -566,13 +578,13 @@ class Judge:
     ValueError: too few pictures, or features that are not finite."""
 
     def __init__(self, dataset, load, folder=None, device="cpu", n=None, epochs=None, say=print):
-        n = n or (26_000 if dataset == "stacked_mnist" else 10_000)
+        n = n or enough(dataset)
         train, test = load("train"), load("test")
         self.n = min(n, len(train[0]), len(test[0]))
         if self.n < FEWEST:
             raise TooFew(f"{self.n} test pictures, where {FEWEST} would be few")
         self.net, self.labels = classifier(dataset, train, test, folder, device, epochs, say), train[1]
-        self.train, self.real = embed(self.net, train[0][:self.n], False), embed(self.net, test[0][:self.n])
+        self.train, self.real = embed(self.net, some(train[0], self.n), False), embed(self.net, some(test[0], self.n))
         self.floor = self.train.moments.fid(self.real.moments)
         self.stacked = dataset == "stacked_mnist"
 
@@ -734,6 +746,8 @@ class Study:
     def __init__(self, args, folder, load, draw=None, rate=None, noise=None, held=None, labels=1, say=print):
         self.args, self.folder, self.load, self.draw, self.rate = args, Path(folder), load, draw, rate
         self.noise, self.held, self.labels, self.say, self.judge = noise, held, labels, say, None
+        if noise and not vars(args).get("generate"):  # a run goes on: those of an earlier end are not its own
+            (self.folder / "scores.json").unlink(missing_ok=True)
 
     def ready(self):
         """The judge, made when it is first asked for; False where there can be no scores, which is said once."""
@@ -899,7 +913,7 @@ def ticks(low, high, wanted=6):
     step = next(m * unit for m in (1, 2, 5, 10) if m * unit >= raw)
     return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
-NOT_COMPARED = {"seed", "name", "data_dir", "device", "run_dir", "resume", "generate", "generate_to", "z_file",
+NOT_COMPARED = {"seed", "name", "data_dir", "device", "graph", "run_dir", "resume", "generate", "generate_to", "z_file",
                 "tensorboard", "log_every", "sample_every", "eval_every", "checkpoint_every"}
 
 def groups(runs):
@@ -910,6 +924,7 @@ def groups(runs):
         args = json.loads((folders[run] / "args.json").read_text())
         script = args.get("name", folders[run].resolve().name).split(f"-{args.get('dataset') or args.get('data')}-")[0]
         skip = NOT_COMPARED | ({"epochs"} if args.get("steps") else set())  # --steps overrides it
+        skip = skip - {"eval_every"} if args.get("lr_decay") == "best-fid" else skip  # whose scores change the rates
         flags[run] = script, {k: v for k, v in args.items() if k not in skip}, args.get("seed")
     for run in runs:
         script, mine, seed = flags.get(run, (folders[run].resolve().name, {}, None))
@@ -929,12 +944,15 @@ def scores_table(runs):
     for label, members in groups(runs).items():
         try: scores = [json.loads((Path(run) / "scores.json").read_text()) for run in members]
         except (OSError, ValueError) as e: raise ValueError(f"a run without scores: {e}") from None
-        for name in (n for n in scores[0] if ".pt" in n and all(n in s for s in scores)):
-            if name.startswith("best.pt") and all(s[name] == s.get(name.replace("best", "last")) for s in scores):
+        for name in dict.fromkeys(n for s in scores for n in s if ".pt" in n):
+            if name.startswith("best.pt") and all(s.get(name) == s.get(name.replace("best", "last")) for s in scores):
                 continue
-            values = {c: [s[name][k] for s in scores if s[name].get(k) is not None] for c, (k, _) in columns.items()}
-            rows.append((label, name, len(members), {c: v for c, v in values.items() if len(v) == len(members)}))
-            networks |= {f"{s[name]['features']}, floor {s[name]['floor']:.1f}, n {s[name]['n_fake']}" for s in scores}
+            mine = [s[name] for s in scores if name in s]  # a seed may lack what --reject keeps
+            values = {c: [s[k] for s in mine if s.get(k) is not None] for c, (k, _) in columns.items()}
+            used = {f"{s['features']}, floor {s['floor']:.1f}, n {s['n_fake']}" for s in mine}
+            rows.append((label + " (by several networks)" * (len(used) > 1), name, len(mine),
+                         {c: v for c, v in values.items() if len(v) == len(mine)}))
+            networks |= used
     shown = [c for c in columns if any(c in values for *_, values in rows)]
     lines = ["; ".join(sorted(networks)), "", "| " + " | ".join(["run", "weights", "seeds", *shown]) + " |",
              "|---" * (3 + len(shown)) + "|"]
@@ -994,11 +1012,11 @@ def plot(runs, out):
                     for a, v in zip(s, vs) if math.isfinite(v)]
         for j, (s, mean, least, most) in enumerate(curves):
             colour = COLOURS[j % len(COLOURS)]
-            if least != most:
+            if least != most and places(s, least)[1:]:
                 shade = Image.new("L", image.size)
                 ImageDraw.Draw(shade).polygon(places(s, least) + places(s, most)[::-1], fill=60)
                 image.paste(colour, mask=shade)
-            draw.line(points := places(s, mean), colour, 2)
+            if (points := places(s, mean))[1:]: draw.line(points, colour, 2)
             for a, b in points if len(points) < 60 else ():
                 draw.ellipse([a - 2, b - 2, a + 2, b + 2], fill=colour)
     try:
@@ -1048,9 +1066,9 @@ class Pictures:
     def __len__(self):
         return len(self.items)
 
-    def first(self, n):
-        """Only the first n, from now on."""
-        self.items = self.items[:n]
+    def only(self, n):
+        """some(n) of them, from now on."""
+        self.items = some(self.items, n)
         return self
 
     def read(self, path):
@@ -1175,7 +1193,7 @@ def command(argv):
                    help=f"of {' '.join(SCORES)}; default all. fid alone keeps no features in memory")
     p.add_argument("--data-dir", default="data", help="folder of the data sets, the networks and real statistics")
     p.add_argument("--no-cache", action="store_true", help="neither read nor keep statistics of real pictures")
-    p.add_argument("--n", type=int, default=10_000, help="pictures of each kind, at most")
+    p.add_argument("--n", type=int, help="pictures of each kind, at most; default 10000, of stacked_mnist 26000")
     p.add_argument("--json", action="store_true", help="print the scores as one JSON object")
     p.add_argument("--plot", nargs="+", metavar="RUN", help="run directories, or their log.csv, in one plot")
     p.add_argument("--table", nargs="+", metavar="RUN", help="run directories: their final scores as Markdown")
@@ -1204,10 +1222,11 @@ def score(args, load_data, datasets):
         train, test = (Pictures(x, channels, f"{name}, {s} set") for s, (x, _) in parts.items())
     real = (Pictures(args.real, channels) if args.real not in datasets else test if args.real == name else
             Pictures(load_data(args.real, args.data_dir, fake.size, "test")[0], channels, f"{args.real}, test set"))
-    n = min(args.n, len(fake), len(real), *((len(train), len(test)) if train else ()))
+    n = min(len(p) for p in (fake, real, train, test) if p is not None)
+    n = min(n, enough(name) if args.n is None else args.n)
     if n < FEWEST:
         raise ValueError(f"{n} + {n} pictures: a score of fewer than {FEWEST} says nothing")
-    if small and padded(fake.size) != padded(real.size):
+    if small and (padded(fake.size) != padded(real.size) if name else fake.size != real.size):
         raise ValueError(f"fakes of {fake.size} pixels, real pictures of {real.size} ({CROPPED})")
     home = Path(args.data_dir).resolve().parent if "folder" in (name, args.real) else args.data_dir  # not among them
     folder = None if args.no_cache else home
@@ -1221,13 +1240,13 @@ def score(args, load_data, datasets):
         parts = [(part, torch.full((len(part),), -1)) for part in x.tensor_split([len(x) - max(1, len(x) // 10)])]
         net = classifier(Path(args.real).resolve().stem, *parts, Path(args.real).resolve().parent, device, say=say)
     keep_features = set(args.scores) != {"fid"}
-    fake_sample = embed(net, fake.first(n), keep_features, "fakes")
-    real_sample = cached(net, real.first(n), keep_features, folder, "real pictures")
+    fake_sample = embed(net, fake.only(n), keep_features, "fakes")
+    real_sample = cached(net, real.only(n), keep_features, folder, "real pictures")
     wanted = [s for s in args.scores if net.labelled or s not in ("is", "mode")]
     train_sample, floor = None, {}
     if train and "fid" in wanted:
-        train_sample = cached(net, train.first(n), False, folder, "training pictures")
-        tested = real_sample if test is real else cached(net, test.first(n), False, folder, "test pictures")
+        train_sample = cached(net, train.only(n), False, folder, "training pictures")
+        tested = real_sample if test is real else cached(net, test.only(n), False, folder, "test pictures")
         floor = {"floor": train_sample.moments.fid(tested.moments)}
     scores = compare(fake_sample, real_sample, wanted, train_sample)
     if keep_features and small and net.labelled:

@@ -672,7 +672,7 @@ def test_another_classifier_scores_the_named_data(data_dir, tmp_path, capsys, mo
     load = wgan_gp.load_data  # a stand-in for mnist: the digits turned by 180 degrees
     monkeypatch.setattr(wgan_gp, "load_data", lambda name, *a: load("digits", *a) if name == "digits" else (
         load("digits", *a)[0].flip(2, 3), load("digits", *a)[1]))
-    torch.save(load("digits", data_dir, 28, "train")[0][:300], tmp_path / "x.pt")
+    torch.save(load("digits", data_dir, 28, "train")[0][:3000], tmp_path / "x.pt")
     flags = ["--classifier", "digits", "--data-dir", data_dir, "--json", "--fake", tmp_path / "x.pt", "--real"]
     own, other = (json.loads(run(capsys, *flags, name)) for name in ("digits", "mnist"))
     assert other["fid"] > 20 * own["fid"] and other["floor"] == own["floor"]
@@ -688,11 +688,39 @@ def test_statistics_belong_to_the_bytes_of_the_pictures(tmp_path):
     digests = []
     for level in (10, 10, 11):
         x = torch.full((60, 1, 8, 8), 10, dtype=torch.uint8)
-        x[7, 0, 3, 3] = level
+        x[metrics.some(torch.arange(60), 50)[7], 0, 3, 3] = level  # one of the 50 that are looked at
         for i, p in enumerate(x):
             grey(p).save(tmp_path / f"{i:02}.bmp")
-        digests.append([metrics.Pictures(source, 1).first(n).digest() for source in (tmp_path, x) for n in (50, 60)])
+        digests.append([metrics.Pictures(source, 1).only(n).digest() for source in (tmp_path, x) for n in (50, 60)])
     assert digests[0] == digests[1] and not set(digests[0]) & set(digests[2]) and len(set(digests[0])) == 4
+
+
+@pytest.mark.parametrize("n", [1, 7, 499, 500, 900])
+def test_some_are_a_sample_and_not_the_first(n):
+    """Of 500 in order: n of them, no one twice, still in order, the same from a list; and their mean is that of a
+    sample, within four standard deviations, where the first n have n / 2."""
+    x = torch.arange(500)
+    got = metrics.some(x, n)
+    assert got.tolist() == sorted(set(got.tolist())) == metrics.some(x.tolist(), n) and len(got) == min(n, 500)
+    off = 4 * (500**2 / 12 / n * max(0, 500 - n) / 499) ** 0.5
+    assert abs(got.double().mean() - 249.5) <= off
+
+
+@pytest.mark.parametrize("files", [True, False])
+def test_what_is_stored_by_class_is_scored_on_all_classes(tmp_path, data_dir, capsys, files):
+    """2,000 digits, the fives last, against 400 of all kinds: the first 400 would be zeros and ones."""
+    x, y = digits("test")
+    x = x[:2000][y[:2000].argsort(stable=True)]
+    fake = digits("train")[0][:400]
+    if files:
+        (tmp_path / "real").mkdir()
+        for i, p in enumerate(x): grey(p).save(tmp_path / f"real/{i:04}.png")
+    else: torch.save(x, tmp_path / "real.pt")
+    torch.save(fake, tmp_path / "fake.pt")
+    flags = ["--classifier", "digits", "--data-dir", data_dir, "--json", "--scores", "fid"]
+    flags += ["--fake", tmp_path / "fake.pt", "--real", tmp_path / ("real" if files else "real.pt")]
+    s = json.loads(run(capsys, *flags))
+    assert s["n_real"] == 400 and s["fid"] < 3 * s["floor"], s  # of the first 400: 800
 
 
 def test_out_paths_that_cannot_be_written_are_one_line(tmp_path, capsys):
