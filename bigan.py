@@ -10,7 +10,7 @@ Donahue, Krahenbuhl and Darrell 2017, arXiv 1605.09782, eq. (3); Dumoulin et al.
     python bigan.py --dataset mnist --paper --arch mlp --latent-dim 50 --prior uniform --epochs 400 --lr-decay linear
 
 Expect FID[classifier] 14.8 +- 1.7 of --dataset mnist --amp --steps 2600, 3 minutes of one CPU core; real digits have
-2. Seeds 0-2, network 565494b9. By the last command, at 80 epochs, 1-NN on the layer before E(x) gets 97 % of the labels
+1.3. Seeds 0-2, network 565494b9. By the last command, at 80 epochs, 1-NN on the layer before E(x) gets 97 % of labels
 right, as on pixels; tests/gallery/README.md has the protocols, and the table that --resume FILE --probe prints.
 
 Neither G nor E is trained on what the other makes, yet against the best D their optimum is to undo each other. E's last
@@ -299,7 +299,7 @@ def add_run_flags(p):
     a("--arch", choices=("dcgan", "mlp"), default="dcgan", help="convolutional or fully connected networks")
     a("--ngf", type=number(int, 1, 4096), default=32, help="dcgan: channels of G's largest map; each smaller has twice")
     a("--ndf", type=number(int, 1, 4096), default=32, help="dcgan: channels of D's largest map; each smaller has twice")
-    a("--latent-dim", type=number(int, 1, 65536), help="size of z. Default: 16 for grey by dcgan; --paper, else: 100")
+    a("--latent-dim", type=number(int, 1, 65536), help="size of z. Default: 16 (grey, dcgan), 50 (bigan's mlp) or 100")
     a("--prior", choices=("normal", "uniform"), default="normal", help="law of z: N(0, I) or U[-1, 1]")
     a("--batch-size", type=number(int, 2), help="pictures a step")
     a("--d-steps", "--n-critic", type=number(int, 1, 1000), help="D updates an iteration")
@@ -335,7 +335,7 @@ def add_run_flags(p):
     a("--graph", action=argparse.BooleanOptionalAction, help="replay the iteration as one graph. Default: on one GPU")
     a("--run-dir", help="default: runs/SCRIPT-DATASET-FLAGS-sSEED-TIME, FLAGS those that are not the default")
     a("--resume", metavar="FILE", help="a checkpoint: go on from it, with its flags unless given here")
-    a("--generate", type=number(int, 1), metavar="N", help="with --resume: train nothing, write N pictures as PNG")
+    a("--generate", type=number(int, 1), metavar="N", help="with --resume: write N pictures as PNG, labels in turn")
     a("--generate-to", metavar="DIR", help="where to; default: RUN/generated")
     a("--z-file", metavar="FILE", help="with --generate: z from a .npy or .pt (N, latent-dim)")
 

@@ -11,7 +11,7 @@ through a first layer each and are joined along the channels.
     python cdcgan.py --dataset mnist --paper             a course's convolutional nets, not the best settings
 
 Expect FID[classifier] 6.2 +- 0.3 and 98 % of the labels right of --dataset mnist --amp --steps 3100, 3 minutes of one
-CPU core; real digits have 2. Seeds 0-2, network 565494b9; tests/gallery/README.md has the protocol.
+CPU core; real digits have 1.3. Seeds 0-2, network 565494b9; tests/gallery/README.md has the protocol.
 
 Every sheet has a row for each label and a column for each z; label_accuracy in log.csv is the share of made pictures
 that the scores' classifier takes for the label asked for. --d-ignores-label shows who enforces it: D does.
@@ -39,7 +39,7 @@ PAPER = dict(batch_size=128, d_steps=1, lr_g=2e-4, lr_d=2e-4, beta1=0.5, beta2=0
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--d-ignores-label", action="store_true", help="D(x) in place of D(x, y)")
-    p.add_argument("--d-norm", choices=("batch", "none"), default="batch", help="in D; always none in an mlp")
+    p.add_argument("--d-norm", choices=("batch", "none"), default="batch", help="in D; an mlp has none; --r1 wants none")
     p.add_argument("--r1", type=number(float, 0), help="gamma of R1 on real pictures, not in the paper")
     p.add_argument("--penalty-share", type=number(float, 0.01, 1), help="share of the batch penalized")
     add_run_flags(p)
@@ -255,7 +255,7 @@ def add_run_flags(p):
     a("--arch", choices=("dcgan", "mlp"), default="dcgan", help="convolutional or fully connected networks")
     a("--ngf", type=number(int, 1, 4096), default=32, help="dcgan: channels of G's largest map; each smaller has twice")
     a("--ndf", type=number(int, 1, 4096), default=32, help="dcgan: channels of D's largest map; each smaller has twice")
-    a("--latent-dim", type=number(int, 1, 65536), help="size of z. Default: 16 for grey by dcgan; --paper, else: 100")
+    a("--latent-dim", type=number(int, 1, 65536), help="size of z. Default: 16 (grey, dcgan), 50 (bigan's mlp) or 100")
     a("--prior", choices=("normal", "uniform"), default="normal", help="law of z: N(0, I) or U[-1, 1]")
     a("--batch-size", type=number(int, 2), help="pictures a step")
     a("--d-steps", "--n-critic", type=number(int, 1, 1000), help="D updates an iteration")
@@ -291,7 +291,7 @@ def add_run_flags(p):
     a("--graph", action=argparse.BooleanOptionalAction, help="replay the iteration as one graph. Default: on one GPU")
     a("--run-dir", help="default: runs/SCRIPT-DATASET-FLAGS-sSEED-TIME, FLAGS those that are not the default")
     a("--resume", metavar="FILE", help="a checkpoint: go on from it, with its flags unless given here")
-    a("--generate", type=number(int, 1), metavar="N", help="with --resume: train nothing, write N pictures as PNG")
+    a("--generate", type=number(int, 1), metavar="N", help="with --resume: write N pictures as PNG, labels in turn")
     a("--generate-to", metavar="DIR", help="where to; default: RUN/generated")
     a("--z-file", metavar="FILE", help="with --generate: z from a .npy or .pt (N, latent-dim)")
 

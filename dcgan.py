@@ -12,8 +12,8 @@ Goodfellow et al. 2014, arXiv 1406.2661, eq. (1); networks of Radford et al. 201
     python dcgan.py --dataset mnist --paper              the paper's settings, not the best ones
 
 Expect FID[classifier] 10.6 +- 0.6 of --dataset mnist --amp --steps 6000, 3 minutes of one CPU core; real digits have
-2. Seeds 0-2, 10,000 samples against the test set, network 565494b9; protocol: tests/gallery/README.md. By default D
-has R1 and no batch norm. --norm-first hides each batch's mean grey from D: G's background is then not black.
+1.3. Seeds 0-2, 10,000 samples against the test set, network 565494b9; protocol: tests/gallery/README.md. By default D
+has R1 and no batch norm. With it --norm-first hides a batch's mean grey from D: G's background is not black then.
 
 Where D has batch norm (--paper), real and fake go through it in separate batches. G is in train mode for D's fakes and
 is sampled in eval mode with averaged weights.
@@ -45,8 +45,8 @@ def parse_args(argv=None):
     a("--r2", type=number(float, 0), default=0.0, help="gamma of R2, the same on made pictures")
     a("--penalty-share", type=number(float, 0.01, 1), help="share of the batch penalized")
     a("--upsample", choices=("deconv", "nearest", "bilinear"), default="deconv",
-      help="how G doubles a side: transposed convolution of 4, or this resize and a convolution of 5")
-    a("--init", choices=("dcgan", "default"), default="dcgan", help="N(0, .02), or PyTorch's own")
+      help="dcgan: how G doubles a side: transposed convolution of 4, or this resize and a convolution of 5")
+    a("--init", choices=("dcgan", "default"), default="dcgan", help="dcgan: N(0, .02), or PyTorch's own; an mlp: that")
     a("--d-norm", choices=("batch", "none"), help="in D; by --paper batch, but none in an mlp or with a penalty")
     a("--norm-first", action="store_true", help="with --d-norm batch: on D's first block too")
     add_run_flags(p)
@@ -172,7 +172,7 @@ def train(args):
             else:
                 score_real, score_fake = D(torch.cat([x_real, x_fake])).chunk(2)
             penalty = torch.zeros((), device=device)
-            k = math.ceil(args.penalty_share * len(x_real))  # the first k pictures: unbiased, noisier, cheaper
+            k = max(2, math.ceil(args.penalty_share * len(x_real)))  # the first k pictures: noisier, cheaper
             for weight, pictures in ((args.gp + args.r1 / 2, x_real), (args.gp + args.r2 / 2, x_fake)):
                 if weight: penalty = penalty + weight * squared_gradient(D, pictures[:k])
             d_loss = discriminator_loss(score_real, score_fake, args.loss) + penalty
@@ -255,7 +255,7 @@ def add_run_flags(p):
     a("--arch", choices=("dcgan", "mlp"), default="dcgan", help="convolutional or fully connected networks")
     a("--ngf", type=number(int, 1, 4096), default=32, help="dcgan: channels of G's largest map; each smaller has twice")
     a("--ndf", type=number(int, 1, 4096), default=32, help="dcgan: channels of D's largest map; each smaller has twice")
-    a("--latent-dim", type=number(int, 1, 65536), help="size of z. Default: 16 for grey by dcgan; --paper, else: 100")
+    a("--latent-dim", type=number(int, 1, 65536), help="size of z. Default: 16 (grey, dcgan), 50 (bigan's mlp) or 100")
     a("--prior", choices=("normal", "uniform"), default="normal", help="law of z: N(0, I) or U[-1, 1]")
     a("--batch-size", type=number(int, 2), help="pictures a step")
     a("--d-steps", "--n-critic", type=number(int, 1, 1000), help="D updates an iteration")
@@ -291,7 +291,7 @@ def add_run_flags(p):
     a("--graph", action=argparse.BooleanOptionalAction, help="replay the iteration as one graph. Default: on one GPU")
     a("--run-dir", help="default: runs/SCRIPT-DATASET-FLAGS-sSEED-TIME, FLAGS those that are not the default")
     a("--resume", metavar="FILE", help="a checkpoint: go on from it, with its flags unless given here")
-    a("--generate", type=number(int, 1), metavar="N", help="with --resume: train nothing, write N pictures as PNG")
+    a("--generate", type=number(int, 1), metavar="N", help="with --resume: write N pictures as PNG, labels in turn")
     a("--generate-to", metavar="DIR", help="where to; default: RUN/generated")
     a("--z-file", metavar="FILE", help="with --generate: z from a .npy or .pt (N, latent-dim)")
 

@@ -11,7 +11,7 @@ likelihood of d + 1 Gaussians on the corners of a regular simplex, lambda its ma
     python mdgan.py --dataset mnist --paper --mixture published --loss saturating    mixture and loss as published
 
 Expect FID[classifier] 8.2 +- 0.4 of --dataset mnist --amp --steps 5300, 3 minutes of one CPU core; real digits have
-2. Seeds 0-2, network 565494b9; protocol: tests/gallery/README.md. As published, ten Gaussians melt into one blob (a
+1.3. Seeds 0-2, network 565494b9; protocol: tests/gallery/README.md. As published, ten Gaussians melt into one blob (a
 run's first lines say so), and G's loss has the gradient 1 / (exp(u) - 1) in u: next to none where D is sure. Scores are
 -u, no logits: --reject naive means nothing. By default D's loss has r1/2 E||grad u(x)||^2 too, not in the paper.
 
@@ -36,7 +36,7 @@ PAPER = dict(batch_size=32, d_steps=1, lr_g=5e-4, lr_d=5e-4, beta1=0.5, beta2=0.
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("--mixture", choices=("clusters", "published"), default="clusters", help="radius 2; .9436: one blob")
+    p.add_argument("--mixture", choices=("clusters", "published"), default="clusters", help="radius 2; .9436: a blob")
     p.add_argument("--embedding-dim", type=number(int, 1, 512), default=9, help="d; the authors: 9, so ten centres")
     p.add_argument("--loss", choices=("ns", "saturating"), default="ns", help="G's: non-saturating, or the paper's")
     p.add_argument("--r1", type=number(float, 0), help="gamma of R1 on real pictures, not in the paper")
@@ -270,7 +270,7 @@ def add_run_flags(p):
     a("--arch", choices=("dcgan", "mlp"), default="dcgan", help="convolutional or fully connected networks")
     a("--ngf", type=number(int, 1, 4096), default=32, help="dcgan: channels of G's largest map; each smaller has twice")
     a("--ndf", type=number(int, 1, 4096), default=32, help="dcgan: channels of D's largest map; each smaller has twice")
-    a("--latent-dim", type=number(int, 1, 65536), help="size of z. Default: 16 for grey by dcgan; --paper, else: 100")
+    a("--latent-dim", type=number(int, 1, 65536), help="size of z. Default: 16 (grey, dcgan), 50 (bigan's mlp) or 100")
     a("--prior", choices=("normal", "uniform"), default="normal", help="law of z: N(0, I) or U[-1, 1]")
     a("--batch-size", type=number(int, 2), help="pictures a step")
     a("--d-steps", "--n-critic", type=number(int, 1, 1000), help="D updates an iteration")
@@ -306,7 +306,7 @@ def add_run_flags(p):
     a("--graph", action=argparse.BooleanOptionalAction, help="replay the iteration as one graph. Default: on one GPU")
     a("--run-dir", help="default: runs/SCRIPT-DATASET-FLAGS-sSEED-TIME, FLAGS those that are not the default")
     a("--resume", metavar="FILE", help="a checkpoint: go on from it, with its flags unless given here")
-    a("--generate", type=number(int, 1), metavar="N", help="with --resume: train nothing, write N pictures as PNG")
+    a("--generate", type=number(int, 1), metavar="N", help="with --resume: write N pictures as PNG, labels in turn")
     a("--generate-to", metavar="DIR", help="where to; default: RUN/generated")
     a("--z-file", metavar="FILE", help="with --generate: z from a .npy or .pt (N, latent-dim)")
 

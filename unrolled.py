@@ -11,7 +11,7 @@ f_k is D's logit after k further updates on one batch, starting from the current
     python unrolled.py --dataset mnist --paper           five steps ahead by Adam, as the authors' demo; networks ours
 
 Expect FID[classifier] 19.9 +- 0.8 of --dataset mnist --amp --steps 5100, 3 minutes of one CPU core; real digits have
-2. Seeds 0-2, network 565494b9; tests/gallery/README.md has the protocol. The default looks one short step of gradient
+1.3. Seeds 0-2, network 565494b9; tests/gallery/README.md has the protocol. The default looks one short step of gradient
 descent ahead: looking further costs more on MNIST than it gives. It is for games that collapse, as that of toy2d.py
 --protocol metz.
 
@@ -259,7 +259,7 @@ def add_run_flags(p):
     a("--arch", choices=("dcgan", "mlp"), default="dcgan", help="convolutional or fully connected networks")
     a("--ngf", type=number(int, 1, 4096), default=32, help="dcgan: channels of G's largest map; each smaller has twice")
     a("--ndf", type=number(int, 1, 4096), default=32, help="dcgan: channels of D's largest map; each smaller has twice")
-    a("--latent-dim", type=number(int, 1, 65536), help="size of z. Default: 16 for grey by dcgan; --paper, else: 100")
+    a("--latent-dim", type=number(int, 1, 65536), help="size of z. Default: 16 (grey, dcgan), 50 (bigan's mlp) or 100")
     a("--prior", choices=("normal", "uniform"), default="normal", help="law of z: N(0, I) or U[-1, 1]")
     a("--batch-size", type=number(int, 2), help="pictures a step")
     a("--d-steps", "--n-critic", type=number(int, 1, 1000), help="D updates an iteration")
@@ -295,7 +295,7 @@ def add_run_flags(p):
     a("--graph", action=argparse.BooleanOptionalAction, help="replay the iteration as one graph. Default: on one GPU")
     a("--run-dir", help="default: runs/SCRIPT-DATASET-FLAGS-sSEED-TIME, FLAGS those that are not the default")
     a("--resume", metavar="FILE", help="a checkpoint: go on from it, with its flags unless given here")
-    a("--generate", type=number(int, 1), metavar="N", help="with --resume: train nothing, write N pictures as PNG")
+    a("--generate", type=number(int, 1), metavar="N", help="with --resume: write N pictures as PNG, labels in turn")
     a("--generate-to", metavar="DIR", help="where to; default: RUN/generated")
     a("--z-file", metavar="FILE", help="with --generate: z from a .npy or .pt (N, latent-dim)")
 

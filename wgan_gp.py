@@ -12,7 +12,7 @@ D is the critic, which the paper writes D too: a score without bounds, not a pro
     python wgan_gp.py --dataset mnist --paper            the paper's settings, not the best ones
 
 Expect FID[classifier] 9.9 +- 1.0 of --dataset mnist --amp --steps 5600, 3 minutes of one CPU core; real digits have
-2. Seeds 0-2, 10,000 samples against the test set, network 565494b9; tests/gallery/README.md has the protocol.
+1.3. Seeds 0-2, 10,000 samples against the test set, network 565494b9; tests/gallery/README.md has the protocol.
 
 The critic has no batch norm: the penalty is about each picture's own gradient, and batch norm makes D(x) depend on the
 whole batch. G is in train mode for the critic's fakes and is sampled in eval mode with averaged weights.
@@ -237,7 +237,7 @@ def add_run_flags(p):
     a("--arch", choices=("dcgan", "mlp"), default="dcgan", help="convolutional or fully connected networks")
     a("--ngf", type=number(int, 1, 4096), default=32, help="dcgan: channels of G's largest map; each smaller has twice")
     a("--ndf", type=number(int, 1, 4096), default=32, help="dcgan: channels of D's largest map; each smaller has twice")
-    a("--latent-dim", type=number(int, 1, 65536), help="size of z. Default: 16 for grey by dcgan; --paper, else: 100")
+    a("--latent-dim", type=number(int, 1, 65536), help="size of z. Default: 16 (grey, dcgan), 50 (bigan's mlp) or 100")
     a("--prior", choices=("normal", "uniform"), default="normal", help="law of z: N(0, I) or U[-1, 1]")
     a("--batch-size", type=number(int, 2), help="pictures a step")
     a("--d-steps", "--n-critic", type=number(int, 1, 1000), help="D updates an iteration")
@@ -273,7 +273,7 @@ def add_run_flags(p):
     a("--graph", action=argparse.BooleanOptionalAction, help="replay the iteration as one graph. Default: on one GPU")
     a("--run-dir", help="default: runs/SCRIPT-DATASET-FLAGS-sSEED-TIME, FLAGS those that are not the default")
     a("--resume", metavar="FILE", help="a checkpoint: go on from it, with its flags unless given here")
-    a("--generate", type=number(int, 1), metavar="N", help="with --resume: train nothing, write N pictures as PNG")
+    a("--generate", type=number(int, 1), metavar="N", help="with --resume: write N pictures as PNG, labels in turn")
     a("--generate-to", metavar="DIR", help="where to; default: RUN/generated")
     a("--z-file", metavar="FILE", help="with --generate: z from a .npy or .pt (N, latent-dim)")
 
