@@ -39,7 +39,7 @@ PAPER = dict(batch_size=128, d_steps=1, lr_g=2e-4, lr_d=2e-4, beta1=0.5, beta2=0
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--d-ignores-label", action="store_true", help="D(x) in place of D(x, y)")
-    p.add_argument("--d-norm", choices=("batch", "none"), default="batch", help="in D; an mlp has none; --r1 wants none")
+    p.add_argument("--d-norm", choices=("batch", "none"), default="batch", help="in D. An mlp has none, R1 wants none")
     p.add_argument("--r1", type=number(float, 0), help="gamma of R1 on real pictures, not in the paper")
     p.add_argument("--penalty-share", type=number(float, 0.01, 1), help="share of the batch penalized")
     add_run_flags(p)

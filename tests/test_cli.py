@@ -649,6 +649,17 @@ def test_pictures_of_two_sides_are_not_compared(tmp_path, capsys, no_training, d
     for flags in ([], ["--classifier", "digits"]):
         line = error(capsys, *flags, "--real", tmp_path / "c.pt", "--fake", tmp_path / "a.pt", "--data-dir", data_dir)
         assert "fakes of 28 pixels, real pictures of 64" in line
+    line = error(capsys, "--real", tmp_path / "b.pt", "--fake", tmp_path / "a.pt", "--data-dir", data_dir)
+    assert "fakes of 28 pixels, real pictures of 32" in line  # a border, but not known to be one
+
+
+def test_a_file_called_stacked_mnist_is_a_file(tmp_path, capsys, quick):
+    x = digits("test")[0][:120].expand(-1, 3, -1, -1)
+    for name in ("stacked_mnist", "other", "fake"): torch.save(x, tmp_path / f"{name}.pt")
+    flags = ["--json", "--fake", tmp_path / "fake.pt", "--real"]
+    a, b = (json.loads(run(capsys, *flags, tmp_path / f"{n}.pt")) for n in ("stacked_mnist", "other"))
+    assert "modes" not in a and a["labelled"] is False and "stacked_mnist" in a["features"]
+    assert {k: v for k, v in a.items() if k != "features"} == {k: v for k, v in b.items() if k != "features"}
 
 
 def test_the_network_of_a_folder_lies_beside_it_and_statistics_too(tmp_path, capsys, quick):
@@ -882,6 +893,30 @@ def test_table_is_mean_and_deviation_over_seeds(study_runs, tmp_path, capsys):
     assert "without scores" in capsys.readouterr().err
 
 
+def test_table_of_seeds_that_differ_where_it_matters_or_does_not(study_runs, tmp_path):
+    """One seed has nothing that --reject kept: the row is of the other two. One is scored by another network: said. One
+    ran on a GPU, so by a graph: no matter. When it was scored is one, if scores change the rates."""
+    def change(name, file, what):
+        (tmp_path / name / file).write_text(json.dumps(what(json.loads((tmp_path / name / file).read_text()))))
+
+    def seeds():
+        return [len(runs) for runs in metrics.groups(study_runs).values()]
+
+    change("a1", "scores.json", lambda s: {k: v for k, v in s.items() if "drs" not in k})
+    table = metrics.scores_table(study_runs)
+    assert "| wgan_gp --lr-g 0.001 | last.pt --reject drs | 2 | 6.8 ± 2.5 |" in table  # 5 and 8.5
+    change("a2", "scores.json", lambda s: {k: {**v, "features": "net 99ff"} for k, v in s.items()})
+    table = metrics.scores_table(study_runs)
+    assert "| wgan_gp --lr-g 0.001 (by several networks) | last.pt | 3 | 13.0 ± 3.6 |" in table
+    assert "| wgan_gp --lr-g 0.005 | last.pt |" in table and table.startswith("net 01ab, floor 2.0, n 500; net 99ff")
+    change("a1", "args.json", lambda a: {**a, "graph": True, "device": "cuda"})
+    change("a0", "args.json", lambda a: {**a, "graph": False, "device": "auto", "eval_every": 500})
+    assert seeds() == [3, 1]
+    for name in ("a0", "a1", "a2"):
+        change(name, "args.json", lambda a: {"eval_every": 5000, "lr_decay": "best-fid", **a})
+    assert seeds() == [1, 2, 1]
+
+
 def test_two_scripts_and_two_runs_of_one_seed_are_no_seeds(study_runs, tmp_path):
     """my-a.py and my-b.py, which the flags cannot tell apart; and one script, edited in place between two runs."""
     for name, script in (("b0", "my-a"), ("a1", "my-b"), ("a2", "my-b")):
@@ -916,6 +951,18 @@ def test_plot_makes_a_band_of_seeds(study_runs, tmp_path):
     tall = (np.abs(image[60:] - shade).sum(2) < 12).sum(0)  # of each column of the panel, the pixels in the band
     inside = np.flatnonzero(tall)
     assert len(inside) > 100 and tall[inside[-1]] > 1.8 * tall[inside[len(inside) // 4]] > 20
+
+
+def test_plot_of_one_point_that_is_a_number(tmp_path):
+    """The least and the largest of two seeds differ, but at one step alone are they finite."""
+    for seed, values in enumerate(("2,inf", "3,nan")):
+        (tmp_path / str(seed)).mkdir()
+        args = {"name": f"a-mnist-s{seed}", "dataset": "mnist", "seed": seed}
+        (tmp_path / str(seed) / "args.json").write_text(json.dumps(args))
+        (tmp_path / str(seed) / "log.csv").write_text("step,fid\n" + "".join(
+            f"{i},{v}\n" for i, v in enumerate(values.split(","), 1)))
+    metrics.plot([tmp_path / "0", tmp_path / "1"], tmp_path / "c.png")
+    assert np.asarray(Image.open(tmp_path / "c.png")).shape == (260 + 26, 440, 3)
 
 
 def test_plot_draws_every_curve_where_it_belongs(tmp_path, capsys):
@@ -1074,6 +1121,18 @@ def test_too_few_test_pictures_are_no_scores_and_no_reason_to_stop(script, n):
     (s.folder / "log.csv").write_text("step,d_loss\n10,much\n")  # another reason is not called by that name
     s.study.last_scores(lambda name: pytest.fail("there is nothing to score"))
     assert "is not the log of a run" in s.said[-1] and "--log-every" not in s.said[-1]
+
+
+def test_scores_of_an_earlier_end_go_when_a_run_goes_on(script, tmp_path):
+    old = tmp_path / "run/scores.json"
+    for flags, kept in (({"generate": 3}, True), ({}, False)):
+        (tmp_path / "run").mkdir(exist_ok=True)
+        old.write_text("{}")
+        metrics.Study(SimpleNamespace(**flags), tmp_path / "run", None, noise=len)
+        assert old.exists() is kept
+    old.write_text("{}")
+    metrics.Study(SimpleNamespace(generate=None), tmp_path / "run", None)  # bigan.py --probe looks, and trains nothing
+    assert old.exists()
 
 
 def test_last_scores_of_a_run_without_a_best_checkpoint(script):

@@ -535,6 +535,12 @@ def test_a_second_signal_is_the_exit_code(w, monkeypatch, first, second):
     assert stop.value.code == 128 + second and not Path("a/last.pt").exists()
 
 
+def test_a_penalty_on_two_pictures_or_more_where_d_has_batch_norm():
+    """A quarter of a batch of four is one, which BatchNorm1d refuses."""
+    dcgan.main("--arch mlp --d-norm batch --batch-size 4 --steps 2 --eval-every 0 --device cpu --run-dir a".split())
+    assert torch.load("a/last.pt", weights_only=True)["step"] == 2
+
+
 def test_a_signal_during_the_last_write_is_not_lost(w, monkeypatch):
     """Training is over and has looked for signals for the last time, the figures have not begun."""
     save = w.module.save
