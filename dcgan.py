@@ -172,7 +172,7 @@ def train(args):
             else:
                 score_real, score_fake = D(torch.cat([x_real, x_fake])).chunk(2)
             penalty = torch.zeros((), device=device)
-            k = max(2, math.ceil(args.penalty_share * len(x_real)))  # the first k pictures: noisier, cheaper
+            k = max(math.ceil(args.penalty_share * len(x_real)), 1 + (args.d_norm == "batch"))  # noisier, cheaper
             for weight, pictures in ((args.gp + args.r1 / 2, x_real), (args.gp + args.r2 / 2, x_fake)):
                 if weight: penalty = penalty + weight * squared_gradient(D, pictures[:k])
             d_loss = discriminator_loss(score_real, score_fake, args.loss) + penalty
