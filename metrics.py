@@ -1016,7 +1016,7 @@ def plot(runs, out):
                 shade = Image.new("L", image.size)
                 ImageDraw.Draw(shade).polygon(places(s, least) + places(s, most)[::-1], fill=60)
                 image.paste(colour, mask=shade)
-            if (points := places(s, mean))[1:]: draw.line(points, colour, 2)
+            draw.line(points := places(s, mean), colour, 2)
             for a, b in points if len(points) < 60 else ():
                 draw.ellipse([a - 2, b - 2, a + 2, b + 2], fill=colour)
     try:

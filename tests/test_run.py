@@ -537,7 +537,8 @@ def test_a_second_signal_is_the_exit_code(w, monkeypatch, first, second):
 
 def test_a_penalty_on_two_pictures_or_more_where_d_has_batch_norm():
     """A quarter of a batch of four is one, which BatchNorm1d refuses."""
-    dcgan.main("--arch mlp --d-norm batch --batch-size 4 --steps 2 --eval-every 0 --device cpu --run-dir a".split())
+    dcgan.main("--arch mlp --d-norm batch --r1 1 --penalty-share .25 --batch-size 4 --steps 2 --eval-every 0 "
+               "--device cpu --run-dir a".split())
     assert torch.load("a/last.pt", weights_only=True)["step"] == 2
 
 
