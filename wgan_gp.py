@@ -283,7 +283,7 @@ def resolve(p, argv, best, mlp, paper):
     p.set_defaults(**best)
     for a in p._actions[1:]:  # all but --help, which shows these
         values = {"default": a.default, "--paper": paper.get(a.dest)}.items()
-        a.help += "".join(f" ({k}: {v})" for k, v in values if v is not None and v is not False)
+        a.help = (a.help or "") + "".join(f" ({k}: {v})" for k, v in values if v is not None and v is not False)
     args, old = p.parse_args(argv), {}
     if "" in vars(args).values(): fail("a flag was given an empty value")
     if args.resume:
@@ -350,7 +350,7 @@ def load_data(name, data_dir, size, split, limit=None):
     return fit(x[:limit], size), y[:limit]
 
 def from_torchvision(name, root, **part):
-    """Its data set of that name, or the `part` asked for: files under `root` are used, missing ones downloaded."""
+    """torchvision's data set, the `part` asked for (train=, split=): files under `root` are used, others downloaded."""
     kind, place = TORCHVISION[name]
     ours = [d for d in (root / place, *(root / place).parents) if not d.exists()]
     try: return getattr(torchvision.datasets, kind)(str(root), download=True, **part)
@@ -665,7 +665,7 @@ class Run:
 
     def evaluate(self):
         """Scores of fresh samples. best.pt goes by the FID to training pictures, so the test set chooses nothing."""
-        if not self.study or self.state["scored"] == self.step: return  # or resumed
+        if not self.study or self.state["scored"] == self.step: return  # step 0, or resumed
         save(self)  # scoring may fail, of memory say: that must not cost the run
         if scores := self.study.evaluate(self.step):
             self.state.update(scored=self.step, stale=self.state["stale"] + 1)

@@ -1,5 +1,7 @@
 """What a script does where no flag says otherwise, --paper, and what came with the new defaults: three levels at 28
 pixels, penalties on a share of the batch, R1 where the paper has none, relativistic pairs."""
+import argparse
+
 import numpy as np
 import pytest
 import torch
@@ -50,6 +52,15 @@ def test_help_shows_what_a_run_would_take(module, capsys):
     for flag, value in module.PAPER.items():
         assert value is None or f"(--paper: {value})" in text[flag.replace("_", "-")], flag
     assert all(line.count("(default: ") <= 1 and "default: None" not in line for line in text.values())
+
+
+def test_a_flag_of_ones_own_needs_no_help(capsys):
+    """As a copy of a script would add one."""
+    p = argparse.ArgumentParser()
+    p.add_argument("--mine", type=int, default=3)
+    wgan_gp.add_run_flags(p)
+    assert wgan_gp.resolve(p, [], wgan_gp.BEST, wgan_gp.MLP, wgan_gp.PAPER).mine == 3
+    assert "(default: 3)" in p.format_help()
 
 
 def test_the_papers_settings():
