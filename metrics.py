@@ -1,5 +1,4 @@
-"""Scores of generated pictures (FID, KID, Inception and Mode Score, precision and recall, density and coverage),
-rejection sampling, and what a training asks for: scores on the way, figures, plots of the logs.
+"""What the scripts share: real images, scores of generated ones, rejection sampling, and what watches a run.
 
     python metrics.py --real mnist --fake runs/NAME/generated     a folder of PNG; or a .npy or .pt, uint8 (N, C, H, W)
     python metrics.py --real photos --fake generated              a folder against a folder: no labels, no download
@@ -9,11 +8,12 @@ rejection sampling, and what a training asks for: scores on the way, figures, pl
 
     from metrics import fid, kid, inception_score, density_coverage       on features and logits, tensors (N, d), (N, K)
 
-The sections: SCORES, functions of features and logits; FEATURES, the networks that give them; JUDGE, a data set's own
-scale; REJECTION; STUDY, for the scripts; PLOT, logs and final scores; COMMAND LINE.
+The sections: SCORES, functions of features and logits; TOOLS; DATA, the real images; FEATURES, the networks that give
+features; JUDGE, scores against a data set; REJECTION; STUDY, what watches a run; PLOT, logs and final scores; COMMAND
+LINE. No script is imported here.
 
 The features come from a small convnet that is trained on the data set itself, on its labels or, where there are fewer
-than two, on telling by how many quarter turns a picture was rotated; or from the Inception network of 2015 that
+than two, on telling by how many quarter turns an image was rotated; or from the Inception network of 2015 that
 published FIDs use. A small network's FID is on a scale of its own: compare order and ratios under one network (its hash
 is printed), never with Inception FIDs. Everything after the network is computed in float64. The functions raise
 ValueError where there is no answer: NaN, infinity, nothing to score, fewer rows than they need.
@@ -23,23 +23,33 @@ import argparse
 import contextlib
 import csv
 import functools
+import glob
 import hashlib
+import importlib
 import io
+import itertools
 import json
 import math
 import os
+import shutil
+import signal
 import sys
+import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+import torchvision
+from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 from torch import fx, nn
 from torch.nn import functional as F
 
 # SCORES: pure functions of features and logits ------------------------------------------------------------------------
+
 
 def checked(least, *tables):
     """Features or logits (N, d) in float64. ValueError: no such table, fewer than `least` rows, other widths, NaN."""
@@ -52,6 +62,7 @@ def checked(least, *tables):
             raise ValueError("features or logits that are not finite")
     return [t.double() for t in tables]
 
+
 def inception_score(logits, splits=10):
     """exp(E KL(p(y|x) || p(y))), Salimans et al. 2016 (1606.03498), section 4: 1 (worst) to K.
 
@@ -61,13 +72,15 @@ def inception_score(logits, splits=10):
     (logits,), n = checked(max(1, splits), logits), len(logits)
     order = np.random.RandomState(2020).permutation(n)  # the seed and the cuts of torch-fidelity
     p = logits.softmax(1)[torch.from_numpy(order).to(logits.device)]
-    parts = [p[i * n // splits:(i + 1) * n // splits] for i in range(splits)]
+    parts = [p[i * n // splits : (i + 1) * n // splits] for i in range(splits)]
     scores = torch.stack([kl(part, part.mean(0)).mean().exp() for part in parts])
     return scores.mean().item(), scores.std(correction=0).item()
+
 
 def kl(p, q):
     """KL(p || q) in nats over the last dimension, 0 log 0 = 0."""
     return (torch.xlogy(p, p) - torch.xlogy(p, q)).sum(-1)
+
 
 def mode_score(logits_fake, logits_real):
     """(as printed, as meant) for logits (N, K) and (M, K).
@@ -82,11 +95,13 @@ def mode_score(logits_fake, logits_real):
     meant = (kl(p, p_fake).mean() - kl(p_fake, p_real)).exp()
     return printed.item(), meant.item()
 
+
 def mean_and_covariance(x):
     """Features (N, d) -> mean (d,) and covariance (d, d) in float64, divided by N - 1 as np.cov does."""
     (x,) = checked(2, x)
     mean = x.mean(0)
     return mean, (x - mean).T @ (x - mean) / (len(x) - 1)
+
 
 def frechet_distance(mean1, cov1, mean2, cov2):
     """|m1 - m2|^2 + Tr(C1 + C2 - 2 (C1 C2)^(1/2)), Heusel et al. 2017 (1706.08500), section 4.
@@ -100,8 +115,10 @@ def frechet_distance(mean1, cov1, mean2, cov2):
         values, vectors = torch.linalg.eigh(cov1.double())
         root = vectors * values.clamp(min=0).sqrt()
     trace = torch.linalg.eigvalsh(root.T @ cov2.double() @ root).clamp(min=0).sqrt().sum()
-    return clamp_rounding((mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * trace,
-                          cov1.trace() + cov2.trace())
+    return clamp_rounding(
+        (mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * trace, cov1.trace() + cov2.trace()
+    )
+
 
 def fid(x, y):
     """Frechet distance of features (N, d) and (M, d). With fewer pictures than dimensions the trace is the nuclear norm
@@ -114,11 +131,13 @@ def fid(x, y):
     traces = a.square().sum() + b.square().sum()
     return clamp_rounding((x.mean(0) - y.mean(0)).square().sum() + traces - 2 * trace, traces)
 
+
 def clamp_rounding(distance, scale):
     """Rounding can leave a distance just below 0; more than that is an error and must be seen."""
     if distance < -1e-5 * scale - 1e-12:
         raise ArithmeticError(f"a squared distance of {distance.item()}")
     return max(distance.item(), 0.0)
+
 
 class Moments:
     """Mean and covariance of features that come in batches (B, d), in float64. Fewer than d of them are kept as they
@@ -141,7 +160,8 @@ class Moments:
             self.rows = []
 
     def mean_and_covariance(self):
-        if self.shift is None: return mean_and_covariance(torch.cat(self.rows))
+        if self.shift is None:
+            return mean_and_covariance(torch.cat(self.rows))
         cov = (self.products - torch.outer(self.sum, self.sum) / self.n) / (self.n - 1)
         return self.shift + self.sum / self.n, cov
 
@@ -150,6 +170,7 @@ class Moments:
         if self.shift is None and other.shift is None:
             return fid(torch.cat(self.rows), torch.cat(other.rows))
         return frechet_distance(*self.mean_and_covariance(), *other.mean_and_covariance())
+
 
 def kid(real, fake, subsets=100, size=1000):
     """Kernel Inception Distance, Binkowski et al. 2018 (1801.01401), section 4: mean and standard deviation over
@@ -164,15 +185,18 @@ def kid(real, fake, subsets=100, size=1000):
     rng, values = np.random.RandomState(2020), []  # the seed and the draws of torch-fidelity
     for _ in range(subsets):
         y, x = (t[torch.from_numpy(rng.choice(len(t), size, replace=False)).to(t.device)] for t in (fake, real))
-        own = sum(((t @ t.T / t.shape[1] + 1) ** 3).sum() - ((t.square().sum(1) / t.shape[1] + 1) ** 3).sum()
-                  for t in (x, y))
+        own = sum(
+            ((t @ t.T / t.shape[1] + 1) ** 3).sum() - ((t.square().sum(1) / t.shape[1] + 1) ** 3).sum() for t in (x, y)
+        )
         values.append(own / (size * (size - 1)) - 2 * ((x @ y.T / x.shape[1] + 1) ** 3).mean())
     values = torch.stack(values)
     return values.mean().item(), values.std(correction=0).item()
 
+
 # Distances: a matrix product finds who is near, five times faster than measuring each pair; what it finds is measured
 # directly. The product alone is off by 1e-8 of the features' size, which would lose duplicates and ties; so they are
 # taken about their mean.
+
 
 def nearness(x, y, y2):
     """Shares (B, d) of x (N, d) and |x - y|^2 - |x|^2 (B, M), which for each x orders the y (M, d), of squares y2 (M,).
@@ -180,10 +204,12 @@ def nearness(x, y, y2):
     Each share's matrix takes the place of the one before: fresh memory would cost as much as the product."""
     out = x.new_empty(max(1, min(len(x), 2_000_000 // len(y))), len(y))
     for part in x.split(len(out)):
-        yield part, torch.addmm(y2, part, y.T, alpha=-2, out=out[:len(part)])
+        yield part, torch.addmm(y2, part, y.T, alpha=-2, out=out[: len(part)])
+
 
 def measured(x, y):
     return (x - y).square().sum(-1).sqrt()
+
 
 def ball_radius(x, k):
     """The distance (N,) from each of x (N, d) to its k-th neighbour, itself not counted. ValueError: only k rows."""
@@ -193,6 +219,7 @@ def ball_radius(x, k):
         index = near.topk(k + 1, largest=False).indices
         parts += [measured(p[:, None], x[i]).sort(1).values[:, k] for p, i in zip(part.split(100), index.split(100))]
     return torch.cat(parts)
+
 
 def coverage(real, fake, k=5, radius=None):
     """The share of real points whose ball, as wide as the distance to the k-th other real point, holds a fake one.
@@ -204,6 +231,7 @@ def coverage(real, fake, k=5, radius=None):
     checked(len(x), radius[:, None])
     nearest = torch.cat([near.argmin(1) for _, near in nearness(x, y, y.square().sum(1))])
     return (measured(x, y[nearest]) < radius).double().mean().item()
+
 
 def inside(points, centres, radius, closed):
     """Blocks (B, M) of a table of all: does ball j, its rim included if `closed`, hold point i?"""
@@ -219,13 +247,17 @@ def inside(points, centres, radius, closed):
             result[i, j] = d <= radius[j] if closed else d < radius[j]
         yield result
 
+
 def precision_recall(real, fake, k=3, radii=None):
     """Kynkaanniemi et al. 2019 (1904.06991), eq. (1) and (2): the share of fakes within any real picture's ball, as
     wide as the distance to its k-th neighbour, and the share of real pictures within any fake's. Features (N, d),
     (M, d); `radii` (N,), (M,) if already known. One real outlier's ball can hold them all: see density."""
     radii = radii or (ball_radius(real, k), ball_radius(fake, k))
-    return tuple(torch.cat([block.any(1) for block in inside(points, centres, radius, True)]).double().mean().item()
-                 for points, centres, radius in ((fake, real, radii[0]), (real, fake, radii[1])))
+    return tuple(
+        torch.cat([block.any(1) for block in inside(points, centres, radius, True)]).double().mean().item()
+        for points, centres, radius in ((fake, real, radii[0]), (real, fake, radii[1]))
+    )
+
 
 def density_coverage(real, fake, k=5, radius=None):
     """Naeem et al. 2020 (2002.09797), eq. (7) and (8): the number of real balls around a fake, over k, on average (1
@@ -234,7 +266,321 @@ def density_coverage(real, fake, k=5, radius=None):
     count = sum(block.sum().item() for block in inside(fake, real, radius, False))
     return count / (k * len(fake)), coverage(real, fake, k, radius)
 
+
+# TOOLS ----------------------------------------------------------------------------------------------------------------
+
+RANK = int(os.environ.get("RANK", 0))  # torchrun: this process's number. Rank 0 alone prints, scores and writes
+WORLD = int(os.environ.get("WORLD_SIZE", 1))  # and how many there are, one for each GPU
+
+# Random streams. seeded(args.seed, STREAM, ...) gives each use numbers of its own, so that one never shifts another.
+ORDER = 0  # of the training images in an epoch
+SHEETS = 1
+SCORING = 2  # during the training
+LAST = 3  # the scores at its end
+INTERPOLATION = 4
+TRAVERSAL = 5
+GENERATED = 6  # --generate
+HELD_OUT = 7  # --holdout
+CHOICE = 8  # --reject
+BETWEEN_CLASSES = 9
+PROBE = 10  # bigan.py
+MIRROR = 11  # --flip
+ASKED = 12  # labels that a conditional generator is asked for
+
+
+def fail(message):
+    """Ends the program for a user's mistake: one line on stderr, exit code 2, no traceback."""
+    sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}\n")
+    raise SystemExit(2)
+
+
+@contextlib.contextmanager
+def or_fail(message):
+    """fail(message) if the lines inside raise. For a line or two whose exceptions are a user's mistake."""
+    try:
+        yield
+    except Exception as e:
+        fail(f"{message} ({type(e).__name__}: {e})")
+
+
+def say(text, redraw=False):
+    """Prints a line on stdout, from rank 0. On a terminal the next line replaces one with `redraw`."""
+    if RANK:
+        return
+    terminal = sys.stdout is not None and sys.stdout.isatty()
+    if terminal and redraw:
+        text = "\r\033[K" + text[: shutil.get_terminal_size().columns - 1]
+    elif terminal:
+        text = "\r\033[K" + text + "\n"
+    with contextlib.suppress(OSError, ValueError):  # nobody reads any more: the training goes on
+        print(text, end="" if terminal else "\n", flush=True)
+
+
+def warn(text):
+    """Prints a line on stderr, from rank 0."""
+    if not RANK:
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            sys.stderr.write(f"{text}\n")
+
+
+def number(kind, low, high=2**40):
+    """An argparse type: an int or a float in [low, high]. NaN and infinity are refused."""
+
+    def parse(text):
+        value = kind(text)
+        if low <= value <= high:
+            return value
+        raise argparse.ArgumentTypeError(f"{text} is not in {low}..{high}")
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """--help with "(default: ...)" where a default says something."""
+
+    def _get_help_string(self, action):
+        if action.default is None or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
+
+
+def seeded(*key):
+    """A CPU generator that is a pure function of whole numbers: the run's seed, a stream, and what else tells it apart.
+
+    They are hashed, because torch keeps only 32 bits of a seed."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+
+
+def sample_z(args, n, device, generator=None):
+    """z (n, latent_dim) from the prior: N(0, I), or uniform on [-1, 1]."""
+    shape = (n, args.latent_dim)
+    if args.prior == "normal":
+        return torch.randn(shape, device=device, generator=generator)
+    return torch.rand(shape, device=device, generator=generator) * 2 - 1
+
+
+def from_rank_0(value=None):
+    """What rank 0 passes. The others wait for it."""
+    box = [value]
+    if WORLD > 1:
+        torch.distributed.broadcast_object_list(box)
+    return box[0]
+
+
+def write_whole(path, write, apart=""):
+    """write(file), to a temporary file beside `path` that then takes its place: a kill leaves the old file whole.
+
+    `apart` tells several writers' temporary files apart. OSError where the disk refuses; nothing is left then."""
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}{apart}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def save_sheet(x, path, columns=8):
+    """Images uint8 (N, C, H, W) as one PNG, row by row, with two white pixels between them. One stays as it is."""
+    sheet = torchvision.utils.make_grid(x.cpu(), columns, padding=2, pad_value=255)[: x.shape[1]]  # grey comes back RGB
+    Image.fromarray(sheet.permute(1, 2, 0).squeeze(2).contiguous().numpy()).save(path)
+
+
+# DATA: real images ----------------------------------------------------------------------------------------------------
+
+CHANNELS = {"digits": 1, "mnist": 1, "fashion": 1, "cifar10": 3, "celeba": 3, "folder": 3, "stacked_mnist": 3}
+TORCHVISION = {  # the class in torchvision.datasets, and the folder where it looks for its files
+    "mnist": ("MNIST", "MNIST/raw"),
+    "fashion": ("FashionMNIST", "FashionMNIST/raw"),
+    "cifar10": ("CIFAR10", "cifar-10-batches-py"),
+    "celeba": ("CelebA", "celeba"),
+}
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+
+
+def load_data(dataset, data_dir, size, split):
+    """The "train" or "test" images of a data set.
+
+    Returns images uint8 (N, C, size, size), labels int64 (N,), -1 where there are none, and the classes' names in the
+    order of the labels, [] without labels. Ends the program with one line where there are no usable files."""
+    root = Path(data_dir)
+    if dataset == "folder":
+        return read_files(root, *list_folder(root, split), size)
+    if dataset == "celeba":
+        names = from_torchvision("celeba", root, split=split).filename
+        return read_files(root / "celeba" / "img_align_celeba", names, [-1] * len(names), [], size)
+    if dataset == "digits":
+        x, y = render_digits(20_000, 1) if split == "train" else render_digits(10_000, 2)
+        return resized(x, size), y, list("0123456789")
+    data = from_torchvision(dataset.removeprefix("stacked_"), root, train=split == "train")
+    x = torch.as_tensor(data.data)
+    y = torch.as_tensor(data.targets).long()
+    names = [name.split(" - ")[0] for name in data.classes]  # MNIST's are "0 - zero"
+    x = x[:, None] if x.dim() == 3 else x.permute(0, 3, 1, 2)
+    if dataset == "stacked_mnist":
+        x, y = stack_digits(x, y, 128_000, 3) if split == "train" else stack_digits(x, y, 26_000, 4)
+        names = [f"{i:03}" for i in range(1000)]
+    return resized(x, size), y, names
+
+
+def from_torchvision(dataset, root, **part):
+    """torchvision's data set, the `part` asked for (train=, split=). Files below `root` are used, others downloaded."""
+    kind, place = TORCHVISION[dataset]
+    new_folders = [d for d in (root / place, *(root / place).parents) if not d.exists()]
+    try:
+        return getattr(torchvision.datasets, kind)(str(root), download=True, **part)
+    except Exception as e:  # no network, a damaged or cut file: torchvision raises a different kind for each
+        for folder in new_folders:
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+        fail(
+            f"--dataset {dataset}: no usable files in {root / place} and no download ({e}). Offline: put torchvision's "
+            f"{kind} there, name a folder that has it by --data-dir, or use --dataset digits"
+        )
+
+
+def list_folder(root, split):
+    """Paths of the images below `root`, relative to it, their labels, and the classes' names.
+
+    The first sub-folder on the way is the class; without sub-folders labels are -1. The folders train/ and test/ are
+    the split where there are both, else every tenth file is for testing. Files come in the order of their names'
+    hashes, so that any first n of them are a sample. Classes with training images come first."""
+    split_by_folder = (root / "train").is_dir() and (root / "test").is_dir()
+    found = [Path(p) for p in glob.glob("**", root_dir=root, recursive=True)]  # leaves out what is hidden
+    found = [p for p in found if p.suffix.lower() in SUFFIXES]
+    found.sort(key=lambda p: hashlib.sha256(os.fsencode(p.as_posix())).digest())
+    test_files = set(found[9::10] or found[-1:])
+    files = {"train": [], "test": []}
+    for p in found:
+        part = "test" if p in test_files else "train"
+        if split_by_folder:
+            part = p.parts[0]
+        if part in files:
+            files[part].append(p)
+    depth = 1 if split_by_folder else 0
+    names = []
+    for part in ("train", "test"):
+        new = {p.parts[depth] for p in files[part] if len(p.parts) > depth + 1}
+        names += sorted(new - set(names))
+    if not files[split]:
+        where = root / split if split_by_folder else root
+        fail(f"--dataset folder: no {'/'.join(SUFFIXES)} in {where}: see --data-dir")
+    index = {name: i for i, name in enumerate(names)}
+    labels = [index[p.parts[depth]] if len(p.parts) > depth + 1 else -1 for p in files[split]]
+    return files[split], labels, names
+
+
+def read_files(root, paths, labels, names, size):
+    """Images uint8 (N, 3, size, size), labels (N,) and names of the files that can be read; the others are counted.
+
+    Decoded once, by threads, and kept beside `root` as one .npz, whose name changes with the files (paths, sizes,
+    dates) and with `size`."""
+    files = [root / p for p in paths]
+    y = torch.tensor(labels)
+    stamp = [size]
+    for path, p in zip(files, paths):
+        facts = path.stat() if path.exists() else path.lstat()  # a link to nothing
+        stamp.append((str(p), facts.st_size, facts.st_mtime_ns))
+    key = hashlib.sha256(json.dumps(stamp).encode()).hexdigest()[:12]
+    cache = root.resolve().parent / f"{root.resolve().name}-{size}-{key}.npz"
+    if cache.exists():
+        with or_fail(f"delete {cache}"), np.load(cache) as kept:
+            return torch.from_numpy(kept["x"]), y[kept["good"]], names
+
+    def decode(path):
+        try:
+            return read_image(path, size=size)[0].numpy(), None
+        except ValueError as e:
+            return None, str(e)
+
+    with ThreadPoolExecutor() as pool:
+        decoded = list(pool.map(decode, files))
+    good = [i for i, (image, _) in enumerate(decoded) if image is not None]
+    bad = [reason for image, reason in decoded if image is None]
+    if not good:
+        fail(f"no image in {root} can be read: {bad[0]}")
+    if bad:
+        warn(f"left out {len(bad)} of {len(files)} files: {'; '.join(bad[:3])}")
+    x = np.stack([decoded[i][0] for i in good])
+    try:
+        write_whole(cache, lambda file: np.savez(file, x=x, good=good), f".{os.getpid()}")
+    except OSError as e:
+        warn(f"not kept for the next run: {cache} ({e})")
+    return torch.from_numpy(x), y[good], names
+
+
+def read_image(path, channels=3, size=None):
+    """An image file as uint8 (channels, H, W), and the kind of file by its content ("PNG").
+
+    It is turned upright, and what is transparent becomes white. With `size` the middle square is resized to that side,
+    with antialiasing. ValueError: a file that cannot be read, or whose numbers have no clear scale from black to white
+    (floats, 32-bit integers)."""
+    try:
+        with Image.open(path) as image:
+            kind = image.format
+            image = eight_bits(image)
+            image = ImageOps.exif_transpose(image)
+            if image.has_transparency_data:
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+            image = image.convert("L" if channels == 1 else "RGB")
+            if size:
+                image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+            x = np.array(image)
+    except Exception as e:  # Pillow raises a different kind for each kind of damage
+        raise ValueError(f"{path} cannot be read: {e}") from None
+    x = torch.from_numpy(x)
+    return x[None] if channels == 1 else x.permute(2, 0, 1), kind
+
+
+def eight_bits(image):
+    """An image of 16 bits a channel as one of 8. ValueError: numbers without a clear scale."""
+    if image.mode == "F" or image.mode == "I":
+        raise ValueError(f"mode {image.mode}: no clear scale from black to white")
+    if not image.mode.startswith("I;16"):
+        return image
+    return Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+
+
+def render_digits(n, seed):
+    """n numerals uint8 (n, 1, 28, 28) with labels 0 to 9 in turn: Pillow's own font under random strokes and shapes."""
+    bank = []
+    for digit, stroke, blur in itertools.product("0123456789", (1, 2), (1.2, 1.8)):
+        image = Image.new("L", (64, 64))
+        font = ImageFont.load_default(54)
+        ImageDraw.Draw(image).text((32, 32), digit, 255, font, anchor="mm", stroke_width=stroke)
+        bank.append(torch.from_numpy(np.array(image.filter(ImageFilter.GaussianBlur(blur)))))
+    rng = torch.Generator().manual_seed(seed)
+    y = torch.arange(n) % 10
+    glyphs = torch.stack(bank)[y * 4 + torch.randint(4, (n,), generator=rng), None]
+    scale = torch.tensor([0.18, 0.2, 0.12, 0.1, 0.08, 0.08])  # +-10 degrees, shear .2, scales, shifts of a pixel
+    # in float64, because float32 rounds some pixels differently on another CPU
+    angle, shear, sx, sy, tx, ty = (torch.rand(6, n, generator=rng).double() * 2 - 1) * scale[:, None]
+    c, s = angle.cos(), angle.sin()
+    theta = torch.stack([c * (1.05 + sx), shear - s, tx, s, c * (1.05 + sy), ty], 1).view(n, 2, 3)
+    grid = F.affine_grid(theta, [n, 1, 28, 28], align_corners=False)
+    return F.grid_sample(glyphs.double(), grid, align_corners=False).round().clamp(0, 255).byte(), y
+
+
+def stack_digits(x, y, n, seed):
+    """n images (n, 3, H, W) of three random digits in red, green and blue; labels 0 to 999, red the hundreds."""
+    i = torch.randint(len(x), (n, 3), generator=torch.Generator().manual_seed(seed))
+    return x[i, 0], y[i] @ torch.tensor([100, 10, 1])
+
+
+def resized(x, size):
+    """uint8 (N, C, H, W) at another side. 28 becomes 32 by two pixels of zeros; all else by antialiased resizing."""
+    if x.shape[-1] == 28 and size >= 32:
+        x = F.pad(x, (2, 2, 2, 2))
+    return torch.cat([torchvision.transforms.functional.resize(part, [size, size]) for part in x.split(1000)])
+
+
 # FEATURES: a small convnet, trained here; or Inception ----------------------------------------------------------------
+
 
 @contextlib.contextmanager
 def exact():
@@ -247,14 +593,21 @@ def exact():
     finally:
         torch.set_float32_matmul_precision(before)
 
+
 def as_pictures(x, *channels):
     """x, if it is uint8 (N, C, H, W), C one of `channels` if any are named. ValueError: floats, whose scale is unknown,
     and every other shape."""
-    if (not torch.is_tensor(x) or x.dtype != torch.uint8 or x.dim() != 4 or 0 in x.shape[1:]
-            or x.shape[1] not in (channels or x.shape)):
+    if (
+        not torch.is_tensor(x)
+        or x.dtype != torch.uint8
+        or x.dim() != 4
+        or 0 in x.shape[1:]
+        or x.shape[1] not in (channels or x.shape)
+    ):
         kind = getattr(x, "dtype", type(x))
         raise ValueError(f"pictures are uint8 (N, C, H, W), C of {channels or 'any'}, not {kind} {tuple(np.shape(x))}")
     return x
+
 
 class Classifier(nn.Module):
     """uint8 pictures (N, C, S, S) -> features (N, 128), logits (N, K). Inside, 32x32 pictures in [0, 1]. It judges the
@@ -295,8 +648,10 @@ class Classifier(nn.Module):
             parts = [self(self.prepare(b.to(device))) for b in x.split(size)]
         return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
+
 def padded(side):
     return 32 if side == 28 else side
+
 
 def turned(x, quarters):
     """Pictures (N, C, S, S), each rotated by its number (N,) of quarter turns."""
@@ -304,6 +659,7 @@ def turned(x, quarters):
     for k in (1, 2, 3):
         out[quarters == k] = torch.rot90(x[quarters == k], k, (2, 3))
     return out
+
 
 def train_classifier(x, y, classes, device, epochs=None, say=print):
     """A Classifier of uint8 pictures (N, C, H, W) and labels (N,); y None: of rotations (Gidaris et al. 2018,
@@ -317,7 +673,7 @@ def train_classifier(x, y, classes, device, epochs=None, say=print):
         opt = torch.optim.AdamW(net.parameters(), 1e-3, weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 4e-3, epochs * (len(x) // size))
         for epoch in range(epochs):
-            for index in torch.randperm(len(x), generator=rng)[:len(x) // size * size].split(size):
+            for index in torch.randperm(len(x), generator=rng)[: len(x) // size * size].split(size):
                 label = torch.randint(4, (size,), generator=rng) if y is None else y[index]
                 dx, dy = torch.randint(-2, 3, (2,), generator=rng).tolist()
                 batch = turned(x[index], label) if y is None else x[index]
@@ -331,6 +687,7 @@ def train_classifier(x, y, classes, device, epochs=None, say=print):
                 say(f"the scores' network: epoch {epoch + 1} of {epochs}, {time.time() - start:.0f} s")
     return net.half().float().eval()
 
+
 class Stacked(nn.Module):
     """A classifier of single grey digits on pictures of three, red, green and blue (stacked MNIST)."""
 
@@ -341,12 +698,14 @@ class Stacked(nn.Module):
 
     def embed(self, x):
         """uint8 (N, 3, H, W) -> features (N, 384), log-probabilities (N, 1000) of the triple, red the hundreds."""
-        parts = [self.one.embed(x[:, c:c + 1]) for c in range(3)]
+        parts = [self.one.embed(x[:, c : c + 1]) for c in range(3)]
         r, g, b = (logits.log_softmax(1) for _, logits in parts)
         joint = r[:, :, None, None] + g[:, None, :, None] + b[:, None, None, :]
         return torch.cat([features for features, _ in parts], 1), joint.flatten(1)
 
+
 JUDGES = Path(__file__).parent / "tests" / "judges"  # networks that come with the collection: one scale for everyone
+
 
 @torch.random.fork_rng([])  # building a network draws its first weights: not from the caller's stream
 def classifier(dataset, train, test, folder=None, device="cpu", epochs=None, say=print):
@@ -357,9 +716,9 @@ def classifier(dataset, train, test, folder=None, device="cpu", epochs=None, say
     `folder` (None: neither read nor kept), then beside metrics.py, under a name that changes with the pictures; else
     trained, in one or two minutes on two cores. stacked_mnist has the network of single digits, a channel at a time."""
     if dataset == "stacked_mnist" and train[1].min() >= 0:  # not a folder that is called so
-        red = [(x[:, :1], y // 100) for x, y in (train, test)]
+        red = [(part[0][:, :1], part[1] // 100) for part in (train, test)]
         return Stacked(classifier("mnist", *red, folder, device, epochs, say))
-    (x, y), (x_test, y_test) = train, test
+    (x, y), (x_test, y_test) = train[:2], test[:2]
     labelled = len(y.unique()) > 1 and bool(min(y.min(), y_test.min()) >= 0)
     classes, task = (int(max(y.max(), y_test.max())) + 1, "classifier") if labelled else (4, "rotation")
     side, key, net = padded(x.shape[-1]), picture_key(x, y), None
@@ -379,17 +738,24 @@ def classifier(dataset, train, test, folder=None, device="cpu", epochs=None, say
     if net is None:
         say(f"training the network that scores, once, on {len(x)} pictures: {task} of {dataset}")
         net = train_classifier(x, y if labelled else None, classes, torch.device(device), epochs, say)
-        net.accuracy = (net.embed(x_test if labelled else turned(x_test, y_test))[1].argmax(1).cpu()
-                        == y_test).double().mean().item()
+        net.accuracy = (
+            (net.embed(x_test if labelled else turned(x_test, y_test))[1].argmax(1).cpu() == y_test)
+            .double()
+            .mean()
+            .item()
+        )
         if folder:
             weights = {k: v.half() if v.is_floating_point() else v for k, v in net.cpu().state_dict().items()}
             keep(Path(folder) / name, {"net": weights, "accuracy": net.accuracy, "pictures": [key]}, say)
     net.labelled, net.side, net.name = labelled, side, f"{task}-{dataset}-{side}/128 {digest(net)}"
     chance = y_test.bincount().max().item() / len(y_test)  # one answer to all
-    say(f"{net.name}: {net.accuracy:.2%} of the test set's {'labels' if labelled else 'rotations'} right"
+    say(
+        f"{net.name}: {net.accuracy:.2%} of the test set's {'labels' if labelled else 'rotations'} right"
         + f": little better than chance ({chance:.0%}), so its scores mean little"
-        * (net.accuracy - chance < 0.13 * (1 - chance)))
+        * (net.accuracy - chance < 0.13 * (1 - chance))
+    )
     return net.to(device, memory_format=torch.channels_last)
+
 
 def picture_key(x, y):
     """A hash of pictures and labels, the same for MNIST at 28 and padded to 32."""
@@ -397,6 +763,7 @@ def picture_key(x, y):
     key = hashlib.sha256(x.contiguous().numpy())  # as they lie: tobytes would double them
     key.update(y.contiguous().numpy())
     return key.hexdigest()[:12]
+
 
 def keep(path, what, say):
     """torch.save by way of a temporary file; a folder that cannot be written to costs a line and nothing else."""
@@ -408,10 +775,13 @@ def keep(path, what, say):
     except (OSError, RuntimeError) as e:
         say(f"not kept for the next run: {path} ({e})")
 
+
 def digest(net):
     return hashlib.sha256(b"".join(t.cpu().numpy().tobytes() for t in net.state_dict().values())).hexdigest()[:8]
 
+
 INCEPTION = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
+
 
 class Inception(nn.Module):
     """uint8 pictures (N, 1 or 3, H, W) -> features (N, 2048), logits (N, 1008): the 2015 network of published FIDs.
@@ -425,9 +795,8 @@ class Inception(nn.Module):
 
     def __init__(self, state):
         super().__init__()
-        from torchvision.models import Inception3
         with torch.device("meta"):  # no memory and no random numbers for weights that are replaced at once
-            net = Inception3(num_classes=1008, aux_logits=False, init_weights=False).eval()
+            net = torchvision.models.Inception3(num_classes=1008, aux_logits=False, init_weights=False).eval()
         net.load_state_dict(state, assign=True)
         fc, net.fc = net.fc, nn.Identity()
         self.body, self.fc = fx.symbolic_trace(net), fc  # torchvision's forward, whose calls can be changed
@@ -454,6 +823,7 @@ class Inception(nn.Module):
             parts = [self(self.prepare(b.to(device))) for b in as_pictures(x, 1, 3).split(self.batch)]
         return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
+
 def inception(weights, device):
     """The Inception of the file `weights`, or of the one that torch.hub keeps, fetched if need be; .name as above.
     ValueError where there is no such file or it holds another network."""
@@ -468,14 +838,18 @@ def inception(weights, device):
             raise ValueError(f"--weights {path}: no such file") from None
         if path.exists():
             raise ValueError(f"{path} does not hold the 2015 FID Inception ({type(e).__name__}: {str(e)[:99]})") from e
-        raise ValueError(f"no Inception weights: put {INCEPTION} into {path.parent}, or name the file by --weights "
-                         f"({type(e).__name__}: {e})") from None
+        raise ValueError(
+            f"no Inception weights: put {INCEPTION} into {path.parent}, or name the file by --weights "
+            f"({type(e).__name__}: {e})"
+        ) from None
     net.name, net.accuracy, net.labelled = f"inception-2015/2048 {digest(net)}", None, True
     return net.to(device)
+
 
 # JUDGE: samples against a data set ------------------------------------------------------------------------------------
 
 SCORES = ("fid", "kid", "is", "mode", "pr", "dc")
+
 
 class Sample:
     """What a network makes of pictures: .n, .moments; if kept, .features (N, d), .logits (N, K) and .radius(k) (N,)."""
@@ -483,6 +857,7 @@ class Sample:
     def __init__(self, moments, features=None, logits=None):
         self.moments, self.n, self.features, self.logits = moments, moments.n, features, logits
         self.radius = functools.cache(functools.partial(ball_radius, features))
+
 
 def embed(net, pictures, keep=True, what="pictures"):
     """A Sample of uint8 pictures (N, C, H, W), or of a Pictures, which are read as they are needed. Without `keep` no
@@ -492,8 +867,10 @@ def embed(net, pictures, keep=True, what="pictures"):
     for batch in progress(batches, len(pictures), what):
         features, logits = net.embed(batch)
         moments.add(features)
-        if keep: kept.append((features, logits))
+        if keep:
+            kept.append((features, logits))
     return Sample(moments, *map(torch.cat, zip(*kept)))
+
 
 def progress(batches, total, what):
     """The batches, and a line on stderr on how far they are: kept fresh on a terminal, every 10 s elsewhere."""
@@ -508,6 +885,7 @@ def progress(batches, total, what):
             said = now
     if live and said > start:
         sys.stderr.write("\r\033[K")
+
 
 def compare(fake, real, scores=SCORES, train=None):
     """The `scores` of a Sample against a real one, as a dict of plain numbers; fid_train if there is a third."""
@@ -524,8 +902,9 @@ def compare(fake, real, scores=SCORES, train=None):
         s["mode_score"] = mode_score(fake.logits, real.logits)[1]
     if "pr" in scores:
         k = min(3, n - 1)
-        s["precision"], s["recall"] = precision_recall(real.features, fake.features, k,
-                                                       (real.radius(k), fake.radius(k)))
+        s["precision"], s["recall"] = precision_recall(
+            real.features, fake.features, k, (real.radius(k), fake.radius(k))
+        )
     k = min(5, n - 1)
     if "dc" in scores:
         s["density"], s["coverage"] = density_coverage(real.features, fake.features, k, real.radius(k))
@@ -533,11 +912,16 @@ def compare(fake, real, scores=SCORES, train=None):
         s["coverage"] = coverage(real.features, fake.features, k, real.radius(k))
     return s
 
+
 def class_shares(logits):
     (logits,), classes = checked(1, logits), logits.shape[1]
     shares = torch.bincount(logits.argmax(1), minlength=classes).double() / len(logits)
-    return {"classes": int((shares >= 1 / (4 * classes)).sum()), "class_min": shares.min().item(),
-            "class_max": shares.max().item()}
+    return {
+        "classes": int((shares >= 1 / (4 * classes)).sum()),
+        "class_min": shares.min().item(),
+        "class_max": shares.max().item(),
+    }
+
 
 def mode_coverage(labels, classes):
     """Of the labels (N,) a classifier gives: the number of classes that occur (modes), and KL(their law || uniform),
@@ -547,19 +931,25 @@ def mode_coverage(labels, classes):
     p = torch.bincount(labels, minlength=classes).double() / len(labels)
     return {"modes": int((p > 0).sum()), "modes_kl": torch.xlogy(p, p * classes).sum().item()}
 
+
 FEWEST = 50  # pictures of a kind, below which a score is no score; below 1,000 it is printed with a warning
 
-class TooFew(ValueError): """Too few pictures for any score."""
+
+class TooFew(ValueError):
+    """Too few pictures for any score."""
+
 
 def enough(dataset):
     """How many pictures of each kind are scored, where there are as many."""
     return 26_000 if dataset == "stacked_mnist" else 10_000
+
 
 def some(items, n):
     """n of pictures (N, C, H, W) or of a list of files, always the same, in their order. The first n are no sample:
     classes may lie together, or writers (between the halves of MNIST's test set FID is 31, between random halves 2)."""
     chosen = torch.randperm(len(items), generator=torch.Generator().manual_seed(2020))[:n].sort().values
     return items[chosen] if torch.is_tensor(items) else [items[i] for i in chosen]
+
 
 class Judge:
     """Scores pictures against a data set. judge(x, y=None) takes uint8 (N, C, S, S), and the labels (N,) that were
@@ -591,30 +981,48 @@ class Judge:
     def __call__(self, x, y=None):
         if len(x) < self.n:
             raise ValueError(f"{len(x)} pictures: {self.n} are needed, as many as real ones")
-        fake, more = embed(self.net, x[:self.n]), {}
+        fake, more = embed(self.net, x[: self.n]), {}
         if self.net.labelled:
             more = {**compare(fake, self.real, ("is", "mode")), **class_shares(fake.logits)}
             if y is not None:
-                more["label_accuracy"] = (fake.logits.argmax(1).cpu() == y[:self.n]).double().mean().item()
+                more["label_accuracy"] = (fake.logits.argmax(1).cpu() == y[: self.n]).double().mean().item()
         if self.stacked:
             more |= mode_coverage(fake.logits.argmax(1), 1000)
             more |= {f"{k}_real": v for k, v in mode_coverage(self.real.logits.argmax(1), 1000).items()}
-        return {**compare(fake, self.real, ("fid", "coverage"), self.train), **more, "n_real": self.n, "n_fake": self.n,
-                "floor": self.floor, "features": self.net.name, "accuracy": self.net.accuracy}
+        return {
+            **compare(fake, self.real, ("fid", "coverage"), self.train),
+            **more,
+            "n_real": self.n,
+            "n_fake": self.n,
+            "floor": self.floor,
+            "features": self.net.name,
+            "accuracy": self.net.accuracy,
+        }
 
     @staticmethod
     def line(s):
         few = " few pictures: compare at this n only" if s["n_real"] < 1000 else ""
-        labels = (f"IS {s['inception_score']:.2f} +- {s['inception_score_std']:.2f}  Mode Score {s['mode_score']:.2f}  "
-                  f"{s['classes']} classes of {s['class_min']:.1%} to {s['class_max']:.1%}"
-                  if "classes" in s else "no labels: no IS, no Mode Score")
-        return (f"FID[{s['features']}] {s['fid']:.1f} (floor {s['floor']:.1f}, n {s['n_real']} + {s['n_fake']}){few}  "
-                f"coverage {s['coverage']:.3f}  {labels}"
-                + (f"  labels right {s['label_accuracy']:.1%}" if "label_accuracy" in s else "")
-                + (f"  {s['modes']} of 1000 modes, KL {s['modes_kl']:.3f} (real {s['modes_real']}, "
-                   f"{s['modes_kl_real']:.3f})" if "modes" in s else ""))
+        labels = (
+            f"IS {s['inception_score']:.2f} +- {s['inception_score_std']:.2f}  Mode Score {s['mode_score']:.2f}  "
+            f"{s['classes']} classes of {s['class_min']:.1%} to {s['class_max']:.1%}"
+            if "classes" in s
+            else "no labels: no IS, no Mode Score"
+        )
+        return (
+            f"FID[{s['features']}] {s['fid']:.1f} (floor {s['floor']:.1f}, n {s['n_real']} + {s['n_fake']}){few}  "
+            f"coverage {s['coverage']:.3f}  {labels}"
+            + (f"  labels right {s['label_accuracy']:.1%}" if "label_accuracy" in s else "")
+            + (
+                f"  {s['modes']} of 1000 modes, KL {s['modes_kl']:.3f} (real {s['modes_real']}, "
+                f"{s['modes_kl_real']:.3f})"
+                if "modes" in s
+                else ""
+            )
+        )
+
 
 # REJECTION: which of a generator's pictures to keep, by their scores --------------------------------------------------
+
 
 def ratings(score, most=1e300):
     """Scores, if they can be compared; -inf can, and is never kept. ValueError: NaN, infinity, above `most`."""
@@ -622,10 +1030,12 @@ def ratings(score, most=1e300):
         raise ValueError(f"scores that are not finite, or above {most}")
     return score
 
+
 def naive(score):
     """The chance (N,) to keep a picture of this score (N,): sigmoid, as the reports do. Even for the best D this draws
     from p_g p_d / (p_g + p_d), normalised, and not from p_d; for a critic's raw score it means nothing."""
     return ratings(score.double()).sigmoid()
+
 
 def drs(score, top, gamma=0.0, eps=1e-8):
     """Discriminator rejection sampling: the chance (N,) to keep a picture whose score (N,) is log p_d / p_g.
@@ -635,10 +1045,12 @@ def drs(score, top, gamma=0.0, eps=1e-8):
     p_d; a larger gamma keeps less, at a law between the two."""
     return (drs_logit(score, top, eps) - gamma).sigmoid()
 
+
 def drs_logit(score, top, eps=1e-8):
     """F for scores and top (numbers or (N,)), in float64: in float32, and without expm1, it is inf at the maximum."""
     d = ratings(torch.as_tensor(score).double() - top, 0.0)
     return d - (-torch.expm1(d - eps)).log()
+
 
 def platt(score_real, score_fake):
     """(a, b, auc): sigmoid(a score + b) is the chance that a picture is real, if as many are real as fake.
@@ -678,6 +1090,7 @@ def platt(score_real, score_fake):
         raise ValueError(f"D does not rate held-out real pictures above fakes (AUC {auc:.3f}): nothing to select by")
     return a, (w[1] - w[0] * centre / scale).item(), auc
 
+
 def rejected(kind, more, n, generator, head=None, percentile=60, burn_in=10_000, batch=1000, patience=1000):
     """n of a generator's pictures, kept by their scores, and a dict of what that took.
 
@@ -689,7 +1102,8 @@ def rejected(kind, more, n, generator, head=None, percentile=60, burn_in=10_000,
     burn_in     drs: so many pictures are drawn and dropped first to find the largest score; it rises later if need be
 
     The dict: attempts (up to and including the n-th kept picture, without burn_in), attempts_per_10000, acceptance, auc
-    (None without a head), burn_in, warning (None, or a line for the user). ValueError: no picture was kept in
+    (None without a head), burn_in, warning (None, or a line for the user), index (n,), the kept ones' numbers among the
+    attempts. ValueError: no picture was kept in
     `patience` batches in a row, or a score is NaN or +inf."""
     a, b, auc = head or (1.0, 0.0, None)
 
@@ -707,7 +1121,11 @@ def rejected(kind, more, n, generator, head=None, percentile=60, burn_in=10_000,
         seen = torch.cat(seen)
         top = seen.max().item()
         middle = None if percentile is None else seen.quantile(percentile / 100, interpolation="lower").item()
-    kept, have, attempts, barren = [], 0, 0, 0
+    kept = []
+    where = []
+    have = 0
+    attempts = 0
+    barren = 0
     while have < n:
         x, score = draw(batch)
         if drs_kind:
@@ -717,8 +1135,10 @@ def rejected(kind, more, n, generator, head=None, percentile=60, burn_in=10_000,
             chance = drs(score, tops, 0.0 if middle is None else drs_logit(middle, tops))
         else:
             chance = naive(score)
-        index = (torch.rand(batch, generator=generator, dtype=torch.float64) < chance).nonzero().flatten()[:n - have]
-        have, barren = have + len(index), 0 if len(index) else barren + 1
+        index = (torch.rand(batch, generator=generator, dtype=torch.float64) < chance).nonzero().flatten()[: n - have]
+        have += len(index)
+        barren = 0 if len(index) else barren + 1
+        where.append(attempts + index)
         attempts += batch if have < n else int(index[-1]) + 1
         kept.append(x[index])
         if barren >= patience:
@@ -726,152 +1146,469 @@ def rejected(kind, more, n, generator, head=None, percentile=60, burn_in=10_000,
     warning = None
     if auc is not None and auc < 0.55:
         warning = f"AUC {auc:.3f}: D hardly tells held-out real pictures from fakes, so rejection changes little"
-    return torch.cat(kept), {"attempts": attempts, "attempts_per_10000": 10_000 * attempts / n,
-                             "acceptance": n / attempts, "auc": auc, "burn_in": burn_in, "warning": warning}
+    return torch.cat(kept), {
+        "attempts": attempts,
+        "attempts_per_10000": 10_000 * attempts / n,
+        "acceptance": n / attempts,
+        "auc": auc,
+        "burn_in": burn_in,
+        "warning": warning,
+        "index": torch.cat(where),
+    }
 
-# STUDY: what the training scripts ask for -----------------------------------------------------------------------------
+
+# STUDY: what watches a run and never trains ---------------------------------------------------------------------------
 
 NOT_LOGGED = {"n_real", "n_fake", "floor", "accuracy", "features", "inception_score_std", "modes_real", "modes_kl_real"}
 
+
 class Study:
-    """What looks at a generator while it trains and when it is done: scores, choice by rejection, figures, curves.
+    """Watches a run: its folder, logs, sheets, scores, figures. It never trains, and its random streams are its own.
 
-    args, folder    the run's flags and its directory
-    load(split)     -> pictures uint8 (N, C, S, S), labels (N,): the script's own data; limit=n: the first n
-    draw(z, y)      -> pictures uint8 (N, C, S, S) and D's scores (N,), on the CPU; y None: each label in turn
-    rate(x, y)      -> D's scores (N,) of pictures uint8
-    noise(n, *key)  -> z (n, latent_dim), a pure function of its arguments
-    held            pictures and labels that D never saw, or None; labels: how many G can be asked for, 1: none"""
+    args            the run's flags
+    held            (images uint8, labels) that D never sees, or None: --reject drs is calibrated on them
+    sample(z, y)    -> images uint8 (B, C, S, S) of z (B, latent_dim) and labels (B,)
+    score(x, y)     -> D's scores (B,) of images uint8 (B, C, S, S) with labels (B,)
+    classes         {name: number of training images} of the classes that G can be asked for; {} if it takes no label
+    script          the script's path, for the copy in the run's folder
 
-    def __init__(self, args, folder, load, draw=None, rate=None, noise=None, held=None, labels=1, say=print):
-        self.args, self.folder, self.load, self.draw, self.rate = args, Path(folder), load, draw, rate
-        self.noise, self.held, self.labels, self.say, self.judge = noise, held, labels, say, None
-        if noise and not vars(args).get("generate"):  # a run goes on: those of an earlier end are not its own
-            (self.folder / "scores.json").unlink(missing_ok=True)
+    The other ranks of a torchrun have one too, which does nothing."""
+
+    def __init__(self, args, held, sample, score, classes=None, script=None):
+        self.args = args
+        self.held = held
+        self.sample = in_parts(sample, args.device)
+        self.score = in_parts(score, args.device)
+        self.classes = classes or {}
+        self.script = Path(script) if script else None
+        self.folder = Path(args.run_dir)
+        self.log_file = Table(self.folder / "log.csv")
+        self.scores_file = Table(self.folder / "scores.csv")
+        self.load = functools.partial(load_data, args.dataset, args.data_dir, args.image_size)
+        self.judge = None  # made when it is first needed
+        self.board = None
+        self.seconds_before = 0.0  # of the same run, before it was resumed
+        self.sums = 0
+        self.count = 0
+
+    # While it trains
+
+    def start(self, i, total, per_epoch):
+        """Makes the folder of a run that has done i of `total` updates of D, `per_epoch` an epoch.
+
+        What an abandoned branch logged past i is dropped. Ends the program where the folder cannot be used."""
+        self.total = total
+        self.per_epoch = per_epoch
+        self.start_time = time.time() - self.seconds_before
+        self.scored_at = None
+        self.best_fid = math.inf
+        if RANK:
+            return
+        args = self.args
+        if i > total:
+            fail(f"{args.resume} is at update {i}, past the {total} asked for")
+        goes_on = args.resume and Path(args.resume).resolve().parent == self.folder.resolve()
+        if not goes_on and any(self.folder.glob("*")):
+            fail(f"--run-dir {self.folder} is in use: name another, or --resume its last.pt")
+        if args.tensorboard:
+            with or_fail("--tensorboard: pip install tensorboard"):
+                writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter
+        with or_fail(f"--run-dir {self.folder}"):
+            (self.folder / "samples").mkdir(parents=True, exist_ok=True)
+            if self.script and not goes_on:
+                shutil.copyfile(self.script, self.folder / self.script.name)
+            text = json.dumps({**vars(args), "classes": self.classes}, indent=1)
+            write_whole(self.folder / "args.json", lambda file: file.write(text.encode()))
+            (self.folder / "scores.json").unlink(missing_ok=True)  # of an earlier end
+            for sheet in (self.folder / "samples").glob("step_*.png"):
+                if int(sheet.stem.removeprefix("step_")) > i:
+                    sheet.unlink()
+            self.log_file.keep(i)
+            rows = self.scores_file.keep(i)
+        if args.tensorboard:
+            self.board = writer(self.folder, purge_step=i + 1)
+        if rows and (self.folder / "best.pt").exists():
+            self.scored_at = int(rows[-1]["step"])
+            self.best_fid = min(float(row["fid_train"]) for row in rows)
+        ranks = f"{WORLD} x " if WORLD > 1 else ""
+        say(f"{self.folder}: update {i} to {total} of D, {args.batch_size} images each, on {ranks}{args.device}")
+        self.mark(i)
+
+    def mark(self, i):
+        """From here on speed is measured, so that scoring and drawing do not count."""
+        self.marked = (time.time(), i)
+
+    def add(self, losses):
+        """Adds an iteration's losses, a dict of scalars, to sums that stay on the device: nothing waits."""
+        self.names = list(losses)
+        self.sums = self.sums + torch.stack([value.detach() for value in losses.values()])
+        self.count += 1
+
+    def log(self, i):
+        """A row of log.csv, the mean losses since the last one, and a line on how far the run is.
+
+        This waits for the device. A loss that is not finite ends the program: last.pt is from before."""
+        means = dict(zip(self.names, (self.sums / self.count).tolist()))
+        if not all(map(math.isfinite, means.values())):
+            not_finite("a loss", i, self.folder)
+        self.sums = 0
+        self.count = 0
+        if RANK:
+            return
+        since, update = self.marked
+        speed = (i - update) / max(time.time() - since, 1e-9)
+        row = {
+            "step": i,
+            "epoch": i / self.per_epoch,
+            "g_updates": i // self.args.d_steps * self.args.g_steps,
+            "seconds": self.seconds(),
+            **means,
+            "images_per_s": speed * self.args.batch_size,
+        }
+        self.log_file.add(row)
+        self.to_board(row)
+        losses = "  ".join(f"{name} {value:.3f}" for name, value in means.items())
+        left = timedelta(seconds=int((self.total - i) / max(speed, 1e-9)))
+        epochs = f"epoch {row['epoch']:.1f}/{self.total / self.per_epoch:.4g}"
+        say(
+            f"{epochs}  D {i} G {row['g_updates']}  {losses}  {row['images_per_s']:.0f} images/s  ETA {left}",
+            redraw=True,
+        )
+        self.mark(i)
+
+    def seconds(self):
+        return time.time() - self.start_time
+
+    def to_board(self, row):
+        if self.board:
+            for name, value in row.items():
+                self.board.add_scalar(name, value, row["step"])
+
+    def sheet(self, i):
+        """samples/step_I.png: 64 images of a fixed z; of a conditional G eight of each of the first 20 classes."""
+        if not RANK:
+            self.save_samples(self.folder / "samples" / f"step_{i:07}.png")
+            self.mark(i)
+
+    def save_samples(self, path):
+        rows = min(len(self.classes), 20)
+        if rows:
+            z = self.noise(8, SHEETS).repeat(rows, 1)
+            y = torch.arange(rows).repeat_interleave(8)
+        else:
+            z = self.noise(64, SHEETS)
+            y = torch.zeros(64, dtype=torch.long)
+        save_sheet(self.sample(z, y), path)
+
+    def evaluate(self, i):
+        """Scores fresh samples: a row of scores.csv. True if the FID to training images is the least of the run.
+
+        best.pt goes by training images, so that the test set chooses nothing. False if i has been scored before."""
+        if RANK or self.scored_at == i or not self.ready():
+            return False
+        scores = self.scores(SCORING, i)
+        say(f"step {i}: {self.judge.line(scores)}")
+        row = {"step": i, "epoch": i / self.per_epoch, "seconds": self.seconds()}
+        row |= {name: value for name, value in scores.items() if name not in NOT_LOGGED}
+        self.scores_file.add(row)
+        self.to_board(row)
+        better = scores["fid_train"] < self.best_fid
+        self.best_fid = min(self.best_fid, scores["fid_train"])
+        self.scored_at = i
+        self.mark(i)
+        return better
+
+    # What it draws and scores
+
+    def noise(self, n, *key):
+        """z (n, latent_dim), a pure function of the run's seed and a key."""
+        return sample_z(self.args, n, "cpu", seeded(self.args.seed, *key))
+
+    def labels(self, n, *key):
+        """n labels in the shares of the training set, shuffled: in turn, or drawn at random, they would add to FID."""
+        if not self.classes:
+            return torch.zeros(n, dtype=torch.long)
+        counts = torch.tensor(list(self.classes.values()))
+        y = torch.arange(len(counts)).repeat_interleave(counts)
+        shuffle = torch.randperm(n, generator=seeded(self.args.seed, ASKED, *key))
+        return y[torch.arange(n) * len(y) // n][shuffle]
 
     def ready(self):
-        """The judge, made when it is first asked for; False where there can be no scores, which is said once."""
+        """Makes the judge when it is first needed. False where there can be no scores, which is said once."""
         if self.judge is None:
-            a, device = self.args, "cuda" if torch.cuda.is_available() and self.args.device != "cpu" else "cpu"
-            home = Path(a.data_dir).resolve().parent if a.dataset == "folder" else a.data_dir  # not among the pictures
-            load = functools.partial(self.load, limit=256) if a.dry_run else self.load
+            args = self.args
+            device = "cuda" if torch.cuda.is_available() and args.device != "cpu" else "cpu"
+            home = Path(args.data_dir)
+            if args.dataset == "folder":
+                home = home.resolve().parent  # not among the images
             try:
-                self.judge = Judge(a.dataset, load, None if a.dry_run else home, device,
-                                   epochs=1 if a.dry_run else None, say=self.say)
+                self.judge = Judge(args.dataset, self.load, home, device)
             except TooFew as e:  # the training goes on
-                self.judge = self.say(f"no scores: {e}") or False
-        return self.judge
-
-    def evaluate(self, step):
-        """The scores of fresh samples after `step` D updates, for the log; None where there can be none."""
-        if not self.ready(): return None
-        scores = self.scores(2, step)
-        self.say(f"step {step}: {self.judge.line(scores)}")
-        return {k: v for k, v in scores.items() if k not in NOT_LOGGED}
+                say(f"no scores: {e}")
+                self.judge = False
+        return bool(self.judge)
 
     def scores(self, *key):
-        y = self.asked(self.judge.n, *key)
-        return self.judge(self.draw(self.noise(self.judge.n, *key), y)[0], y)
+        """The judge's scores of fresh samples."""
+        y = self.labels(self.judge.n, *key)
+        x = self.sample(self.noise(self.judge.n, *key), y)
+        return self.judge(x, y if self.classes else None)
 
-    def asked(self, n, *key):
-        """n labels in the data's own shares, shuffled, where G takes one: in turn, or drawn, they would add to FID."""
-        if self.labels == 1: return None
-        y = self.judge.labels.sort().values
-        return y[torch.arange(n) * len(y) // n][torch.randperm(n, generator=seeded(self.args.seed, 12, *key))]
+    # When it is done
 
-    def last_scores(self, restore):
-        """The figures; scores.json: of last.pt and best.pt on fresh z, and of what --reject keeps; and curves.png.
-        restore(name) loads a checkpoint of the run and returns its step."""
-        self.figures()  # of the weights as they are: restore comes after
-        scores, reject, steps = {}, self.args.reject, {}
-        for name in [n for n in ("last.pt", "best.pt") if (self.folder / n).exists()] if self.ready() else ():
-            steps[name] = restore(name)
-            if name == "best.pt" and steps[name] == steps["last.pt"]:
-                scores |= {k.replace("last", "best"): v for k, v in scores.items()}
-                self.say("best.pt is last.pt")
+    def finish(self, i, restore):
+        """samples.png, the figures, scores.json and curves.png. restore(path) loads the networks of a checkpoint."""
+        if RANK:
+            return
+        self.save_samples(self.folder / "samples.png")
+        save_gif(sorted((self.folder / "samples").glob("step_*.png")), self.folder / "training.gif")
+        self.interpolations()
+        self.traversal()
+        self.last_scores(i, restore)
+        if self.log_file.path.exists():
+            with contextlib.suppress(ValueError):  # rows without a number to plot
+                plot([self.folder], self.folder / "curves.png")
+        else:
+            say("no curves.png: log.csv has no rows, which come every --log-every updates of D")
+        say(f"done: {self.folder}")
+
+    def last_scores(self, i, restore):
+        """scores.json: last.pt and best.pt on fresh z, and what --reject keeps of their samples."""
+        if not self.ready():
+            return
+        scores = {}
+        for name in ("last.pt", "best.pt"):
+            if not (self.folder / name).exists():
                 continue
-            scores[name] = self.scores(3)
-            self.say(f"{name}, fresh z: {self.judge.line(scores[name])}")
-            if reject != "none":
-                try:
-                    x, took = self.kept(self.judge.n, 8, shares=True)
-                except ValueError as e:
-                    self.say(f"--reject {reject}: {e}")
-                    continue
-                scores[f"{name} --reject {reject}"] = s = {**self.judge(x), **took}
-                self.say(f"{name}, --reject {reject}: {self.judge.line(s)}; {took['line']}")
-        if scores: (self.folder / "scores.json").write_text(json.dumps(scores, indent=1))
-        if not (self.folder / "log.csv").exists():
-            return self.say("no curves.png: log.csv has no rows, which come every --log-every updates of D")
-        try: plot([self.folder], self.folder / "curves.png")
-        except ValueError as e: self.say(f"no curves.png: {e}")
+            step = restore(self.folder / name)
+            if name == "best.pt" and step == i:
+                scores |= {key.replace("last", "best"): value for key, value in scores.items()}
+                say("best.pt is last.pt")
+                continue
+            scores[name] = self.scores(LAST)
+            say(f"{name}, fresh z: {self.judge.line(scores[name])}")
+            if self.args.reject != "none":
+                chosen = self.scores_of_chosen(name)
+                if chosen:
+                    scores[f"{name} --reject {self.args.reject}"] = chosen
+        text = json.dumps(scores, indent=1)
+        write_whole(self.folder / "scores.json", lambda file: file.write(text.encode()))
 
-    def kept(self, n, *key, shares=False):
-        """n pictures uint8 (n, C, S, S) that --reject keeps, and rejected's dict; ValueError where D is of no use.
-        Labels are asked for in turn, or with the data's `shares`."""
-        args, drawn = self.args, []
+    def scores_of_chosen(self, name):
+        reject = f"--reject {self.args.reject}"
+        try:
+            x, y, took = self.chosen(self.judge.n, CHOICE)
+        except ValueError as e:
+            say(f"{reject}: {e}")
+            return None
+        scores = self.judge(x, y if self.classes else None) | took
+        say(f"{name}, {reject}: {self.judge.line(scores)}; {took['line']}")
+        return scores
+
+    def chosen(self, n, *key, labels=None):
+        """n images that --reject keeps, their labels, and rejected's dict. ValueError: D is of no use for it.
+
+        labels(k, *key) -> the k labels to ask for; as a default in the shares of the training set."""
+        args = self.args
+        labels = labels or self.labels
+        asked = []
 
         def more(k):
-            drawn.append(None)
-            z = self.noise(k, *key, 2, len(drawn))
-            return self.draw(z, self.asked(k, *key, len(drawn)) if shares else None)
+            asked.append(labels(k, *key, len(asked) + 1))
+            x = self.sample(self.noise(k, *key, 2, len(asked)), asked[-1])
+            return x, self.score(x, asked[-1])
 
         head = None
         if args.reject == "naive" and getattr(args, "d_norm", "none") == "batch":
-            self.say("--reject naive: D has batch norm, and in eval mode its logit is not the one that trained")
+            say("--reject naive: D has batch norm, and in eval mode its logit is not the one that trained")
         if args.reject == "drs":
             x, y = self.held
-            head = platt(self.rate(x, y), torch.cat([more(len(b))[1] for b in x.split(500)]))
+            fakes = [more(len(part))[1] for part in x.split(500)]
+            head = platt(self.score(x, y), torch.cat(fakes))
+        calibrated = len(asked)
         x, took = rejected(args.reject, more, n, seeded(args.seed, *key, 1), head, args.drs_percentile)
-        line = (f"{took['attempts']} attempts, {took['acceptance']:.1%} kept"
-                + (f", calibrated at AUC {took['auc']:.3f}" if head else "")
-                + (f". {took['warning']}" if took["warning"] else ""))
-        return x, {**took, "line": line}
+        y = torch.cat(asked[calibrated:])[took["burn_in"] :][took.pop("index")]
+        line = f"{took['attempts']} attempts, {took['acceptance']:.1%} kept"
+        if head:
+            line += f", calibrated at AUC {took['auc']:.3f}"
+        if took["warning"]:
+            line += f". {took['warning']}"
+        return x, y, {**took, "line": line}
 
-    def figures(self):
-        """training.gif, interpolation_latent.png and _pixel.png, traversal.png, of the weights as they are."""
-        save_gif(sorted((self.folder / "samples").glob("step_*.png")), self.folder / "training.gif")
-        a, b = self.noise(16, 4).chunk(2)  # eight pairs, ten pictures from one to the other
-        t, y = torch.linspace(0, 1, 10), torch.arange(8) % self.labels
-        x, _ = self.draw(torch.lerp(a[:, None], b[:, None], t.view(10, 1)).flatten(0, 1), y.repeat_interleave(10))
-        save_sheet(x, self.folder / "interpolation_latent.png", 10)
-        xa, xb = (self.draw(ends, y)[0].float()[:, None] for ends in (a, b))
-        between = torch.lerp(xa, xb, t.view(1, 10, 1, 1, 1)).flatten(0, 1).round().byte()
-        save_sheet(between, self.folder / "interpolation_pixel.png", 10)
-        self.traversal()
+    def interpolations(self):
+        """interpolation_latent.png and interpolation_pixel.png: eight pairs, ten images from one to the other."""
+        z_start, z_end = self.noise(16, INTERPOLATION).chunk(2)
+        t = torch.linspace(0, 1, 10)
+        y = torch.arange(8) % max(1, len(self.classes))
+        z = torch.lerp(z_start[:, None], z_end[:, None], t.view(10, 1))
+        save_sheet(self.sample(z.flatten(0, 1), y.repeat_interleave(10)), self.folder / "interpolation_latent.png", 10)
+        x_start, x_end = (self.sample(z, y).float()[:, None] for z in (z_start, z_end))
+        x = torch.lerp(x_start, x_end, t.view(1, 10, 1, 1, 1)).round().byte()
+        save_sheet(x.flatten(0, 1), self.folder / "interpolation_pixel.png", 10)
 
     def traversal(self, rows=10):
-        """One z, a row per coordinate, slid from -4 to 4 (-1 to 1 for a uniform prior): the coordinates that change the
-        picture most from end to end."""
-        z, far = self.noise(1, 5), 4.0 if self.args.prior == "normal" else 1.0
+        """traversal.png: one z, and in each row one of its coordinates slid from -4 to 4 (uniform prior: -1 to 1).
+
+        The rows are the coordinates that change the image most from end to end, the strongest first."""
+        far = 4.0 if self.args.prior == "normal" else 1.0
+        z = self.noise(1, TRAVERSAL)
         one = torch.eye(self.args.latent_dim) > 0
         y = torch.zeros(len(one), dtype=torch.long)
-        low, high = (self.draw(torch.where(one, v, z), y)[0].float() for v in (-far, far))
-        strongest = (high - low).abs().flatten(1).mean(1).argsort(descending=True)[:rows]
+        low, high = (self.sample(torch.where(one, end, z), y).float() for end in (-far, far))
+        change = (high - low).abs().flatten(1).mean(1)
+        strongest = change.argsort(descending=True)[:rows]
         slid = torch.where(one[strongest, None], torch.linspace(-far, far, 9).view(1, 9, 1), z).flatten(0, 1)
-        save_sheet(self.draw(slid, y[:1].expand(len(slid)))[0], self.folder / "traversal.png", 9)
+        save_sheet(self.sample(slid, y[:1].expand(len(slid))), self.folder / "traversal.png", 9)
 
-def seeded(*key):
-    """A CPU generator, a pure function of whole numbers, the same as the scripts'."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+    # --generate
 
-def save_sheet(x, path, columns):
-    """uint8 (N, C, H, W) as one PNG, row by row, two pixels of white between pictures."""
-    from torchvision.utils import make_grid
-    sheet = make_grid(x, columns, padding=2, pad_value=255)[:x.shape[1]]
-    Image.fromarray(sheet[0].numpy() if len(sheet) == 1 else sheet.permute(1, 2, 0).contiguous().numpy()).save(path)
+    def generate(self, n):
+        """Writes n images as PNG files of fresh z, chosen by --reject; of a conditional G labels.csv beside them."""
+        if RANK:
+            return
+        args = self.args
+        out = Path(args.generate_to or self.folder / "generated")
+        if any(out.glob("*")):
+            fail(f"--generate-to {out} is in use")
+        line = ""
+        if args.reject == "none":
+            y = self.labels_to_generate(n, GENERATED)
+            x = self.sample(self.noise(n, GENERATED), y)
+        else:
+            with or_fail(f"--reject {args.reject}"):
+                x, y, took = self.chosen(n, GENERATED, labels=self.labels_to_generate)
+            line = f": {took['line']}"
+        with or_fail(f"--generate-to {out}"):
+            out.mkdir(parents=True, exist_ok=True)
+            for i in range(n):
+                save_sheet(x[i : i + 1], out / f"{i:05}.png")
+            if self.classes:
+                names = list(self.classes)
+                rows = [f"{i:05}.png,{names[label]}\n" for i, label in enumerate(y.tolist())]
+                (out / "labels.csv").write_text("file,label\n" + "".join(rows))
+        say(f"{n} images in {out}{line}")
+
+    def labels_to_generate(self, n, *key):
+        """As --label says: in the shares of the training set, in turn, or all of one class."""
+        names = list(self.classes)
+        if self.args.label == "shares" or not names:
+            return self.labels(n, *key)
+        if self.args.label == "turn":
+            return torch.arange(n) % len(names)
+        return torch.full((n,), names.index(self.args.label))
+
+
+class Stop:
+    """Set by Ctrl-C, SIGTERM or SIGHUP: the loop ends after its iteration. A second signal leaves at once."""
+
+    def __init__(self):
+        self.signal = None
+        self.asked = 0
+        self.before = {}
+        if threading.current_thread() is not threading.main_thread():
+            return  # only that one may listen
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
+                self.before[number] = signal.signal(number, self.catch)
+
+    def catch(self, number, frame):
+        if self.signal is not None:
+            raise SystemExit(128 + number)
+        self.signal = number
+
+    def is_set(self):
+        """Under torchrun rank 0 decides, at every tenth call: all ranks leave after the same iteration."""
+        if WORLD > 1:
+            self.asked += 1
+            if self.asked % 10:
+                return False
+            self.signal = from_rank_0(self.signal)
+        return self.signal is not None
+
+    def leave_if_set(self, i, study):
+        """After the last checkpoint: ends the program if there was a signal. From here on any signal does, at once."""
+        for name, handler in self.before.items():
+            signal.signal(name, handler)
+        if self.signal is not None:
+            say(f"stopped at step {i}: go on with --resume {study.folder / 'last.pt'}")
+            raise SystemExit(128 + self.signal)
+
+
+def in_parts(f, device):
+    """f(rows, y), of as many rows as wanted: 500 at a time on `device`, without gradients. The result is on the CPU."""
+
+    @torch.no_grad()
+    def whole(rows, y):
+        return torch.cat([f(a.to(device), b.to(device)).cpu() for a, b in zip(rows.split(500), y.split(500))])
+
+    return whole
+
+
+def not_finite(what, i, folder):
+    """Ends the program: a NaN or an infinity by update i."""
+    last = Path(folder) / "last.pt"
+    before = f"; {last} is from before" if last.exists() else ""
+    fail(f"{what} is not finite by step {i}: try lower --lr-d, --lr-g{before}")
+
+
+class Table:
+    """A CSV file with a "step" column that a run appends to, and cuts back where it goes on from an earlier step."""
+
+    def __init__(self, path):
+        self.path = path
+        self.columns = None
+
+    def keep(self, step):
+        """Drops the rows past `step`, and returns those that stay as dicts of texts."""
+        if not self.path.exists():
+            return []
+        with open(self.path, newline="") as file:
+            rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+        self.rewrite(rows)
+        return rows
+
+    def add(self, row):
+        """Appends a row {column: number}. A column that the file lacks is added to it."""
+        new = [column for column in row if column not in (self.columns or ())]
+        if self.columns and new:
+            with open(self.path, newline="") as file:
+                self.rewrite(list(csv.DictReader(file)), new)
+        cells = {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()}
+        with open(self.path, "a", newline="") as file:
+            writer = csv.DictWriter(file, self.columns or list(row), lineterminator="\n")
+            if not self.columns:
+                writer.writeheader()
+                self.columns = list(row)
+            writer.writerow(cells)
+
+    def rewrite(self, rows, more=()):
+        columns = [*rows[0], *more] if rows else []
+        if not columns:
+            self.path.unlink()
+            return
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_whole(self.path, lambda file: file.write(text.getvalue().encode()))
+        self.columns = columns
+
 
 def save_gif(paths, out, limit=300 * 1024):
     """The sheets as an animation of at most `limit` bytes: fewer frames and grey levels until it fits."""
+    if not paths:
+        return
     for frames, colours in ((48, 16), (32, 16), (24, 8), (16, 8), (10, 4), (5, 4), (2, 2)):
-        chosen = [paths[i] for i in sorted({round(t) for t in np.linspace(0, len(paths) - 1, min(frames, len(paths)))})]
-        images = [Image.open(p).quantize(colours) for p in chosen]
-        if not images: return
+        evenly = np.linspace(0, len(paths) - 1, min(frames, len(paths)))
+        images = [Image.open(paths[i]).quantize(colours) for i in sorted({round(t) for t in evenly})]
         file = io.BytesIO()
-        images[0].save(file, "GIF", save_all=True, append_images=images[1:] + images[-1:] * 5, duration=150, loop=0)
+        rest = images[1:] + images[-1:] * 5
+        images[0].save(file, "GIF", save_all=True, append_images=rest, duration=150, loop=0)
         if file.tell() <= limit:
             Path(out).write_bytes(file.getvalue())
             return
+
 
 def answers(models, x, y, x_test):
     """bigan.py's probe: labels of features x_test (M, d) by 1-NN among x (N, d) with labels y (N,), by plain distances
@@ -884,18 +1621,33 @@ def answers(models, x, y, x_test):
     for model, n in zip(models, (len(x), 5000)):
         yield torch.from_numpy(model.fit(x[:n].numpy(), y[:n].numpy()).predict(x_test.numpy()))
 
+
 def reconstruction_ratio(x, made, seed):
     """mean |x - G(E(x))| / mean |x - G(E(x'))|, x' the next in a random circle of all pictures: 0 where G undoes E, 1
     where E tells nothing."""
-    circle = torch.randperm(len(x), generator=seeded(seed, 10))
+    circle = torch.randperm(len(x), generator=seeded(seed, PROBE))
     right, wrong = ((x[circle] - made[i]).flatten(1).norm(dim=1).mean() for i in (circle, circle.roll(-1)))
     return (right / wrong).item()
 
+
 # PLOT -----------------------------------------------------------------------------------------------------------------
 
-COLOURS = ("#1f5fa8", "#c8452b", "#2f8f4e", "#8a4fa3", "#b58a00", "#444444", "#3fb0c9", "#d477a8", "#7a5230", "#8fb339",
-           "#6a6acd", "#e08a2e")
+COLOURS = (
+    "#1f5fa8",
+    "#c8452b",
+    "#2f8f4e",
+    "#8a4fa3",
+    "#b58a00",
+    "#444444",
+    "#3fb0c9",
+    "#d477a8",
+    "#7a5230",
+    "#8fb339",
+    "#6a6acd",
+    "#e08a2e",
+)
 NOT_PLOTTED = {"step", "epoch", "g_updates", "seconds", "images_per_s", "lr_g", "lr_d", "class_min", "class_max"}
+
 
 def read_log(run):
     """A run directory's log.csv -> {column: (steps, values)}, rows without a value left out. ValueError: it is none."""
@@ -906,6 +1658,7 @@ def read_log(run):
     except (OSError, KeyError, IndexError, ValueError, TypeError) as e:
         raise ValueError(f"{path} is not the log of a run ({type(e).__name__}: {e})") from None
 
+
 def ticks(low, high, wanted=6):
     """Round numbers from low to high: 1, 2 or 5 times a power of ten apart."""
     raw = (high - low) / wanted
@@ -913,8 +1666,25 @@ def ticks(low, high, wanted=6):
     step = next(m * unit for m in (1, 2, 5, 10) if m * unit >= raw)
     return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
-NOT_COMPARED = {"seed", "name", "data_dir", "device", "graph", "run_dir", "resume", "generate", "generate_to", "z_file",
-                "tensorboard", "log_every", "sample_every", "eval_every", "checkpoint_every"}
+
+NOT_COMPARED = {
+    "seed",
+    "name",
+    "data_dir",
+    "device",
+    "graph",
+    "run_dir",
+    "resume",
+    "generate",
+    "generate_to",
+    "z_file",
+    "tensorboard",
+    "log_every",
+    "sample_every",
+    "eval_every",
+    "checkpoint_every",
+}
+
 
 def groups(runs):
     """{label: [run directories]}: those that differ in the seed alone together, in the order given. A label is the
@@ -934,33 +1704,54 @@ def groups(runs):
         seen.append((label, seed))
     return out
 
+
 def scores_table(runs):
     """The final scores of run directories (scores.json) as Markdown, for each group of seeds and each checkpoint: the
     mean and, of two runs or more, the standard deviation (n - 1). ValueError: a run without scores."""
-    columns = {"FID": ("fid", ".1f"), "IS": ("inception_score", ".2f"), "coverage": ("coverage", ".3f"),
-               "classes": ("classes", ".4g"), "least": ("class_min", ".1%"), "labels right": ("label_accuracy", ".1%"),
-               "modes": ("modes", ".0f"), "attempts": ("attempts", ".0f")}
+    columns = {
+        "FID": ("fid", ".1f"),
+        "IS": ("inception_score", ".2f"),
+        "coverage": ("coverage", ".3f"),
+        "classes": ("classes", ".4g"),
+        "least": ("class_min", ".1%"),
+        "labels right": ("label_accuracy", ".1%"),
+        "modes": ("modes", ".0f"),
+        "attempts": ("attempts", ".0f"),
+    }
     rows, networks = [], set()
     for label, members in groups(runs).items():
-        try: scores = [json.loads((Path(run) / "scores.json").read_text()) for run in members]
-        except (OSError, ValueError) as e: raise ValueError(f"a run without scores: {e}") from None
+        try:
+            scores = [json.loads((Path(run) / "scores.json").read_text()) for run in members]
+        except (OSError, ValueError) as e:
+            raise ValueError(f"a run without scores: {e}") from None
         for name in dict.fromkeys(n for s in scores for n in s if ".pt" in n):
             if name.startswith("best.pt") and all(s.get(name) == s.get(name.replace("best", "last")) for s in scores):
                 continue
             mine = [s[name] for s in scores if name in s]  # a seed may lack what --reject keeps
             values = {c: [s[k] for s in mine if s.get(k) is not None] for c, (k, _) in columns.items()}
             used = {f"{s['features']}, floor {s['floor']:.1f}, n {s['n_fake']}" for s in mine}
-            rows.append((label + " (by several networks)" * (len(used) > 1), name, len(mine),
-                         {c: v for c, v in values.items() if len(v) == len(mine)}))
+            rows.append(
+                (
+                    label + " (by several networks)" * (len(used) > 1),
+                    name,
+                    len(mine),
+                    {c: v for c, v in values.items() if len(v) == len(mine)},
+                )
+            )
             networks |= used
     shown = [c for c in columns if any(c in values for *_, values in rows)]
-    lines = ["; ".join(sorted(networks)), "", "| " + " | ".join(["run", "weights", "seeds", *shown]) + " |",
-             "|---" * (3 + len(shown)) + "|"]
+    lines = [
+        "; ".join(sorted(networks)),
+        "",
+        "| " + " | ".join(["run", "weights", "seeds", *shown]) + " |",
+        "|---" * (3 + len(shown)) + "|",
+    ]
     for label, name, n, values in rows:
         figures = np.mean, lambda v: np.std(v, ddof=1)
         cells = [[format(f(values[c]), columns[c][1]) for f in figures[:n] if c in values] for c in shown]
         lines.append("| " + " | ".join([label, name, str(n), *(" ± ".join(cell) for cell in cells)]) + " |")
     return "\n".join(lines)
+
 
 def band(logs, column):
     """Of one column in the logs of several seeds: the steps that all have, means, least and largest values."""
@@ -969,13 +1760,17 @@ def band(logs, column):
     values = np.array([[f[s] for f in found] for s in steps]).reshape(-1, len(found))
     return steps, *(f(values, 1).tolist() for f in (np.mean, np.min, np.max))
 
+
 def plot(runs, out):
     """Each logged column of runs against the step (D updates), a panel each, as one PNG; of runs that differ in the
     seed alone the mean, in a band from least to largest. ValueError: logs without rows, or no such file."""
     names, members = zip(*groups(runs).items())
     names, logs = names if names[1:] else [Path(runs[0]).resolve().name], [[read_log(r) for r in m] for m in members]
-    panels = [c for c in dict.fromkeys(c for seeds in logs for log in seeds for c in log) if c not in NOT_PLOTTED
-              and any(band(seeds, c)[0] for seeds in logs)]
+    panels = [
+        c
+        for c in dict.fromkeys(c for seeds in logs for log in seeds for c in log)
+        if c not in NOT_PLOTTED and any(band(seeds, c)[0] for seeds in logs)
+    ]
     if not panels:
         raise ValueError("nothing to plot: the logs have no rows yet")
     w, h, columns = 440, 260, min(3, len(panels))
@@ -988,8 +1783,10 @@ def plot(runs, out):
         x0, y0 = w * (i % columns) + 62, h * (i // columns) + 18 * len(names) + 32
         x1, y1 = x0 + w - 80, y0 + h - 66
         log_scale = column.startswith("fid")
-        curves = [(s, *([math.log10(max(v, 1e-3)) if log_scale else v for v in vs] for vs in values))
-                  for s, *values in (band(seeds, column) for seeds in logs)]
+        curves = [
+            (s, *([math.log10(max(v, 1e-3)) if log_scale else v for v in vs] for vs in values))
+            for s, *values in (band(seeds, column) for seeds in logs)
+        ]
         values = [v for _, *parts in curves for vs in parts for v in vs if math.isfinite(v)] or [0.0]
         low, high = min(values), max(values)
         margin = 0.04 * (high - low) if high - low > 1e-9 else 0.5
@@ -1001,15 +1798,24 @@ def plot(runs, out):
             draw.text((x0 + t / last * (x1 - x0), y1 + 4), f"{t:g}", "#555555", font, anchor="mt")
         marks = ticks(low, high)
         if log_scale:  # 1, 2, 5 times powers of ten; on less than a decade, evenly spaced values
-            marks = [math.log10(v) for v in (ticks(10 ** low, 10 ** high) if high - low < 1 else
-                                             [m * 10 ** k for k in range(-3, 9) for m in (1, 2, 5)])]
+            marks = [
+                math.log10(v)
+                for v in (
+                    ticks(10**low, 10**high) if high - low < 1 else [m * 10**k for k in range(-3, 9) for m in (1, 2, 5)]
+                )
+            ]
         for t in (t for t in marks if low <= t <= high):
             y = y1 - (t - low) / (high - low) * (y1 - y0)
             draw.line([(x0, y), (x1, y)], "#e4e4e4")
-            draw.text((x0 - 4, y), f"{10 ** t:.3g}" if log_scale else f"{t:g}", "#555555", font, anchor="rm")
+            draw.text((x0 - 4, y), f"{10**t:.3g}" if log_scale else f"{t:g}", "#555555", font, anchor="rm")
+
         def places(s, vs):
-            return [(x0 + a / last * (x1 - x0), y1 - (v - low) / (high - low) * (y1 - y0))
-                    for a, v in zip(s, vs) if math.isfinite(v)]
+            return [
+                (x0 + a / last * (x1 - x0), y1 - (v - low) / (high - low) * (y1 - y0))
+                for a, v in zip(s, vs)
+                if math.isfinite(v)
+            ]
+
         for j, (s, mean, least, most) in enumerate(curves):
             colour = COLOURS[j % len(COLOURS)]
             if least != most and places(s, least)[1:]:
@@ -1024,11 +1830,12 @@ def plot(runs, out):
     except (OSError, ValueError) as e:
         raise ValueError(f"-o {out}: {e}") from None
 
+
 # COMMAND LINE ---------------------------------------------------------------------------------------------------------
 
 JPEG_EFFECT = "10,000 real MNIST pictures had FID[classifier] 2.0 as PNG, 3.9 as JPEG of quality 75"
 CROPPED = "--real folder --data-dir DIR crops and resizes real pictures as the scripts do"
-SUFFIXES = (".bmp", ".gif", ".jpg", ".jpeg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
 
 class Pictures:
     """A folder of pictures in the order of their names, or a .npy or .pt of uint8 (N, C, S, S), or such a tensor.
@@ -1045,8 +1852,13 @@ class Pictures:
             if not torch.is_tensor(source) and Path(source).suffix in (".npy", ".pt"):
                 load = np.load if Path(source).suffix == ".npy" else functools.partial(torch.load, weights_only=True)
                 source, self.kind = torch.as_tensor(load(source)), "array"
-            self.items = as_pictures(source, channels, 1) if torch.is_tensor(source) else sorted(
-                f for f in Path(source).iterdir() if f.suffix.lower() in SUFFIXES and not f.name.startswith("."))
+            self.items = (
+                as_pictures(source, channels, 1)
+                if torch.is_tensor(source)
+                else sorted(
+                    f for f in Path(source).iterdir() if f.suffix.lower() in SUFFIXES and not f.name.startswith(".")
+                )
+            )
         except Exception as e:  # numpy and torch raise a different kind for each way to be damaged
             raise ValueError(f"{self.path}: {type(e).__name__}: {e}") from None
         if torch.is_tensor(self.items):
@@ -1059,7 +1871,7 @@ class Pictures:
             if len(self.bad) > 0.01 * n:
                 raise ValueError(f"cannot read {bad}; more than 1 %, and other pictures than asked for are not scored")
             if self.bad:
-                say(f"left out {bad}")
+                warn(f"left out {bad}")
         if len(self) < 2:
             raise ValueError(f"{self.path} holds {len(self)} pictures, in a folder {' '.join(SUFFIXES)}: 2 are needed")
 
@@ -1074,19 +1886,23 @@ class Pictures:
     def read(self, path):
         """A file's picture, or None and a line in .bad."""
         try:
-            picture, kind = read_picture(path, self.channels)
-        except OSError as e:
-            return self.bad.append(str(e))
+            picture, kind = read_image(path, self.channels)
+        except ValueError as e:
+            self.bad.append(str(e))
+            return None
+        if picture.shape[1] != picture.shape[2]:
+            raise ValueError(f"{path} is {picture.shape[2]}x{picture.shape[1]}: all must be square ({CROPPED})")
         self.size = self.size or picture.shape[-1]
         if picture.shape[-1] != self.size:
-            raise ValueError(f"{path} is {picture.shape[-1]} pixels wide, the first {self.size}: all must be of one "
-                             f"({CROPPED})")
+            raise ValueError(
+                f"{path} is {picture.shape[-1]} pixels wide, the first {self.size}: all must be of one ({CROPPED})"
+            )
         self.formats[kind.replace("MPO", "JPEG")] += 1  # a phone's JPEG with a second picture inside
         return picture
 
     def batches(self, size):
         self.formats.clear()
-        for part in (self.items[i:i + size] for i in range(0, len(self), size)):
+        for part in (self.items[i : i + size] for i in range(0, len(self), size)):
             if torch.is_tensor(part):
                 self.formats[self.kind] += len(part)
                 yield part.expand(-1, self.channels, -1, -1)
@@ -1106,27 +1922,11 @@ class Pictures:
         kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(self.formats.items()))
         return f"{self.path} ({kinds}, {self.size}x{self.size})"
 
-def read_picture(path, channels):
-    """uint8 (channels, S, S), upright, and the kind of file, by its content; what is see-through becomes white. OSError
-    where it cannot be read, ValueError where it is not 8 bits a channel or not square."""
-    try:
-        with Image.open(path) as im:
-            kind, mode, see_through = im.format, im.mode, im.has_transparency_data
-            deep = mode[0] in "IF" or any("16" in str(tile[3]) for tile in im.tile)
-            im = ImageOps.exif_transpose(im)
-            im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im.convert("RGBA")) if see_through else im
-            x = np.array(im.convert("L" if channels == 1 else "RGB"))
-    except Exception as e:  # Pillow raises a different kind for each damage
-        raise OSError(f"{path} cannot be read: {type(e).__name__}: {e}") from None
-    if deep:
-        raise ValueError(f"{path} has more than 8 bits a channel ({mode})")
-    if x.shape[0] != x.shape[1]:
-        raise ValueError(f"{path} is {x.shape[1]}x{x.shape[0]}: all must be square ({CROPPED})")
-    return torch.from_numpy(x)[None] if channels == 1 else torch.from_numpy(x).permute(2, 0, 1), kind
 
 def cached(net, pictures, keep_features, folder, what):
     """embed(), but read from `folder` where the same network has seen the same pictures before; None: made anew."""
-    if not folder: return embed(net, pictures, keep_features, what)
+    if not folder:
+        return embed(net, pictures, keep_features, what)
     device, moments = next(net.parameters()).device, Moments()
     key = hashlib.sha256(f"{net.name} {device.type} {keep_features} 2 {pictures.digest()}".encode()).hexdigest()[:24]
     path = Path(folder) / f"statistics-{key}.pt"
@@ -1138,31 +1938,29 @@ def cached(net, pictures, keep_features, folder, what):
     sample = embed(net, pictures, keep_features, what)
     if not pictures.bad:
         saved = {"features": sample.features, "logits": sample.logits, "formats": dict(pictures.formats)}
-        keep(path, {**vars(sample.moments), **saved}, say)
+        keep(path, {**vars(sample.moments), **saved}, warn)
     return sample
 
-def say(text):
-    print(text, file=sys.stderr)
-
-def fail(message):
-    """A user's mistake: one line on stderr, exit code 2, no traceback."""
-    sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}\n")
-    raise SystemExit(2)
 
 def table(s, fake, real):
     """The scores for a reader."""
-    rows = [("FID", "fid", ".4g", "floor {floor:.4g}: real training against test pictures" if "floor" in s else ""),
-            ("FID, training", "fid_train", ".4g", "against training pictures"),
-            ("KID", "kid", ".4g", "+- {kid_std:.4g}"),
-            ("Inception Score", "inception_score", ".2f", "+- {inception_score_std:.2f}"),
-            ("Mode Score", "mode_score", ".2f", ""),
-            *((s, s, ".3f", f"k {k}") for s, k in (("precision", 3), ("recall", 3), ("density", 5), ("coverage", 5))),
-            ("classes", "classes", "d", "of {class_min:.1%} to {class_max:.1%}"),
-            ("modes", "modes", "d", "of 1000, KL {modes_kl:.3f} to the uniform law")]
+    rows = [
+        ("FID", "fid", ".4g", "floor {floor:.4g}: real training against test pictures" if "floor" in s else ""),
+        ("FID, training", "fid_train", ".4g", "against training pictures"),
+        ("KID", "kid", ".4g", "+- {kid_std:.4g}"),
+        ("Inception Score", "inception_score", ".2f", "+- {inception_score_std:.2f}"),
+        ("Mode Score", "mode_score", ".2f", ""),
+        *((s, s, ".3f", f"k {k}") for s, k in (("precision", 3), ("recall", 3), ("density", 5), ("coverage", 5))),
+        ("classes", "classes", "d", "of {class_min:.1%} to {class_max:.1%}"),
+        ("modes", "modes", "d", "of 1000, KL {modes_kl:.3f} to the uniform law"),
+    ]
     what = "labels" if s["labelled"] else "rotations"
     accuracy = f", {s['accuracy']:.2%} of its test set's {what} right" if s["accuracy"] else ""
-    lines = [f"features {s['features']}{accuracy}, n {s['n_real']} + {s['n_fake']}", f"fake     {fake}",
-             f"real     {real}"]
+    lines = [
+        f"features {s['features']}{accuracy}, n {s['n_real']} + {s['n_fake']}",
+        f"fake     {fake}",
+        f"real     {real}",
+    ]
     for name, key, form, more in rows:
         if key in s:
             value = format(s[key], ".1f" if key.startswith("fid") and s[key] >= 1 else form)  # FIDs span 1e-6 to 1e3
@@ -1171,26 +1969,30 @@ def table(s, fake, real):
         lines.append("no labels        so no Inception Score, no Mode Score and no classes")
     return "\n".join(lines)
 
+
 def main(argv=None):
     try:
         command(argv)
     except (OSError, ValueError) as e:
         fail(e)
 
+
 def command(argv):
-    try:  # the one place where this file looks at a script, and only as a command
-        from wgan_gp import DATASETS as datasets, load_data
-    except ImportError:
-        load_data, datasets = None, {}
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     p.error = fail
-    p.add_argument("--real", help=f"the test set of {', '.join(datasets)}; or a folder, a .npy or a .pt")
+    p.add_argument("--real", help=f"the test set of {', '.join(CHANNELS)}; or a folder, a .npy or a .pt")
     p.add_argument("--fake", help="a folder of PNG, or a .npy or .pt of uint8 (N, C, H, W)")
     p.add_argument("--features", choices=("classifier", "inception"), default="classifier", help="the feature network")
     p.add_argument("--weights", help=f"file of --features inception: {INCEPTION.rsplit('/', 1)[1]}")
-    p.add_argument("--classifier", choices=datasets, help="whose network gives the features; default: --real's own")
-    p.add_argument("--scores", nargs="+", choices=SCORES, default=SCORES, metavar="SCORE",
-                   help=f"of {' '.join(SCORES)}; default all. fid alone keeps no features in memory")
+    p.add_argument("--classifier", choices=CHANNELS, help="whose network gives the features; default: --real's own")
+    p.add_argument(
+        "--scores",
+        nargs="+",
+        choices=SCORES,
+        default=SCORES,
+        metavar="SCORE",
+        help=f"of {' '.join(SCORES)}; default all. fid alone keeps no features in memory",
+    )
     p.add_argument("--data-dir", default="data", help="folder of the data sets, the networks and real statistics")
     p.add_argument("--no-cache", action="store_true", help="neither read nor keep statistics of real pictures")
     p.add_argument("--n", type=int, help="pictures of each kind, at most; default 10000, of stacked_mnist 26000")
@@ -1208,20 +2010,26 @@ def command(argv):
         raise ValueError("name --real and --fake, --plot or --table")
     if args.features == "classifier" and args.weights:
         raise ValueError("--weights goes with --features inception")
-    score(args, load_data, datasets)
+    score(args)
 
-def score(args, load_data, datasets):
+
+def score(args):
     """Scores of --fake against --real, printed."""
-    name = args.classifier or (args.real if args.real in datasets else None)
+    name = args.classifier or (args.real if args.real in CHANNELS else None)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     small = args.features == "classifier"
-    channels = datasets[name] if small and name else 3
+    channels = CHANNELS[name] if small and name else 3
     fake, train, test, parts = Pictures(args.fake, channels), None, None, {}
     if name:
         parts = {s: load_data(name, args.data_dir, fake.size, s) for s in ("train", "test")}
-        train, test = (Pictures(x, channels, f"{name}, {s} set") for s, (x, _) in parts.items())
-    real = (Pictures(args.real, channels) if args.real not in datasets else test if args.real == name else
-            Pictures(load_data(args.real, args.data_dir, fake.size, "test")[0], channels, f"{args.real}, test set"))
+        train, test = (Pictures(x, channels, f"{name}, {s} set") for s, (x, *_) in parts.items())
+    real = (
+        Pictures(args.real, channels)
+        if args.real not in CHANNELS
+        else test
+        if args.real == name
+        else Pictures(load_data(args.real, args.data_dir, fake.size, "test")[0], channels, f"{args.real}, test set")
+    )
     n = min(len(p) for p in (fake, real, train, test) if p is not None)
     n = min(n, enough(name) if args.n is None else args.n)
     if n < FEWEST:
@@ -1233,12 +2041,12 @@ def score(args, load_data, datasets):
     if not small:
         net = inception(args.weights, device)
     elif name:
-        net = classifier(name, parts["train"], parts["test"], home, device, say=say)
+        net = classifier(name, parts["train"], parts["test"], home, device, say=warn)
     else:  # a folder against a folder: nine tenths of the real ones train a network, the others test it
         x = torch.cat(list(real.batches(1000)))
         x = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))]
         parts = [(part, torch.full((len(part),), -1)) for part in x.tensor_split([len(x) - max(1, len(x) // 10)])]
-        net = classifier(Path(args.real).resolve().stem, *parts, Path(args.real).resolve().parent, device, say=say)
+        net = classifier(Path(args.real).resolve().stem, *parts, Path(args.real).resolve().parent, device, say=warn)
     keep_features = set(args.scores) != {"fid"}
     fake_sample = embed(net, fake.only(n), keep_features, "fakes")
     real_sample = cached(net, real.only(n), keep_features, folder, "real pictures")
@@ -1253,13 +2061,22 @@ def score(args, load_data, datasets):
         scores.update(class_shares(fake_sample.logits))
         if isinstance(net, Stacked):
             scores.update(mode_coverage(fake_sample.logits.argmax(1), 1000))
-    scores.update(n_real=n, n_fake=n, features=net.name, accuracy=net.accuracy, labelled=net.labelled,
-                  jpeg_real=real.formats["JPEG"], jpeg_fake=fake.formats["JPEG"], **floor)
+    scores.update(
+        n_real=n,
+        n_fake=n,
+        features=net.name,
+        accuracy=net.accuracy,
+        labelled=net.labelled,
+        jpeg_real=real.formats["JPEG"],
+        jpeg_fake=fake.formats["JPEG"],
+        **floor,
+    )
     for p in (p for p in (real, fake) if p.formats["JPEG"]):
-        say(f"warning: {p.path} holds {p.formats['JPEG']} JPEG files, whose losses are in the scores: {JPEG_EFFECT}")
+        warn(f"warning: {p.path} holds {p.formats['JPEG']} JPEG files, whose losses are in the scores: {JPEG_EFFECT}")
     if n < 1000 or (not small and n < 4096 and "fid" in args.scores):
-        say(f"warning: {n} pictures of each kind: FID is too large, and compares at this n only")
+        warn(f"warning: {n} pictures of each kind: FID is too large, and compares at this n only")
     print(json.dumps(scores, indent=1) if args.json else table(scores, fake, real))
+
 
 if __name__ == "__main__":
     main()

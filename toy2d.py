@@ -34,14 +34,30 @@ METHODS = ("gan", "wgan_clip", "wgan_gp", "unrolled", "mdgan")
 # Defaults of one objective, found by trying on seed 0: a WGAN's Adam goes without its first moment; MD-GAN has its
 # authors' two layers (with three, one ring of three lost modes). All else is the same for all: width, noise, points,
 # decay, average. Steps: for about equal times.
-TUNED = {"gan": {}, "unrolled": {"loss": "minimax", "lr_d": 3e-4, "steps": 2000},
-         "mdgan": {"loss": "minimax", "layers": 2, "steps": 12_000},
-         "wgan_clip": {"d_steps": 2, "beta1": 0.0, "lr_d": 2e-3, "steps": 5000},
-         "wgan_gp": {"d_steps": 2, "beta1": 0.0, "lr_g": 2e-3, "lr_d": 4e-3, "steps": 5000}}
+TUNED = {
+    "gan": {},
+    "unrolled": {"loss": "minimax", "lr_d": 3e-4, "steps": 2000},
+    "mdgan": {"loss": "minimax", "layers": 2, "steps": 12_000},
+    "wgan_clip": {"d_steps": 2, "beta1": 0.0, "lr_d": 2e-3, "steps": 5000},
+    "wgan_gp": {"d_steps": 2, "beta1": 0.0, "lr_g": 2e-3, "lr_d": 4e-3, "steps": 5000},
+}
 # The toy game of Metz et al. 2017 (rates and z as in their demo), in which a plain GAN collapses: D learns ten times
 # more slowly than G, G's output is linear, nothing decays, G is scored as it is. Their batch is 512.
-METZ = {"radius": 2.0, "loss": "minimax", "layers": 2, "slope": 0.0, "bound": 0.0, "latent_dim": 256, "d_steps": 1,
-        "lr_g": 1e-3, "lr_d": 1e-4, "beta1": 0.5, "lr_decay": "none", "ema": 0.0, "steps": 3000}
+METZ = {
+    "radius": 2.0,
+    "loss": "minimax",
+    "layers": 2,
+    "slope": 0.0,
+    "bound": 0.0,
+    "latent_dim": 256,
+    "d_steps": 1,
+    "lr_g": 1e-3,
+    "lr_d": 1e-4,
+    "beta1": 0.5,
+    "lr_decay": "none",
+    "ema": 0.0,
+    "steps": 3000,
+}
 
 
 def fail(message):
@@ -52,11 +68,13 @@ def fail(message):
 
 def number(kind, low, high=2**40):
     """An argparse type: an int or a float in [low, high]; NaN and infinity are out."""
+
     def parse(text):
         value = kind(text)
         if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"{text} is not in {low}..{high}")
         return value
+
     parse.__name__ = kind.__name__
     return parse
 
@@ -73,25 +91,41 @@ def parse_args(argv=None):
     a("-h", "--help", action="store_true", help="print this, with the defaults of the --method and --protocol given")
     a("--data", choices=("ring", "grid"), default="ring", help="centres on a circle, or on a square lattice")
     a("--modes", type=int, help="ring: any number from 2 (8 by default); grid: 9 or 25 (the default)")
-    a("--protocol", choices=("pacgan", "metz"), default="pacgan",
-      help="points and their number as in PacGAN, the rest ours; metz: the ring and the game of the unrolled paper")
+    a(
+        "--protocol",
+        choices=("pacgan", "metz"),
+        default="pacgan",
+        help="points and their number as in PacGAN, the rest ours; metz: the ring and the game of the unrolled paper",
+    )
     a("--radius", type=number(float, 1e-6), help="of the ring; default 1, Metz et al. 2; of the grid: 4")
     a("--std", type=number(float, 1e-9), help="of each mode; default: a hundredth of the radius; grid: .05")
     a("--method", choices=METHODS, default="gan", help="the objective")
-    a("--loss", choices=("ns", "minimax"), default="ns",
-      help="G's in gan, unrolled and mdgan: non-saturating, or the same game that D plays (mdgan.py: saturating)")
+    a(
+        "--loss",
+        choices=("ns", "minimax"),
+        default="ns",
+        help="G's in gan, unrolled and mdgan: non-saturating, or the same game that D plays (mdgan.py: saturating)",
+    )
     a("--k", type=number(int, 0, 100), default=5, help="unrolled: D's steps that G looks ahead; 0 is the plain GAN")
     a("--gp-weight", type=number(float, 0), default=0.1, help="wgan_gp: lambda, on the slope in the data's own units")
     a("--clip", type=number(float, 1e-6), default=0.1, help="wgan_clip: bound of each weight")
-    a("--mixture", choices=("published", "clusters"), default="published",
-      help="mdgan: the constants of its code, one blob in truth; or R 2, sigma .5, ten clusters")
+    a(
+        "--mixture",
+        choices=("published", "clusters"),
+        default="published",
+        help="mdgan: the constants of its code, one blob in truth; or R 2, sigma .5, ten clusters",
+    )
     a("--layers", type=number(int, 1, 10), default=3, help="hidden ReLU layers of both networks")
     a("--hidden", type=number(int, 1, 4096), default=128, help="their width")
     a("--latent-dim", type=number(int, 1, 4096), default=2, help="size of z")
     a("--prior", choices=("normal", "uniform"), default="normal", help="of z: N(0, 1), or U(-1, 1)")
     a("--slope", type=number(float, 0, 1), default=0.2, help="of D's leaky ReLUs below 0; 0: plain ReLUs")
-    a("--bound", type=number(float, 0, 100), default=1.5,
-      help="G's last layer is a tanh that reaches to this many radii, as MD-GAN's; 0: linear")
+    a(
+        "--bound",
+        type=number(float, 0, 100),
+        default=1.5,
+        help="G's last layer is a tanh that reaches to this many radii, as MD-GAN's; 0: linear",
+    )
     a("--steps", type=number(int, 1), default=10_000, help="G updates")
     a("--batch-size", type=number(int, 2), default=256, help="points a step")
     a("--d-steps", type=number(int, 1, 100), default=1, help="D updates to one of G")
@@ -170,9 +204,13 @@ def coverage(points, centres, std):
     share = torch.bincount(mode[good], minlength=K).double()
     spacing = torch.pdist(centres.double()).min()
     p = share / share.sum().clamp(min=1)
-    return {"covered": (share > 0).sum().item(), "strict": (share >= len(points) / (4 * K)).sum().item(),
-            "high_quality": good.double().mean().item(), "near": (distance < spacing / 4).double().mean().item(),
-            "reverse_kl": (torch.xlogy(p, p * K)).sum().item() if good.any() else math.inf}
+    return {
+        "covered": (share > 0).sum().item(),
+        "strict": (share >= len(points) / (4 * K)).sum().item(),
+        "high_quality": good.double().mean().item(),
+        "near": (distance < spacing / 4).double().mean().item(),
+        "reverse_kl": (torch.xlogy(p, p * K)).sum().item() if good.any() else math.inf,
+    }
 
 
 # MODEL ----------------------------------------------------------------------------------------------------------------
@@ -187,8 +225,9 @@ class MLP(nn.Module):
         self.slope = slope
         sizes = [n_in, *[hidden] * layers, n_out]
         bounds = [1 / math.sqrt(n) for n in sizes[:-1]]  # nn.Linear's own initialisation
-        self.weights = nn.ParameterList(torch.empty(runs, i, o).uniform_(-b, b)
-                                        for i, o, b in zip(sizes, sizes[1:], bounds))
+        self.weights = nn.ParameterList(
+            torch.empty(runs, i, o).uniform_(-b, b) for i, o, b in zip(sizes, sizes[1:], bounds)
+        )
         self.biases = nn.ParameterList(torch.empty(runs, 1, o).uniform_(-b, b) for o, b in zip(sizes[1:], bounds))
 
     def forward(self, x):
@@ -280,8 +319,10 @@ def look_ahead(D, opt, real, fake, k, lr):
         m = [b1 * a + (1 - b1) * g for a, g in zip(m, grads)]
         v = [b2 * a + (1 - b2) * g * g for a, g in zip(v, grads)]
         # the 1e-16 keeps the root's slope finite where a dead ReLU leaves v at 0
-        params = {n: p - lr / (1 - b1**i) * a / ((c / (1 - b2**i) + 1e-16).sqrt() + eps)
-                  for (n, p), a, c in zip(params.items(), m, v)}
+        params = {
+            n: p - lr / (1 - b1**i) * a / ((c / (1 - b2**i) + 1e-16).sqrt() + eps)
+            for (n, p), a, c in zip(params.items(), m, v)
+        }
     return params
 
 
@@ -331,7 +372,8 @@ def train(args, on_snapshot=lambda step, G, D: None):
             opt_d.step()
             if args.method == "wgan_clip":
                 with torch.no_grad():
-                    for p in D.parameters(): p.clamp_(-args.clip, args.clip)
+                    for p in D.parameters():
+                        p.clamp_(-args.clip, args.clip)
 
         fake = G(noise(args, R, B))
         if args.method == "unrolled":
@@ -365,8 +407,9 @@ def score(args, G, n=2500):
 def score_real(args, n=2500):
     state = torch.get_rng_state()
     torch.manual_seed(args.seed + 2)
-    runs = [coverage(sample_real(mode_centres(args), args.std, n), mode_centres(args), args.std)
-            for _ in range(args.seeds)]
+    runs = [
+        coverage(sample_real(mode_centres(args), args.std, n), mode_centres(args), args.std) for _ in range(args.seeds)
+    ]
     torch.set_rng_state(state)
     return runs
 
@@ -431,14 +474,16 @@ def run(args, out=None, say=print):
             images[-1].save(out / f"step_{step:07}.png")
             with open(out / "log.csv", "a", newline="") as f:
                 writer = csv.DictWriter(f, list(rows[0]), lineterminator="\n")
-                if len(rows) == 1: writer.writeheader()
+                if len(rows) == 1:
+                    writer.writeheader()
                 writer.writerow(rows[-1])
 
     G, D = train(args, on_snapshot)
     if out:
         strip(images).save(out / "strip.png")
-        images[0].save(out / "training.gif", save_all=True, append_images=images[1:] + images[-1:] * 3, duration=300,
-                       loop=0)
+        images[0].save(
+            out / "training.gif", save_all=True, append_images=images[1:] + images[-1:] * 3, duration=300, loop=0
+        )
     return score(args, G), G, D
 
 
@@ -447,9 +492,11 @@ def chosen(args, G, D, n=2500):
     """Scores of n points of each run that discriminator rejection sampling keeps, and the share it kept; a run whose D
     is of no use for it says why and is left out. The head is fitted on 10,000 fresh real points, which D never saw."""
     import metrics
+
     centres, rng, kept = mode_centres(args), torch.Generator().manual_seed(args.seed + 3), []
     torch.manual_seed(args.seed + 4)
     for r in range(args.seeds):
+
         def more(k, r=r):
             x = G(noise(args, args.seeds, k, rng=rng))
             return x[r], D(x)[r]
@@ -461,7 +508,8 @@ def chosen(args, G, D, n=2500):
         except ValueError as e:
             print(f"run {r}: no points are chosen: {e}")
             continue
-        if took["warning"]: print(f"run {r}: {took['warning']}")
+        if took["warning"]:
+            print(f"run {r}: {took['warning']}")
         kept.append({**coverage(x, centres, args.std), "acceptance": took["acceptance"], "auc": took["auc"]})
     return kept
 
@@ -470,14 +518,20 @@ def headed(runs):
     return "  ".join(f"{k} {v}" for k, v in zip(COLUMNS, line(runs)))
 
 
-PUBLISHED = {"ring": (("GAN", "6.3 +- .5", "98.2%", ".45", "Lin et al. 2018, 10 runs"),
-                      ("PacGAN2", "7.9 +- .1", "95.6%", ".07", "Lin et al. 2018, 10 runs"),
-                      ("Unrolled", "7.6", "35.6%", "", "Srivastava et al. 2017"),
-                      ("VEEGAN", "8", "52.9%", "", "Srivastava et al. 2017")),
-             "grid": (("GAN", "17.3 +- .8", "94.8%", ".70", "Lin et al. 2018, 10 runs"),
-                      ("PacGAN4", "24.8 +- .2", "93.6%", ".04", "Lin et al. 2018, 10 runs"),
-                      ("Unrolled", "23.6", "16%", "", "Srivastava et al. 2017"),
-                      ("VEEGAN", "24.6", "40%", "", "Srivastava et al. 2017"))}
+PUBLISHED = {
+    "ring": (
+        ("GAN", "6.3 +- .5", "98.2%", ".45", "Lin et al. 2018, 10 runs"),
+        ("PacGAN2", "7.9 +- .1", "95.6%", ".07", "Lin et al. 2018, 10 runs"),
+        ("Unrolled", "7.6", "35.6%", "", "Srivastava et al. 2017"),
+        ("VEEGAN", "8", "52.9%", "", "Srivastava et al. 2017"),
+    ),
+    "grid": (
+        ("GAN", "17.3 +- .8", "94.8%", ".70", "Lin et al. 2018, 10 runs"),
+        ("PacGAN4", "24.8 +- .2", "93.6%", ".04", "Lin et al. 2018, 10 runs"),
+        ("Unrolled", "23.6", "16%", "", "Srivastava et al. 2017"),
+        ("VEEGAN", "24.6", "40%", "", "Srivastava et al. 2017"),
+    ),
+}
 
 
 def table(argv, shorter):
@@ -489,15 +543,19 @@ def table(argv, shorter):
             now = parse_args([*flags, "--data", data, *(["--method", method] if method != "real" else [])])
             now.steps = max(1, now.steps // shorter)
             if method == "real":
-                print(f"\n{data}: 2,500 points, {now.seeds} runs each\n\n"
-                      f"| method | G updates | {' | '.join(COLUMNS)} | seconds | of its own |\n"
-                      f"|---|---|{'---|' * (len(COLUMNS) + 2)}\n"
-                      f"| real | | {' | '.join(line(score_real(now)))} | | |", flush=True)
+                print(
+                    f"\n{data}: 2,500 points, {now.seeds} runs each\n\n"
+                    f"| method | G updates | {' | '.join(COLUMNS)} | seconds | of its own |\n"
+                    f"|---|---|{'---|' * (len(COLUMNS) + 2)}\n"
+                    f"| real | | {' | '.join(line(score_real(now)))} | | |",
+                    flush=True,
+                )
                 continue
             start, runs = time.time(), run(now, say=lambda text: None)[0]
             own = ", ".join(f"{k.replace('_', '-')} {getattr(now, k)}" for k in TUNED[method] if k != "steps")
-            print(f"| {method} | {now.steps} | {' | '.join(line(runs))} | {time.time() - start:.0f} | {own} |",
-                  flush=True)
+            print(
+                f"| {method} | {now.steps} | {' | '.join(line(runs))} | {time.time() - start:.0f} | {own} |", flush=True
+            )
         for name, modes, quality, kl, source in PUBLISHED[data]:
             print(f"| {name}, published | | {modes} | | {quality} | | {kl} | | {source} |")
 
@@ -518,8 +576,10 @@ def main(argv=None):
     print(f"{out}: {args.seeds} runs of {args.steps} G updates")
     if args.method == "mdgan":
         simplex = Simplex(args.mixture)
-        print(f"mean shift from a corner ends at {simplex.end_of_corner:.3f} of its radius: "
-              f"{'clusters' if simplex.end_of_corner > 0.01 else 'one blob, no clusters'}")
+        print(
+            f"mean shift from a corner ends at {simplex.end_of_corner:.3f} of its radius: "
+            f"{'clusters' if simplex.end_of_corner > 0.01 else 'one blob, no clusters'}"
+        )
     try:
         runs, G, D = run(args, out)
     except KeyboardInterrupt:
@@ -528,8 +588,10 @@ def main(argv=None):
     print(f"real:  {headed(score_real(args))}\nmade:  {headed(runs)}")
     after = chosen(args, G, D) if args.reject == "drs" else None
     if after:
-        print(f"kept:  {headed(after)}  acceptance {np.mean([r['acceptance'] for r in after]):.1%}  "
-              f"AUC {np.mean([r['auc'] for r in after]):.3f}")
+        print(
+            f"kept:  {headed(after)}  acceptance {np.mean([r['acceptance'] for r in after]):.1%}  "
+            f"AUC {np.mean([r['auc'] for r in after]):.3f}"
+        )
     scores = {"made": runs, "kept": after, "real": score_real(args)}
     text = json.dumps(scores, indent=1).replace("Infinity", "null")  # reverse KL where no point is near a mode
     (out / "scores.json").write_text(text)
