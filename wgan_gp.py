@@ -93,18 +93,17 @@ class Generator(nn.Module):
                 layers += [nn.Linear(width, w, bias=False), nn.BatchNorm1d(w), nn.LeakyReLU(negative_slope=0.2)]
                 width = w
             layers += [nn.Linear(width, channels * S * S), nn.Tanh(), nn.Unflatten(1, (channels, S, S))]
-            self.net = nn.Sequential(*layers)
-            return
-        n = doublings(S)
-        width = args.ngf * 2 ** (n - 1)
-        layers = [nn.Unflatten(1, (args.latent_dim, 1, 1))]
-        layers += [nn.ConvTranspose2d(args.latent_dim, width, 4, 1, 0, bias=False)]  # (B, ngf 2^(n-1), 4, 4)
-        for i in range(n):
-            kernel = 3 if S == 28 and i == 0 else 4  # 3 makes 7 of 4, 4 doubles
-            w = channels if i == n - 1 else width // 2
-            layers += [nn.BatchNorm2d(width), nn.ReLU(), nn.ConvTranspose2d(width, w, kernel, 2, 1, bias=False)]
-            width = w  # twice the side, half the channels
-        layers += [nn.Tanh()]
+        else:
+            n = doublings(S)
+            width = args.ngf * 2 ** (n - 1)
+            layers = [nn.Unflatten(1, (args.latent_dim, 1, 1))]  # (B, latent_dim, 1, 1)
+            layers += [nn.ConvTranspose2d(args.latent_dim, width, 4, 1, 0, bias=False)]  # (B, width, 4, 4)
+            for i in range(n):  # twice the side, half the channels
+                kernel = 3 if S == 28 and i == 0 else 4  # 3 makes 7 of 4, and 4 doubles
+                w = channels if i == n - 1 else width // 2
+                layers += [nn.BatchNorm2d(width), nn.ReLU(), nn.ConvTranspose2d(width, w, kernel, 2, 1, bias=False)]
+                width = w
+            layers += [nn.Tanh()]  # (B, channels, S, S)
         self.net = nn.Sequential(*layers)
         self.apply(dcgan_init)
 
@@ -124,18 +123,18 @@ class Discriminator(nn.Module):
             for w in (1024, 512, 256):
                 layers += [nn.Linear(width, w), nn.LeakyReLU(negative_slope=0.2)]
                 width = w
-            self.net = nn.Sequential(*layers, nn.Linear(width, 1), nn.Flatten(0))  # (B, 1) -> (B,)
-            return
-        n = doublings(S)
-        layers = []
-        width = channels
-        for i in range(n):
-            kernel = 3 if S == 28 and i == n - 1 else 4  # 3 makes 4 of 7, 4 halves
-            w = args.ndf * 2**i
-            layers += [nn.Conv2d(width, w, kernel, 2, 1), nn.LeakyReLU(negative_slope=0.2)]
-            width = w  # half the side, twice the channels
-        layers += [nn.Conv2d(width, 1, 4, 1, 0), nn.Flatten(0)]  # (B, ndf 2^(n-1), 4, 4) -> (B, 1, 1, 1) -> (B,)
-        self.net = nn.Sequential(*layers)
+            layers += [nn.Linear(width, 1)]
+        else:
+            n = doublings(S)
+            layers = []
+            width = channels
+            for i in range(n):  # half the side, twice the channels
+                kernel = 3 if S == 28 and i == n - 1 else 4  # 3 makes 4 of 7, and 4 halves
+                w = args.ndf * 2**i
+                layers += [nn.Conv2d(width, w, kernel, 2, 1), nn.LeakyReLU(negative_slope=0.2)]
+                width = w
+            layers += [nn.Conv2d(width, 1, 4, 1, 0)]  # (B, width, 4, 4) -> (B, 1, 1, 1)
+        self.net = nn.Sequential(*layers, nn.Flatten(0))  # (B,)
         self.apply(dcgan_init)
 
     def forward(self, x):
