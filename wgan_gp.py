@@ -405,8 +405,8 @@ def resolve_device(args):
         fail("--graph needs CUDA, and one process: ranks are not captured")
     if args.amp and args.device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         fail("--amp: this GPU has no bfloat16 of its own")
-    if args.batch_size % WORLD:
-        fail(f"--batch-size {args.batch_size} does not divide among {WORLD} ranks")
+    if args.batch_size % WORLD or args.batch_size < 2 * WORLD:
+        fail(f"--batch-size {args.batch_size} does not give each of {WORLD} ranks as many images, two or more")
 
 
 def start(args):
@@ -530,10 +530,10 @@ def pair_accuracy(score_real, score_fake):
     return (score_real.detach()[:, None] > score_fake.detach()).float().mean()
 
 
-def seed_noise(seed):
-    """Gives each rank of a torchrun noise of its own. They have made the same networks before."""
+def seed_noise(seed, i=0):
+    """Gives each rank of a torchrun noise of its own from update i on. They have made the same networks before."""
     if WORLD > 1:
-        torch.manual_seed(seeded(seed, RANK).initial_seed())
+        torch.manual_seed(seeded(seed, RANK, i).initial_seed())
 
 
 def average_gradients(net):
@@ -627,6 +627,7 @@ def restore(path, state, study=None):
         torch.set_rng_state(checkpoint["rng"]["cpu"])
         if study.args.device == "cuda" and "cuda" in checkpoint["rng"]:  # from a CPU its noise starts from the seed
             torch.cuda.set_rng_state(checkpoint["rng"]["cuda"])
+        seed_noise(study.args.seed, checkpoint["step"])
     return checkpoint["step"]
 
 
