@@ -1,145 +1,199 @@
-"""Conditional DCGAN: G is told which class to make, D is told which class it should be looking at.
+"""Conditional DCGAN: G is told which class to make, and D is told which class it should be looking at.
 
-Mirza and Osindero 2014, arXiv 1411.1784, eq. (2); f is D's logit. Noise, pictures and labels, as one-hot maps, go
-through a first layer each and are joined along the channels.
+Mirza and Osindero, "Conditional Generative Adversarial Nets", arXiv 1411.1784, eq. (2). f is D's logit. The label, as
+a one-hot vector, goes through a first layer of its own, and is then joined to z in G and to the image in D.
 
     discriminator  min_D  E[softplus(-f(x, y))] + E[softplus(f(G(z, y), y))] + r1/2 E||grad f(x, y)||^2
-    generator      min_G  E[softplus(-f(G(z, y), y))]              x, y from the data; z ~ N(0, I) or U[-1, 1]
+    generator      min_G  E[softplus(-f(G(z, y), y))]
+    where          x, y from the data; z ~ N(0, I) or U[-1, 1]
 
-    python cdcgan.py                                     numerals rendered at start-up, no download
+    python cdcgan.py                                     digits rendered at start-up, no download
     python cdcgan.py --dataset mnist --epochs 200
-    python cdcgan.py --dataset mnist --paper             a course's convolutional nets, not the best settings
+    python cdcgan.py --dataset mnist --paper             a course's convolutional networks, not the best settings
 
 Expect FID[classifier] 6.2 +- 0.3 and 98 % of the labels right of --dataset mnist --amp --steps 3100, 3 minutes of one
 CPU core; real digits have 1.3. Seeds 0-2, network 565494b9; tests/gallery/README.md has the protocol.
 
-Every sheet has a row for each label and a column for each z; label_accuracy in log.csv is the share of made pictures
-that the scores' classifier takes for the label asked for. --d-ignores-label shows who enforces it: D does.
+Every sheet of samples has a row for each label and a column for each z. label_accuracy in scores.csv is the share of
+samples that the scores' classifier takes for the label asked for. --d-ignores-label shows that D enforces the label.
 
-Where D has batch norm (--paper), real and fake go through it in separate batches. G is in train mode for D's fakes and
+Where D has batch norm (--paper), real and fake go through it in separate batches. G is in train mode for D's fakes, and
 is sampled in eval mode with averaged weights.
 """
 
 import argparse
+import copy
+import functools
 import math
+import os
+from datetime import datetime, timedelta
+from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-# Names without an import (Net, number, adam, Run and so on) stand below the ruled line.
-# Best of a search on MNIST, two or three minutes of one core a run (tests/gallery/README.md); resolve sets latent_dim.
-BEST = dict(
-    image_size=32,
-    batch_size=64,
-    d_steps=1,
-    lr_g=2e-3,
-    lr_d=2e-3,
-    beta1=0.0,
-    beta2=0.9,
-    ema=0.995,
-    ngf=16,
-    ndf=16,
-    d_norm="none",
-    r1=0.01,
-    penalty_share=0.25,
-    lr_decay="linear",
+from metrics import (
+    CHANNELS,
+    HELD_OUT,
+    MIRROR,
+    ORDER,
+    RANK,
+    WORLD,
+    HelpFormatter,
+    Stop,
+    Study,
+    fail,
+    from_rank_0,
+    load_data,
+    not_finite,
+    number,
+    or_fail,
+    sample_z,
+    say,
+    seeded,
+    warn,
+    write_whole,
 )
-MLP = dict(image_size=28, lr_g=2e-3, lr_d=5e-4)  # with --arch mlp, on top of BEST
-PAPER = dict(
-    batch_size=128,
-    d_steps=1,
-    lr_g=2e-4,
-    lr_d=2e-4,
-    beta1=0.5,
-    beta2=0.999,
-    ema=0.999,
-    ngf=128,
-    ndf=64,
-    d_norm="batch",
-    r1=0.0,
-    penalty_share=1.0,
-    lr_decay="none",
-)  # --paper: nets of a course
+
+# --paper sets these, the networks of a course: the paper's own have no convolutions.
+PAPER = dict(batch_size=128, lr_g=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999, ema=0.999, ngf=128, ndf=64)
+PAPER |= dict(d_norm="batch", r1=0.0, penalty_share=1.0, lr_decay="none")
+MLP = dict(lr_d=5e-4)  # --arch mlp sets these
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    """The flags, as a namespace. The defaults are the best of a search on MNIST (tests/gallery/README.md)."""
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
     p.add_argument("--d-ignores-label", action="store_true", help="D(x) in place of D(x, y)")
-    p.add_argument("--d-norm", choices=("batch", "none"), default="batch", help="in D. An mlp has none, R1 wants none")
-    p.add_argument("--r1", type=number(float, 0), help="gamma of R1 on real pictures, not in the paper")
-    p.add_argument("--penalty-share", type=number(float, 0.01, 1), help="share of the batch penalized")
+    p.add_argument("--d-norm", choices=("batch", "none"), default="none", help="dcgan: in D. R1 wants none")
+    p.add_argument("--r1", type=number(float, 0), default=0.01, help="gamma of R1 on real images, not in the paper")
+    p.add_argument("--penalty-share", type=number(float, 0.01, 1), default=0.25, help="share of the batch penalized")
+    p.add_argument("--batch-size", type=number(int, 2), default=64, help="images a step")
+    p.add_argument("--d-steps", "--n-critic", type=number(int, 1, 1000), default=1, help="updates of D an iteration")
+    p.add_argument("--g-steps", type=number(int, 1, 1000), default=1, help="updates of G an iteration")
+    p.add_argument("--lr-g", type=number(float, 0, 10), default=2e-3, help="learning rate of G")
+    p.add_argument("--lr-d", type=number(float, 0, 10), default=2e-3, help="learning rate of D")
+    p.add_argument("--lr-decay", choices=("none", "linear"), default="linear", help="linear: to 0 over the run")
+    p.add_argument("--beta1", type=number(float, 0, 0.999999), default=0.0, help="Adam's decay of the first moment")
+    p.add_argument("--beta2", type=number(float, 0, 0.999999), default=0.9, help="Adam's decay of the second moment")
+    p.add_argument("--ema", type=number(float, 0, 0.999999), default=0.995, help="decay of G's average; 0: none")
+    p.add_argument("--ngf", type=number(int, 1, 4096), default=16, help="dcgan: channels of G's largest map")
+    p.add_argument("--ndf", type=number(int, 1, 4096), default=16, help="dcgan: channels of D's largest map")
     add_run_flags(p)
-    args = resolve(p, argv, BEST, MLP, PAPER)
-    if args.arch == "dcgan" and args.image_size != 32:
-        fail(f"--arch dcgan makes pictures of 32 pixels here, not --image-size {args.image_size}")
+    args, given = resolve(p, argv, PAPER, MLP)
+    if args.arch == "mlp":
+        args.d_norm = "none"
+        if given & {"d_norm", "ngf", "ndf"}:
+            warn("--d-norm, --ngf and --ndf have no effect on --arch mlp")
+    elif args.image_size == 28 and "image_size" not in given:
+        args.image_size = 32  # these networks double from 4, so MNIST gets a black frame of 2 pixels
+    if args.r1 and args.d_norm == "batch":
+        warn("--r1 with --d-norm batch: the penalty is about one image, and batch norm mixes them in D(x)")
+    if not args.r1 and "penalty_share" in given:
+        warn("--penalty-share has no effect without --r1")
     return args
 
 
 # MODEL ----------------------------------------------------------------------------------------------------------------
 
 
-def make_generator(args, channels):
-    """z (B, latent_dim), y (B,) -> picture (B, channels, S, S) in [-1, 1]."""
-    S, nz, classes, w = args.image_size, args.latent_dim, args.classes, args.ngf
-    if args.arch == "mlp":
-        layers = [Join({"left": nn.Identity(), "right": OneHot(classes)})]
-        for w_in, w_out in ((nz + classes, 256), (256, 512), (512, 1024)):
-            layers += [nn.Linear(w_in, w_out, bias=False), nn.BatchNorm1d(w_out), nn.LeakyReLU(negative_slope=0.2)]
-        return Net(*layers, nn.Linear(1024, channels * S * S), nn.Tanh(), nn.Unflatten(1, (channels, S, S)))
+class Generator(nn.Module):
+    """z (B, latent_dim), labels y (B,) -> image (B, channels, S, S) in [-1, 1]."""
 
-    def block(w_in, w_out, stride, padding):
-        return nn.ConvTranspose2d(w_in, w_out, 4, stride, padding, bias=False), nn.BatchNorm2d(w_out), nn.ReLU()
+    def __init__(self, args, channels, classes):
+        super().__init__()
+        S = args.image_size
+        if args.arch == "mlp":
+            self.from_z = nn.Identity()
+            self.from_label = OneHot(classes)
+            layers = []
+            width = args.latent_dim + classes
+            for w in (256, 512, 1024):
+                layers += [nn.Linear(width, w, bias=False), nn.BatchNorm1d(w), nn.LeakyReLU(negative_slope=0.2)]
+                width = w
+            layers += [nn.Linear(width, channels * S * S), nn.Tanh(), nn.Unflatten(1, (channels, S, S))]
+        else:
+            n = doublings(S)
+            width = args.ngf * 2 ** (n - 1)
+            self.from_z = nn.Sequential(
+                nn.Unflatten(1, (args.latent_dim, 1, 1)),  # (B, latent_dim, 1, 1)
+                nn.ConvTranspose2d(args.latent_dim, width // 2, 4, 1, 0, bias=False),
+                nn.BatchNorm2d(width // 2),
+                nn.ReLU(),  # (B, width / 2, 4, 4)
+            )
+            self.from_label = nn.Sequential(
+                OneHot(classes, side=1),  # (B, classes, 1, 1)
+                nn.ConvTranspose2d(classes, width // 2, 4, 1, 0, bias=False),
+                nn.BatchNorm2d(width // 2),
+                nn.ReLU(),  # (B, width / 2, 4, 4), and with that from z (B, width, 4, 4)
+            )
+            layers = []
+            for _ in range(n - 1):  # twice the side, half the channels
+                w = width // 2
+                layers += [nn.ConvTranspose2d(width, w, 4, 2, 1, bias=False), nn.BatchNorm2d(w), nn.ReLU()]
+                width = w
+            layers += [nn.ConvTranspose2d(width, channels, 4, 2, 1), nn.Tanh()]  # (B, channels, S, S)
+        self.net = nn.Sequential(*layers)
+        self.apply(dcgan_init)
 
-    return Net(
-        Join(
-            {
-                "left": nn.Sequential(nn.Unflatten(1, (nz, 1, 1)), *block(nz, 2 * w, 1, 0)),  # (B, 2 w, 4, 4) each
-                "right": nn.Sequential(OneHot(classes, 1), *block(classes, 2 * w, 1, 0)),
-            }
-        ),
-        *block(4 * w, 2 * w, 2, 1),
-        *block(2 * w, w, 2, 1),
-        nn.ConvTranspose2d(w, channels, 4, 2, 1),
-        nn.Tanh(),
-    ).apply(dcgan_init)
-
-
-def make_discriminator(args, channels):
-    """Picture (B, channels, S, S), y (B,) -> logit (B,), larger for more like a real picture of that class."""
-    S, classes, w = args.image_size, args.classes, args.ndf
-    if args.arch == "mlp":
-        layers, width = [nn.Flatten()], channels * S * S
-        if not args.d_ignores_label:
-            layers, width = [Join({"left": nn.Flatten(), "right": OneHot(classes)})], width + classes
-        for w_in, w_out in ((width, 1024), (1024, 512), (512, 256)):
-            layers += [nn.Linear(w_in, w_out), nn.LeakyReLU(negative_slope=0.2)]
-        return Net(*layers, nn.Linear(256, 1), nn.Flatten(0))  # (B, 1) -> (B,)
-    picture = [nn.Conv2d(channels, w, 4, 2, 1), nn.LeakyReLU(negative_slope=0.2)]
-    label = [OneHot(classes, S), nn.Conv2d(classes, w, 4, 2, 1), nn.LeakyReLU(negative_slope=0.2)]
-
-    def block(w_in, w_out):
-        norm = [nn.BatchNorm2d(w_out)] if args.d_norm == "batch" else []
-        return nn.Conv2d(w_in, w_out, 4, 2, 1, bias=not norm), *norm, nn.LeakyReLU(negative_slope=0.2)
-
-    both, width = [Join({"left": nn.Sequential(*picture), "right": nn.Sequential(*label)})], 2 * w
-    if args.d_ignores_label:
-        both, width = picture, w
-    top = 4 * w if args.paper else 2 * w  # --paper: 64 + 64, 256, 512 channels; else 16 + 16, 32, 64
-    return Net(*both, *block(width, top), *block(top, 2 * top), nn.Conv2d(2 * top, 1, 4, 1, 0), nn.Flatten(0)).apply(
-        dcgan_init
-    )
+    def forward(self, z, y):
+        joined = torch.cat([self.from_z(z), self.from_label(y)], 1)
+        return self.net(joined).to(z.dtype)  # float32 under --amp too
 
 
-class Join(nn.ModuleDict):
-    """A pair of inputs, each through layers of its own, joined along the channels."""
+class Discriminator(nn.Module):
+    """Image (B, channels, S, S), labels y (B,) -> logit (B,), larger for more like a real image of that class."""
 
-    def forward(self, pair):
-        return torch.cat([layers(x) for layers, x in zip(self.values(), pair)], 1)
+    def __init__(self, args, channels, classes):
+        super().__init__()
+        S = args.image_size
+        if args.arch == "mlp":
+            self.from_image = nn.Flatten()
+            self.from_label = OneHot(classes)
+            width = channels * S * S
+            if not args.d_ignores_label:
+                width += classes
+            layers = []
+            for w in (1024, 512, 256):
+                layers += [nn.Linear(width, w), nn.LeakyReLU(negative_slope=0.2)]
+                width = w
+            layers += [nn.Linear(width, 1)]
+        else:
+            self.from_image = nn.Sequential(
+                nn.Conv2d(channels, args.ndf, 4, 2, 1),
+                nn.LeakyReLU(negative_slope=0.2),  # (B, ndf, S / 2, S / 2)
+            )
+            self.from_label = nn.Sequential(
+                OneHot(classes, side=S),  # (B, classes, S, S)
+                nn.Conv2d(classes, args.ndf, 4, 2, 1),
+                nn.LeakyReLU(negative_slope=0.2),  # (B, ndf, S / 2, S / 2), and with that of the image twice as many
+            )
+            width = args.ndf if args.d_ignores_label else 2 * args.ndf
+            w = 4 * args.ndf if args.paper else 2 * args.ndf
+            layers = []
+            for _ in range(doublings(S) - 1):  # half the side, twice the channels
+                layers += [nn.Conv2d(width, w, 4, 2, 1, bias=args.d_norm == "none")]
+                if args.d_norm == "batch":
+                    layers += [nn.BatchNorm2d(w)]
+                layers += [nn.LeakyReLU(negative_slope=0.2)]
+                width = w
+                w = 2 * w
+            layers += [nn.Conv2d(width, 1, 4, 1, 0)]  # (B, width, 4, 4) -> (B, 1, 1, 1)
+        if args.d_ignores_label:
+            self.from_label = None
+        self.net = nn.Sequential(*layers, nn.Flatten(0))  # (B,)
+        self.apply(dcgan_init)
+
+    def forward(self, x, y):
+        features = self.from_image(x)
+        if self.from_label:
+            features = torch.cat([features, self.from_label(y)], 1)
+        return self.net(features).to(x.dtype)  # float32 under --amp too
 
 
 class OneHot(nn.Module):
-    """y (B,) -> (B, classes), or (B, classes, side, side) with each number spread over a plane."""
+    """Labels y (B,) -> (B, classes), or with a side (B, classes, side, side): the plane of the label is all ones."""
 
     def __init__(self, classes, side=None):
         super().__init__()
@@ -148,22 +202,32 @@ class OneHot(nn.Module):
 
     def forward(self, y):
         hot = self.rows[y]
-        return hot if self.side is None else hot[:, :, None, None].expand(-1, -1, self.side, self.side)
+        if self.side:
+            hot = hot[:, :, None, None].expand(-1, -1, self.side, self.side)
+        return hot
 
 
-def dcgan_init(m):
-    """Radford et al. 2016, section 4: weights N(0, .02); as in its code, batch norm's scale N(1, .02)."""
-    if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)):
-        for name, p in m.named_parameters():
-            if "weight" in name:  # spectral norm's is parametrizations.weight.original
-                nn.init.normal_(p, 1.0 if isinstance(m, nn.BatchNorm2d) else 0.0, 0.02)
+def doublings(side):
+    """How often a side of 4 doubles to reach this one: 2 for 16, 3 for 32, 4 for 64."""
+    if side not in (16, 32, 64, 128, 256):
+        fail(f"--arch dcgan makes images of 16, 32, 64, 128 or 256 pixels here, not --image-size {side}")
+    return int(math.log2(side)) - 2
+
+
+def dcgan_init(module):
+    """Radford et al. 2016, section 4: weights N(0, .02). As in its code, the scale of a batch norm is N(1, .02)."""
+    if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)):
+        mean = 1.0 if isinstance(module, nn.BatchNorm2d) else 0.0
+        for name, p in module.named_parameters():
+            if "weight" in name:  # under spectral norm it is parametrizations.weight.original
+                nn.init.normal_(p, mean, 0.02)
 
 
 # LOSS -----------------------------------------------------------------------------------------------------------------
 
 
 def discriminator_loss(logit_real, logit_fake):
-    """E[softplus(-f(x, y))] + E[softplus(f(G(z, y), y))] for logits (B,): cross-entropy at D = sigmoid(f)."""
+    """E[softplus(-f(x, y))] + E[softplus(f(G(z, y), y))] for logits (B,): cross-entropy where D = sigmoid(f)."""
     return F.softplus(-logit_real).mean() + F.softplus(logit_fake).mean()
 
 
@@ -173,8 +237,9 @@ def generator_loss(logit_fake):
 
 
 def squared_gradient(D, x):
-    """E[||grad f(x, y)||^2] in x (B, C, H, W): the sum over a picture's numbers, the mean over pictures. R1 is half of
-    it on real pictures, times gamma (Mescheder et al. 2018, 1801.04406, eq. 9); not in the paper of this model."""
+    """E[||grad f(x, y)||^2] for images x (B, C, H, W): the sum over the numbers of an image, the mean over images.
+
+    On real images, times gamma / 2, it is R1 (Mescheder et al. 2018, arXiv 1801.04406, eq. 9). This paper has none."""
     x = x.detach().requires_grad_(True)
     (grad,) = torch.autograd.grad(D(x).sum(), x, create_graph=True)
     return grad.flatten(1).square().sum(1).mean()
@@ -184,835 +249,464 @@ def squared_gradient(D, x):
 
 
 def train(args):
-    device, channels = pick_device(args), DATASETS[args.dataset]
-    batch = Batches(args, device)
-    if args.classes < 2:
+    """Trains G and D as the flags say; with --generate it draws from a checkpoint instead."""
+    device = start(args)
+    batches = Batches(args, device)
+    classes = len(batches.classes)
+    if classes < 2:
         fail(f"--dataset {args.dataset} has no labels to condition on: a folder needs a subfolder for each class")
     torch.manual_seed(args.seed)
-    G, D = make_generator(args, channels), make_discriminator(args, channels)  # drawn on the CPU
-    G, D = (net.to(device, memory_format=torch.channels_last) for net in (G, D))
-    G.amp = D.amp = args.amp
+    G = Generator(args, batches.channels, classes).to(device, memory_format=torch.channels_last)
+    D = Discriminator(args, batches.channels, classes).to(device, memory_format=torch.channels_last)
     ema = averaged(G)
-    opt_g, opt_d = adam(G, args.lr_g, args), adam(D, args.lr_d, args)
-    x = batch.buffer  # uint8 (d_steps, B, C, S, S), filled before each step()
-    y = torch.empty(x.shape[:2], dtype=torch.long, device=device)  # and its labels (d_steps, B)
+    opt_g = adam(G, args.lr_g, args)
+    opt_d = adam(D, args.lr_d, args)
+    seed_noise(args.seed)
+    amp = functools.partial(torch.autocast, device.type, torch.bfloat16, args.amp, cache_enabled=False)
 
-    def judged(x, y):
-        return D(x) if args.d_ignores_label else D(x, y)
+    def step(x, y):
+        """One iteration: an update of D for each batch in x, uint8 (d_steps, B, C, S, S), then --g-steps of G.
 
-    def step():
-        """One iteration. It takes nothing, reads x, y and the random stream, and never waits, as a CUDA graph needs."""
+        y are the labels (d_steps, B). It returns scalars on the device and never waits for it, which is what a CUDA
+        graph needs."""
         for x_uint8, labels in zip(x, y):
             x_real = from_uint8(x_uint8)
-            with torch.no_grad():  # D's backward ends at the picture
+            with torch.no_grad(), amp():  # D's backward ends at the image
                 x_fake = G(sample_z(args, len(x_real), device), labels)
-            if args.arch == "dcgan" and args.d_norm == "batch":
-                score_real, score_fake = judged(x_real, labels), judged(x_fake, labels)
-            else:
-                score_real, score_fake = judged(torch.cat([x_real, x_fake]), labels.repeat(2)).chunk(2)
-            d_loss = discriminator_loss(score_real, score_fake)
+            with amp():
+                if args.d_norm == "batch":
+                    logit_real = D(x_real, labels)
+                    logit_fake = D(x_fake, labels)
+                else:  # one forward for both
+                    logit_real, logit_fake = D(torch.cat([x_real, x_fake]), labels.repeat(2)).chunk(2)
+            d_loss = discriminator_loss(logit_real, logit_fake)
             if args.r1:
-                k = math.ceil(args.penalty_share * len(x_real))  # the first k pictures: unbiased, noisier, cheaper
-                d_loss = d_loss + args.r1 / 2 * squared_gradient(lambda t: judged(t, labels[:k]), x_real[:k])
+                k = math.ceil(args.penalty_share * len(x_real))  # penalizing the first k only is unbiased, and cheaper
+                with amp():
+                    penalty = squared_gradient(functools.partial(D, y=labels[:k]), x_real[:k])
+                d_loss = d_loss + args.r1 / 2 * penalty
             opt_d.zero_grad(set_to_none=True)
             d_loss.backward()
-            average_gradients(D)  # over ranks, where torchrun started several
+            average_gradients(D)  # over the GPUs of a torchrun
             opt_d.step()
 
-        for _ in range(args.g_steps):  # a fresh z, and the last labels: the data's mix of classes
-            g_loss = generator_loss(judged(G(sample_z(args, len(x_real), device), labels), labels))
+        for _ in range(args.g_steps):  # a fresh z, and the last labels: they have the shares of the training set
+            with amp():
+                g_loss = generator_loss(D(G(sample_z(args, len(x_real), device), labels), labels))
             opt_g.zero_grad(set_to_none=True)
             g_loss.backward(inputs=list(G.parameters()))  # D's weights get no gradient
             average_gradients(G)
             opt_g.step()
             update_ema(ema, G, args.ema)
-        return {"d_loss": d_loss, "g_loss": g_loss, "d_acc": pair_accuracy(score_real, score_fake)}  # of the last
 
-    # Run calls these two in eval mode without gradients, with labels y: draw for every sheet, score, figure and
-    # --generate; rate, which is D's score, to calibrate --reject drs on pictures that D has not seen.
-    def draw(z, y):
-        x_fake = ema(z, y)
-        return to_uint8(x_fake), judged(x_fake, y)
+        return {"d_loss": d_loss, "g_loss": g_loss, "d_acc": pair_accuracy(logit_real, logit_fake)}
 
-    def rate(x_uint8, y):
-        return judged(from_uint8(x_uint8), y)
+    def sample(z, y):
+        return to_uint8(ema(z, y))
 
-    run = Run(args, {"G": G, "D": D}, {"g": opt_g, "d": opt_d}, ema, draw, rate, batch, labels=args.classes)
-    step = captured(step, args)  # one CUDA graph, under --graph
-    while run.training():
-        for i in range(args.d_steps):
-            x[i], y[i] = batch()
-        run.record(step())
-    run.finish()
+    def score(x, y):
+        D.eval()
+        logits = D(from_uint8(x), y)
+        D.train()
+        return logits
+
+    study = Study(args, batches.held, sample, score, classes=batches.classes, script=SCRIPT)
+    state = {"G": G, "D": D, "ema": ema, "opt_g": opt_g, "opt_d": opt_d}
+    i = restore(args.resume, state, study) if args.resume else 0  # updates of D so far
+    if args.generate:
+        study.generate(args.generate)
+        return
+    total = args.steps or args.epochs * batches.per_epoch
+    study.start(i, total, batches.per_epoch)
+    stop = Stop()
+    if args.graph:
+        step = captured(step)
+
+    while i < total and not stop.is_set():
+        decay = 1 - i / total if args.lr_decay == "linear" else 1.0
+        set_rate(opt_g, decay * args.lr_g)
+        set_rate(opt_d, decay * args.lr_d)
+        x, y = batches(i, args.d_steps)
+        losses = step(x, y)
+        i += args.d_steps
+        study.add(losses)
+        if due(i, args.log_every, args):
+            study.log(i)
+        if due(i, args.sample_every, args):
+            study.sheet(i)
+        if due(i, args.eval_every, args) and study.evaluate(i):  # better than before
+            save("best.pt", i, state, study)
+        if due(i, args.checkpoint_every, args):
+            save("last.pt", i, state, study)
+
+    save("last.pt", i, state, study)
+    stop.leave_if_set(i, study)
+    if study.evaluate(i):
+        save("best.pt", i, state, study)
+    study.finish(i, restore=lambda path: restore(path, {"ema": ema, "D": D}))
+
+
+def load(path):
+    """The averaged generator of a checkpoint: G = load("runs/NAME/best.pt"); x = G(torch.randn(64, 16), y).
+
+    y are labels (64,), 0 for the first class."""
+    checkpoint = read_checkpoint(path)
+    args = argparse.Namespace(**checkpoint["args"])
+    G = averaged(Generator(args, CHANNELS[args.dataset], len(checkpoint["classes"])))
+    G.load_state_dict(checkpoint["ema"])
+    return G
 
 
 # ======================================================================================================================
-# The method ends here. Below is the plumbing, the same in all seven scripts: FLAGS, DATA, STEP, RUN, in the order in
-# which a run uses them. Its home is wgan_gp.py; after a change there `python tests/sync.py` copies it to the others.
+# The method ends here. Below is the plumbing, the same in all seven scripts: FLAGS, DATA, STEP, CHECKPOINTS, main.
+# Its home is wgan_gp.py; after a change there `python tests/sync.py` copies it to the others.
 # ======================================================================================================================
-import contextlib, copy, functools, glob, hashlib, importlib, itertools, json, os, shutil, signal, sys, time, zlib
-from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime, timedelta
-from pathlib import Path
-import numpy as np
-import torchvision
-from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 SCRIPT = Path(__file__)
-RANDOM = {"cpu": torch.random, "cuda": torch.cuda, "mps": torch.mps}  # who keeps the state of a device's noise
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun: one process for each GPU
 
+# A resumed run has its checkpoint's flags. FIXED ones cannot change: they make the networks and the order of the data.
+FIXED = """dataset image_size holdout flip batch_size d_steps g_steps seed paper arch ngf ndf latent_dim prior upsample
+    d_norm g_norm norm_first conditional d_ignores_label label_embedding_dim mixture embedding_dim""".split()
+NOT_KEPT = "device graph run_dir resume generate generate_to label probe".split()
 
 # FLAGS ----------------------------------------------------------------------------------------------------------------
-def fail(message):
-    """A user's mistake: one line on stderr, exit code 2, no traceback."""
-    sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}\n")
-    raise SystemExit(2)
-
-
-@contextlib.contextmanager
-def or_fail(message):
-    """Around a line or two whose exceptions are a user's mistake; around more it would hide ours."""
-    try:
-        yield
-    except Exception as e:
-        fail(f"{message} ({type(e).__name__}: {e})")
-
-
-def number(kind, low, high=2**40):
-    """An argparse type: an int or a float in [low, high]; NaN and infinity are out."""
-
-    def parse(text):
-        if low <= kind(text) <= high:
-            return kind(text)
-        raise argparse.ArgumentTypeError(f"{text} is not in {low}..{high}")
-
-    parse.__name__ = kind.__name__
-    return parse
 
 
 def add_run_flags(p):
-    """The flags of every image script. Its own stand before them, and its defaults follow in resolve."""
+    """The flags that have the same default in every script."""
     p.error = fail
-    a, count, share, rate = p.add_argument, number(int, 0), number(float, 0, 0.999999), number(float, 0, 10)
-    a("--dataset", choices=DATASETS, default="digits", help="digits: rendered here, no download")
-    a("--image-size", type=number(int, 8, 1024), help="28, 32 or 64; an mlp: any. Default: what suits the data")
-    a("--arch", choices=("dcgan", "mlp"), default="dcgan", help="convolutional or fully connected networks")
-    a("--ngf", type=number(int, 1, 4096), default=32, help="dcgan: channels of G's largest map; each smaller has twice")
-    a("--ndf", type=number(int, 1, 4096), default=32, help="dcgan: channels of D's largest map; each smaller has twice")
-    a("--latent-dim", type=number(int, 1, 65536), help="size of z. Default: 16 (grey, dcgan), 50 (bigan's mlp) or 100")
-    a("--prior", choices=("normal", "uniform"), default="normal", help="law of z: N(0, I) or U[-1, 1]")
-    a("--batch-size", type=number(int, 2), help="pictures a step")
-    a("--d-steps", "--n-critic", type=number(int, 1, 1000), help="D updates an iteration")
-    a("--g-steps", type=number(int, 1, 1000), default=1, help="G updates an iteration")
-    a("--beta1", type=share, help="Adam's first moment")
-    a("--beta2", type=share, help="Adam's second moment")
-    a("--ema", type=share, default=0.999, help="decay of G's averaged copy, which makes every picture; 0: no averaging")
-    a("--flip", action="store_true", help="mirror pictures at random: for faces and animals, not for digits")
-    a("--holdout", type=count, default=0, help="training pictures that D never sees, for --reject drs: 1000, say")
-    a("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of the networks, the order of the data, and all noise")
-    a("--paper", action="store_true", help="the paper's settings where no flag says otherwise, not the best ones")
-    a("--dry-run", action="store_true", help="two iterations and one of everything else, on tiny data")
-    p.fixed = vars(p.parse_args([])).keys()  # the flags so far: in a resumed run they cannot change
-    a("--lr-g", type=rate, help="learning rate of G")
-    a("--lr-d", type=rate, help="learning rate of D")
-    a("--lr-decay", choices=("none", "linear", "best-fid"), default="none", help="linear: to 0; best-fid: --patience")
-    a("--amp", action=argparse.BooleanOptionalAction, default=False, help="products and convolutions in bfloat16")
-    p.named = vars(p.parse_args([])).keys() - {"dataset", "seed"}  # where they differ, they stand in the run's name
-    a("--patience", type=number(int, 1), default=5, help="after so many worse FIDs back to best.pt, at half the rates")
-    a("--epochs", type=number(int, 1), default=20, help="of N // batch D updates")
-    a("--steps", type=number(int, 1), help="D updates in all; overrides --epochs")
-    a("--data-dir", default="data", help="folder of the data sets, and of the trained network that scores")
-    a("--log-every", type=count, default=100, help="D updates between rows of log.csv; 0: never")
-    a("--sample-every", type=count, default=1000, help="D updates between sheets of samples")
-    a("--eval-every", type=count, default=5000, help="D updates between scores of 10,000 samples; 0: only the last")
-    a("--checkpoint-every", type=count, default=2000, help="D updates between writes of last.pt")
-    a(
-        "--reject",
-        choices=("none", "naive", "drs"),
-        default="none",
-        help="choose pictures by D's score. naive: "
-        "keep with chance sigmoid(score), not for a critic's score; drs: Azadi et al. 2019, calibrated on --holdout",
-    )
-    a("--drs-percentile", type=number(float, 0, 100), default=60.0, help="of D's scores, kept half; the paper: 80, 95")
-    a("--tensorboard", action=argparse.BooleanOptionalAction, default=False, help="write the log for TensorBoard too")
-    p.kept = vars(p.parse_args([]))  # the flags so far and their defaults: a resumed run has its checkpoint's
-    a("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="mps is written for but untested")
-    a("--graph", action=argparse.BooleanOptionalAction, help="replay the iteration as one graph. Default: on one GPU")
-    a("--run-dir", help="default: runs/SCRIPT-DATASET-FLAGS-sSEED-TIME, FLAGS those that are not the default")
-    a("--resume", metavar="FILE", help="a checkpoint: go on from it, with its flags unless given here")
-    a("--generate", type=number(int, 1), metavar="N", help="with --resume: write N pictures as PNG, labels in turn")
-    a("--generate-to", metavar="DIR", help="where to; default: RUN/generated")
-    a("--z-file", metavar="FILE", help="with --generate: z from a .npy or .pt (N, latent-dim)")
+    count = number(int, 0)
+    p.add_argument("--dataset", choices=CHANNELS, default="digits", help="digits: rendered here, no download")
+    p.add_argument("--data-dir", default="data", help="folder of the data sets, and of the network that scores")
+    p.add_argument("--image-size", type=number(int, 8, 1024), help="side in pixels. Default: what suits the data")
+    p.add_argument("--flip", action="store_true", help="mirror images at random: for faces, not for digits")
+    p.add_argument("--holdout", type=count, default=0, help="training images that D never sees, for --reject drs")
+    p.add_argument("--arch", choices=("dcgan", "mlp"), default="dcgan", help="convolutional or fully connected")
+    p.add_argument("--latent-dim", type=number(int, 1, 65536), help="size of z. Default: 16 for grey images, else 100")
+    p.add_argument("--prior", choices=("normal", "uniform"), default="normal", help="of z: N(0, I) or U[-1, 1]")
+    p.add_argument("--paper", action="store_true", help="the paper's settings, where no flag says otherwise")
+    p.add_argument("--epochs", type=number(int, 1), default=20, help="of N // batch updates of D")
+    p.add_argument("--steps", type=number(int, 1), help="updates of D in all; overrides --epochs")
+    p.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of networks, data order and noise")
+    p.add_argument("--log-every", type=count, default=100, help="updates of D between rows of log.csv; 0: never")
+    p.add_argument("--sample-every", type=count, default=1000, help="updates of D between sheets of samples")
+    p.add_argument("--eval-every", type=count, default=5000, help="updates of D between scores; 0: only the last")
+    p.add_argument("--checkpoint-every", type=count, default=2000, help="updates of D between writes of last.pt")
+    p.add_argument("--tensorboard", action=argparse.BooleanOptionalAction, default=False, help="log for TensorBoard")
+    p.add_argument("--amp", action=argparse.BooleanOptionalAction, default=False, help="multiply in bfloat16")
+    p.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="mps is untested")
+    p.add_argument("--graph", action=argparse.BooleanOptionalAction, help="replay a CUDA graph. Default: on one GPU")
+    p.add_argument("--run-dir", help="default: runs/SCRIPT-DATASET-sSEED-TIME")
+    p.add_argument("--resume", metavar="FILE", help="a checkpoint to go on from, with its flags unless given here")
+    p.add_argument("--generate", type=number(int, 1), metavar="N", help="with --resume: write N images as PNG files")
+    p.add_argument("--generate-to", metavar="DIR", help="where to. Default: generated, in the run's folder")
+    p.add_argument("--label", default="shares", help="with --generate: a class, turn, or shares of the training set")
+    p.add_argument("--reject", choices=("none", "naive", "drs"), default="none", help="choose images by D's score")
+    p.add_argument("--drs-percentile", type=number(float, 0, 100), default=60.0, help="of D's scores, kept by half")
 
 
-def resolve(p, argv, best, mlp, paper):
-    """Flags. Those not given are the checkpoint's with --resume, else the `paper`'s with --paper, else the `best`, and
-    with --arch mlp those of `mlp` on top; else what suits the data, or add_run_flags' own default."""
-    p.set_defaults(**best)
-    for a in p._actions[1:]:  # all but --help, which shows these
-        values = {"default": a.default, "--paper": paper.get(a.dest)}.items()
-        a.help = (a.help or "") + "".join(f" ({k}: {v})" for k, v in values if v is not None and v is not False)
-    args, old = p.parse_args(argv), {}
-    if "" in vars(args).values():
+def resolve(p, argv, paper, mlp):
+    """The flags as a namespace, and the names of those given. Ends the program with one line where they cannot be.
+
+    A flag has the value given on the command line, else the resumed checkpoint's, else that of --paper or of --arch
+    mlp, else its default, else what suits the data."""
+    p.epilog = f"--paper sets {paper}. --arch mlp sets {mlp}."
+    defaults = vars(p.parse_args([]))
+    unset = argparse.Namespace(**dict.fromkeys(defaults))
+    given = {name: value for name, value in vars(p.parse_args(argv, unset)).items() if value is not None}
+    if "" in given.values():
         fail("a flag was given an empty value")
-    if args.resume:
-        checkpoint = read_checkpoint(args.resume)
+    saved = {}
+    if given.get("resume"):
+        checkpoint = read_checkpoint(given["resume"])
         if checkpoint["script"] != SCRIPT.stem:
-            fail(f"{args.resume} is a checkpoint of {checkpoint['script']}.py")
-        old = {k: v for k, v in checkpoint["args"].items() if k in {*p.kept, "classes", "data", "name"}}
-        args.paper, args.arch = old.setdefault("paper", True), old["arch"]  # from before there was --paper
-    conv = args.arch == "dcgan"
-    side = 28 if not conv else 32 if args.paper else {"cifar10": 32, "celeba": 64, "folder": 64}.get(args.dataset, 28)
-    nz = 16 if conv and not args.paper and DATASETS[args.dataset] == 1 else 100  # on grey 16 beat 100 by a third
-    base = p.kept | dict(image_size=side, latent_dim=nz) | (paper if args.paper else best if conv else best | mlp) | old
-    args = p.parse_args(argv, argparse.Namespace(**base | (dict(epochs=None, steps=None) if old.get("steps") else {})))
-    if not (args.steps or args.epochs):
-        args.steps = old["steps"]  # neither was given, to train for longer
-    free = {"seed"} if args.generate and args.reject != "drs" else set()  # other pictures; drs needs its --holdout
-    for k in (p.fixed & old.keys()) - free:
-        if vars(args)[k] != old[k]:
-            fail(f"--{k.replace('_', '-')} is {old[k]} in {args.resume}: it cannot change")
+            fail(f"{given['resume']} is a checkpoint of {checkpoint['script']}.py")
+        saved = {name: value for name, value in checkpoint["args"].items() if name in defaults and name not in NOT_KEPT}
+        if "epochs" in given:
+            saved["steps"] = None
+        for name in saved.keys() & given.keys() & set(FIXED):
+            another_seed = name == "seed" and "generate" in given and given.get("reject", saved["reject"]) != "drs"
+            if given[name] != saved[name] and not another_seed:
+                fail(f"--{name.replace('_', '-')} is {saved[name]} in {given['resume']}: it cannot change")
+    values = {**defaults, **saved, **given}
+    preset = {}
+    if values["arch"] == "mlp":
+        preset |= mlp
+    if values["paper"]:
+        preset |= paper
+    args = argparse.Namespace(**{**defaults, **preset, **saved, **given})
+    side, latent_dim = suited_to(args)
+    args.image_size = args.image_size or side
+    args.latent_dim = args.latent_dim or latent_dim
+    if args.resume and not args.run_dir:
+        args.run_dir = str(Path(args.resume).parent)
+    elif not args.run_dir:
+        args.run_dir = f"runs/{SCRIPT.stem}-{args.dataset}-s{args.seed}-{datetime.now():%Y%m%d-%H%M%S-%f}"
     if args.generate and not args.resume:
         fail("--generate N needs --resume FILE, the checkpoint to draw from")
-    if (args.z_file or args.generate_to) and not args.generate:
-        fail("--z-file and --generate-to need --generate N")
-    if args.z_file and args.reject != "none":
-        fail("--z-file goes without --reject")
-    if args.lr_decay == "best-fid" and not args.eval_every:
-        fail("--lr-decay best-fid needs --eval-every")
+    if args.generate_to and not args.generate:
+        fail("--generate-to needs --generate N")
     if args.reject == "drs" and args.holdout < 2:
-        fail("--reject drs needs pictures D never saw: --holdout 1000, say")
-    changed = [f"{k}{v}".removesuffix("True") for k, v in vars(args).items() if k in p.named and v != base.get(k)]
-    while len("-".join(changed)) > 60:
-        changed.pop()  # what a legend can hold
-    args.name = old.get("name", "-".join([SCRIPT.stem, args.dataset, *changed, f"s{args.seed}"]))
-    if args.dry_run:
-        args.steps, args.batch_size, args.holdout = 2 * args.d_steps, min(args.batch_size, 16), min(args.holdout, 64)
-        args.log_every = args.sample_every = args.eval_every = args.checkpoint_every = args.d_steps
-    return args
+        fail("--reject drs needs images that D never saw: --holdout 1000, say")
+    resolve_device(args)
+    return args, given.keys()
 
 
-def pick_device(args):
-    """The device, this rank's own under torchrun, which it joins; fails where a flag asks for what is not there."""
+def suited_to(args):
+    """The side of the images and the size of z that suit the data, where no flag says otherwise."""
+    if args.arch == "mlp":
+        return 28, 100
+    if args.paper:
+        return 32, 100
+    side = {"cifar10": 32, "celeba": 64, "folder": 64}.get(args.dataset, 28)
+    return side, 16 if CHANNELS[args.dataset] == 1 else 100  # on grey images 16 beat 100 by a third
+
+
+def resolve_device(args):
+    """Sets args.device and args.graph to what this machine has. Ends the program where it lacks what a flag asks."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    name = next(k for k in there if there[k]) if args.device == "auto" else args.device
-    if not there[name]:
-        fail(f"--device {name}: this PyTorch finds no such device")
+    if args.device == "auto":
+        args.device = next(name for name in there if there[name])
+    if not there[args.device]:
+        fail(f"--device {args.device}: this PyTorch finds no such device")
+    one_gpu = args.device == "cuda" and WORLD == 1
     if args.graph is None:
-        args.graph = name == "cuda" and WORLD == 1
-    if args.graph and (name != "cuda" or WORLD > 1):
+        args.graph = one_gpu
+    if args.graph and not one_gpu:
         fail("--graph needs CUDA, and one process: ranks are not captured")
-    if args.amp and name == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+    if args.amp and args.device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         fail("--amp: this GPU has no bfloat16 of its own")
-    if args.batch_size % WORLD:
-        fail(f"--batch-size {args.batch_size} does not divide among {WORLD} ranks")
+    if args.batch_size % WORLD or args.batch_size < 2 * WORLD:
+        fail(f"--batch-size {args.batch_size} does not give each of {WORLD} ranks as many images, two or more")
+
+
+def start(args):
+    """The device, after joining the other ranks of a torchrun."""
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA
     torch.backends.cudnn.benchmark = True
-    if name == "cuda":
+    if args.device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if WORLD > 1:
-        torch.distributed.init_process_group("nccl" if name == "cuda" else "gloo", timeout=timedelta(days=1))
-    return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
+        backend = "nccl" if args.device == "cuda" else "gloo"
+        torch.distributed.init_process_group(backend, timeout=timedelta(days=1))  # the others wait while rank 0 scores
+    return torch.device(args.device)
 
 
 # DATA -----------------------------------------------------------------------------------------------------------------
-DATASETS = dict(digits=1, mnist=1, fashion=1, cifar10=3, celeba=3, folder=3, stacked_mnist=3)  # channels
-TORCHVISION = {
-    "mnist": ("MNIST", "MNIST/raw"),
-    "fashion": ("FashionMNIST", "FashionMNIST/raw"),
-    "cifar10": ("CIFAR10", "cifar-10-batches-py"),
-    "celeba": ("CelebA", "celeba"),
-}  # class, folder
-
-
-def load_data(name, data_dir, size, split, limit=None):
-    """The "train" or "test" pictures of a data set: uint8 (N, C, size, size) in 0..255, int64 labels (N,) or -1."""
-    root, train = Path(data_dir), split == "train"
-    if name == "folder":
-        return read_files(root, *list_folder(root, split), size, limit)
-    if name == "celeba":
-        names = from_torchvision(name, root, split=split).filename
-        return read_files(root / "celeba" / "img_align_celeba", names, [-1] * len(names), size, limit)
-    if name == "digits":
-        x, y = render_digits(*((20_000, 1) if train else (10_000, 2)))  # how many, and a seed
-    else:
-        data = from_torchvision(name.removeprefix("stacked_"), root, train=train)
-        x, y = torch.as_tensor(data.data), torch.as_tensor(data.targets).long()
-        x = x[:, None] if x.dim() == 3 else x.permute(0, 3, 1, 2)
-    if name == "stacked_mnist":
-        x, y = stack(x, y, *((128_000, 3) if train else (26_000, 4)))
-    return fit(x[:limit], size), y[:limit]
-
-
-def from_torchvision(name, root, **part):
-    """torchvision's data set, the `part` asked for (train=, split=): files under `root` are used, others downloaded."""
-    kind, place = TORCHVISION[name]
-    ours = [d for d in (root / place, *(root / place).parents) if not d.exists()]
-    try:
-        return getattr(torchvision.datasets, kind)(str(root), download=True, **part)
-    except Exception as e:  # no network, a damaged or cut file: torchvision raises a different kind for each
-        for d in (d for d in ours if d.is_dir() and not any(d.iterdir())):
-            d.rmdir()
-        fail(
-            f"--dataset {name}: no usable files in {root / place} and no download ({e}). Offline: put torchvision's "
-            f"{kind} there, name a folder that has it by --data-dir, or use --dataset digits"
-        )
-
-
-def list_folder(root, split):
-    """Pictures' paths below `root`; labels by the first folder on the way (those to train on first) or -1. train/ and
-    test/ are the split, or else every tenth file is for testing. In order of the names' hashes: any n are a sample."""
-    apart, kinds = (root / "train").is_dir() and (root / "test").is_dir(), "png jpg jpeg bmp webp gif tif tiff".split()
-    found = [p for p in map(Path, glob.glob("**", root_dir=root, recursive=True)) if p.suffix[1:].lower() in kinds]
-    found.sort(key=lambda p: hashlib.sha256(os.fsencode(p.as_posix())).digest())  # glob left out what is hidden
-    tests = set(found[9::10] or found[-1:])
-    part = {p: p.parts[0] if apart else "test" if p in tests else "train" for p in found}
-    label = {p: p.parts[apart] for p in found if len(p.parts) > 1 + apart}
-    names = list(dict.fromkeys(name for _, name in sorted((part[p] != "train", label[p]) for p in label)))
-    files = [p for p in found if part[p] == split]
-    if not files:
-        fail(f"--dataset folder: no {'/'.join(kinds)} in {root / split if apart else root}: see --data-dir")
-    return files, [names.index(label[p]) if p in label else -1 for p in files]
-
-
-def read_files(root, names, labels, size, limit):
-    """uint8 (N, 3, size, size) and labels (N,) of the files that can be read. Decoded once, by threads, and kept beside
-    `root` under a name that changes with the files (names, sizes, dates) and with `size`."""
-    files, y = [root / name for name in names[:limit]], torch.tensor(labels[:limit])
-    facts = [p.stat() if p.exists() else p.lstat() for p in files]  # a link to nothing
-    stamp = [size, *((str(name), s.st_size, s.st_mtime_ns) for name, s in zip(names, facts))]
-    key = hashlib.sha256(json.dumps(stamp).encode()).hexdigest()[:12]
-    cache = root.resolve().parent / f"{root.resolve().name}-{size}-{key}.npz"
-    if cache.exists():
-        with or_fail(f"delete {cache}"), np.load(cache) as kept:
-            return torch.from_numpy(kept["x"]), y[kept["good"]]
-    with ThreadPoolExecutor() as pool:
-        pictures = list(pool.map(lambda path: read_picture(path, size), files))
-    good, bad = ([i for i, p in enumerate(pictures) if isinstance(p, kind)] for kind in (np.ndarray, str))
-    if not good:
-        fail(f"no picture in {root} can be read: {pictures[0]}")
-    if bad:
-        sys.stderr.write(f"left out {len(bad)} of {len(files)} files: {'; '.join(pictures[i] for i in bad[:3])}\n")
-    x = np.stack([pictures[i] for i in good])
-    try:
-        if not limit:
-            write_whole(cache, lambda f: np.savez(f, x=x, good=good), f".{os.getpid()}")
-    except OSError as e:
-        sys.stderr.write(f"not kept for the next run: {cache} ({e})\n")
-    return torch.from_numpy(x), y[good]
-
-
-def read_picture(path, size):
-    """uint8 (3, size, size), upright, the middle square, resized with antialiasing; or a line on why there is none."""
-    try:
-        with Image.open(path) as im:
-            if im.mode.startswith("I"):  # 16 bits a pixel, which convert would clip
-                im = Image.fromarray((np.asarray(im).clip(0, 65535) / 257).round().astype(np.uint8))
-            im = ImageOps.exif_transpose(im)
-            if im.has_transparency_data:  # what is see-through becomes white
-                im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im.convert("RGBA"))
-            im = ImageOps.fit(im.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
-            return np.asarray(im).transpose(2, 0, 1)
-    except Exception as e:
-        return f"{path} ({e})"  # Pillow raises a different kind for each kind of damage
-
-
-def render_digits(n, seed):
-    """n numerals (n, 1, 28, 28), labels 0..9 in turn: Pillow's own font, strokes, blurs and affine maps at random."""
-    bank, rng, y = [], torch.Generator().manual_seed(seed), torch.arange(n) % 10
-    for digit, stroke, blur in itertools.product("0123456789", (1, 2), (1.2, 1.8)):
-        im = Image.new("L", (64, 64))
-        ImageDraw.Draw(im).text((32, 32), digit, 255, ImageFont.load_default(54), anchor="mm", stroke_width=stroke)
-        bank.append(torch.from_numpy(np.array(im.filter(ImageFilter.GaussianBlur(blur)))))
-    glyphs = torch.stack(bank)[y * 4 + torch.randint(4, (n,), generator=rng), None]
-    scale = torch.tensor([0.18, 0.2, 0.12, 0.1, 0.08, 0.08])  # +-10 degrees, shear .2, scales, shifts of a pixel
-    angle, shear, sx, sy, tx, ty = (torch.rand(6, n, generator=rng).double() * 2 - 1) * scale[:, None]
-    c, s = angle.cos(), angle.sin()  # all in float64: float32 rounds some pixels otherwise on another CPU
-    theta = torch.stack([c * (1.05 + sx), shear - s, tx, s, c * (1.05 + sy), ty], 1).view(n, 2, 3)
-    grid = F.affine_grid(theta, [n, 1, 28, 28], align_corners=False)
-    return F.grid_sample(glyphs.double(), grid, align_corners=False).round().clamp(0, 255).byte(), y
-
-
-def stack(x, y, n, seed):
-    """n pictures (n, 3, H, W) of three digits drawn at random, red, green and blue; labels 0..999, red the hundreds."""
-    i = torch.randint(len(x), (n, 3), generator=torch.Generator().manual_seed(seed))
-    return x[i, 0], y[i] @ torch.tensor([100, 10, 1])
-
-
-def fit(x, size):
-    """uint8 (N, C, H, W) -> side `size`: 28 becomes 32 by 2 pixels of zeros, then all is resized with antialiasing."""
-    x = F.pad(x, (2, 2, 2, 2)) if x.shape[-1] == 28 and size >= 32 else x
-    return torch.cat([torchvision.transforms.functional.resize(b, [size, size]) for b in x.split(1000)])
 
 
 class Batches:
-    """batch() -> uint8 (B, C, S, S), labels (B,), from one tensor on the device; B is a rank's own share of the batch.
-    Epoch e's order is a pure function of (seed, e): there is nothing to checkpoint but the step."""
+    """The training set on the device. batches(i, n) is n batches from update i on, this rank's rows of them:
+
+    images uint8 (n, B, C, S, S) and labels (n, B). The order of an epoch is a pure function of (seed, epoch), so a
+    checkpoint need not hold it. .held is (images, labels) of --holdout or None, .classes {name: number of images}."""
 
     def __init__(self, args, device):
-        self.args, self.device, self.step, self.epoch, self.held = args, device, 0, None, None
-        shape = args.d_steps, args.batch_size // WORLD, DATASETS[args.dataset], args.image_size, args.image_size
-        with or_fail("--batch-size"):
-            self.buffer = torch.empty(shape, dtype=torch.uint8, device=device)  # see captured
-        self.load = functools.partial(load_data, args.dataset, args.data_dir, args.image_size)  # for scores too
-        if args.generate and args.reject != "drs":
-            return  # the data is not needed
+        self.args = args
+        self.device = device
+        self.channels = CHANNELS[args.dataset]
+        self.held = None
+        self.epoch = None
+        if args.generate and args.reject != "drs":  # no image is needed
+            self.classes = read_checkpoint(args.resume)["classes"]
+            return
         if RANK:
-            from_rank_0()  # waits while that one downloads or decodes, up to pick_device's timeout
-        x, y = self.load("train", 256 if args.dry_run else None)
+            from_rank_0()  # waits while that one downloads or decodes
+        x, y, names = load_data(args.dataset, args.data_dir, args.image_size, "train")
         if not RANK:
             from_rank_0()
-        if args.dataset == "folder" and not RANK and not args.dry_run:  # now, not after hours of training
-            say(f"{args.data_dir}: {len(x)} pictures read, {len(self.load('test')[0])} more set aside for testing")
-        data = f"{len(x)} pictures of CRC {zlib.crc32(x.contiguous().numpy()) if args.dataset == 'folder' else 0:08x}"
-        if vars(args).setdefault("data", data) != data:
-            fail(f"{args.resume} saw {args.data}, the data is {data}")
-        args.classes = int(y.max()) + 1 if y.min() >= 0 else 0
+        counts = y.bincount(minlength=len(names)).tolist() if names and y.min() >= 0 else []
+        self.classes = dict(zip(names, counts))
         if args.holdout:
-            held, kept = torch.randperm(len(x), generator=seeded(args.seed, 7)).tensor_split([args.holdout])
-            self.held, x, y = (x[held], y[held]), x[kept], y[kept]
-        self.x, self.y, self.per_epoch = x.to(device), y.to(device), len(x) // args.batch_size
-        if not self.per_epoch:
-            fail(f"--batch-size {args.batch_size} is larger than the data: {len(x)} pictures")
+            order = torch.randperm(len(x), generator=seeded(args.seed, HELD_OUT))
+            held, kept = order.tensor_split([args.holdout])
+            self.held = x[held], y[held]
+            x, y = x[kept], y[kept]
+        self.x = x.to(device)
+        self.y = y.to(device)
+        self.per_epoch = len(x) // args.batch_size
+        if self.per_epoch == 0:
+            fail(f"--batch-size {args.batch_size} is larger than the data: {len(x)} images")
+        few = ", which are few" if len(x) < 500 else ""
+        say(f"{len(x)} training images of {args.dataset}{few}")
 
-    def __call__(self):
-        (epoch, i), a, n = divmod(self.step, self.per_epoch), self.args, len(self.x)
+    def __call__(self, i, n):
+        parts = [self.batch(j) for j in range(i, i + n)]
+        return torch.stack([x for x, _ in parts]), torch.stack([y for _, y in parts])
+
+    def batch(self, i):
+        epoch, k = divmod(i, self.per_epoch)
         if epoch != self.epoch:
-            self.epoch, self.order = epoch, torch.randperm(n, generator=seeded(a.seed, 0, epoch)).to(self.device)
-            if a.flip:
-                self.mirror = torch.randint(2, (n, 1, 1, 1), generator=seeded(a.seed, 11, epoch)).to(self.device)
-        self.step += 1
-        index = self.order[i * a.batch_size : (i + 1) * a.batch_size][RANK::WORLD]
-        x = self.x[index]
-        return torch.where(self.mirror[index] > 0, x.flip(3), x) if a.flip else x, self.y[index]
+            self.epoch = epoch
+            n = len(self.x)
+            self.order = torch.randperm(n, generator=seeded(self.args.seed, ORDER, epoch)).to(self.device)
+            mirror = torch.randint(2, (n, 1, 1, 1), generator=seeded(self.args.seed, MIRROR, epoch))
+            self.mirror = mirror.to(self.device) > 0
+        size = self.args.batch_size
+        rows = self.order[k * size : (k + 1) * size][RANK::WORLD]
+        x = self.x[rows]
+        if self.args.flip:
+            x = torch.where(self.mirror[rows], x.flip(3), x)
+        return x, self.y[rows]
 
 
 # STEP -----------------------------------------------------------------------------------------------------------------
-def to_uint8(x):
-    """[-1, 1] -> uint8 0..255: the one way out, for files and for metrics alike."""
-    return ((x + 1) * 127.5).round().clamp(0, 255).byte()
 
 
 def from_uint8(x):
-    """uint8 0..255 -> float [-1, 1]."""
+    """uint8 0..255 -> float -1..1."""
     return x / 127.5 - 1
 
 
-class Net(nn.Sequential):
-    """nn.Sequential (several inputs go to its first layer as a tuple) that under --amp trains with its products in
-    bfloat16; what comes out stays float32. No cache of cast weights: filled under no_grad, it would cut gradients."""
-
-    amp = False
-
-    def forward(self, *inputs):
-        first = inputs[0]
-        with torch.autocast(first.device.type, torch.bfloat16, self.amp and self.training, cache_enabled=False):
-            return super().forward(inputs if len(inputs) > 1 else first).to(first.dtype)
-
-
-def rand(n, *shape, like):
-    """U[0, 1) of shape (n, *shape), device and dtype of `like`. Ranks draw for the whole batch and keep their rows."""
-    return torch.rand(WORLD * n, *shape, device=like.device, dtype=like.dtype)[RANK::WORLD]
-
-
-def sample_z(args, n, device, generator=None):
-    """z (n, latent_dim) from the prior. Without a generator as in training: ranks draw all and keep their own rows."""
-    draw = torch.randn if args.prior == "normal" else lambda *a, **k: torch.rand(*a, **k) * 2 - 1
-    if generator:
-        return draw(n, args.latent_dim, device=device, generator=generator)
-    return draw(WORLD * n, args.latent_dim, device=device)[RANK::WORLD]
-
-
-def seeded(*key):
-    """A CPU generator, a pure function of whole numbers (hashed: torch keeps 32 bits of a seed): the run's seed, then
-    0 data, 1 sheets, 2-5, 9, 12 scores and figures, 6 --generate, 7 --holdout, 8 --reject, 10 --probe, 11 --flip."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+def to_uint8(x):
+    """float -1..1 -> uint8 0..255, for files and for scores alike."""
+    return ((x + 1) * 127.5).round().clamp(0, 255).byte()
 
 
 def adam(net, lr, args):
-    cuda = next(net.parameters()).is_cuda  # there the rate lies on the device, so that a captured step sees it change
-    return torch.optim.Adam(
-        net.parameters(),
-        torch.tensor(lr, device="cuda") if cuda else lr,
-        (args.beta1, args.beta2),
-        fused=True,
-        capturable=cuda,
-    )
+    """Adam. On CUDA the rate is a tensor on the device, so that a captured step sees it change."""
+    cuda = next(net.parameters()).is_cuda
+    rate = torch.tensor(lr, device="cuda") if cuda else lr
+    return torch.optim.Adam(net.parameters(), rate, (args.beta1, args.beta2), fused=True, capturable=cuda)
+
+
+def set_rate(opt, rate):
+    for group in opt.param_groups:
+        if torch.is_tensor(group["lr"]):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 def averaged(G):
-    """The copy of G that update_ema averages into and that every picture comes from."""
+    """The copy of G that update_ema averages into, and that every image comes from."""
     ema = copy.deepcopy(G).eval().requires_grad_(False)
-    ema.register_buffer("updates", torch.zeros((), device=next(G.parameters()).device), persistent=False)
+    ema.register_buffer("updates", torch.zeros((), device=next(G.parameters()).device))
     return ema
 
 
 @torch.no_grad()
 def update_ema(ema, G, decay):
-    """ema <- d ema + (1 - d) G with d = min(decay, (1 + t) / (10 + t)) at its t-th update; buffers are copied."""
+    """ema <- d ema + (1 - d) G with d = min(decay, (1 + t) / (10 + t)) at its t-th update. Buffers are copied."""
     ema.updates += 1
     weight = 1 - ((1 + ema.updates) / (10 + ema.updates)).clamp(max=decay)
-    for e, p in zip(ema.parameters(), G.parameters()):
-        e.lerp_(p, weight)
+    for average, p in zip(ema.parameters(), G.parameters()):
+        average.lerp_(p, weight)
     for name, b in G.named_buffers():
         ema.get_buffer(name).copy_(b)
 
 
 def pair_accuracy(score_real, score_fake):
-    """The share (0 to 1) of all pairs with score(real) > score(fake), comparable across all losses."""
+    """The share, 0 to 1, of all pairs with score(real) > score(fake): it compares across all losses."""
     return (score_real.detach()[:, None] > score_fake.detach()).float().mean()
 
 
+def seed_noise(seed, i=0):
+    """Gives each rank of a torchrun noise of its own from update i on. They have made the same networks before."""
+    if WORLD > 1:
+        torch.manual_seed(seeded(seed, RANK, i).initial_seed())
+
+
 def average_gradients(net):
-    """Their mean over ranks."""
-    for p in net.parameters() if WORLD > 1 else ():
-        torch.distributed.all_reduce(p.grad.div_(WORLD))
-
-
-def from_rank_0(value=None):
-    """What rank 0 passes; the others wait for it."""
-    box = [value]
+    """The mean of the gradients over the ranks of a torchrun."""
     if WORLD > 1:
-        torch.distributed.broadcast_object_list(box)
-    return box[0]
+        for p in net.parameters():
+            torch.distributed.all_reduce(p.grad.div_(WORLD))
 
 
-def captured(step, args):
-    """step() replayed as one CUDA graph: to launch its hundreds of small kernels one by one takes longer than to run
-    them. The first calls run eagerly and count as training; they let cuDNN choose kernels and Adam make its moments,
-    on the stream that then captures. After that a tensor of step() may be written to, never replaced."""
+def captured(step):
+    """step(x), or step(x, y), replayed as one CUDA graph: launching its many small kernels one by one takes longer.
 
-    def calls():
-        side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-        for _ in range(1 if args.dry_run else 3):
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                values = {k: v.detach() for k, v in step().items()}
-            torch.cuda.current_stream().wait_stream(side)
-            yield values
-        with or_fail("step() cannot be captured: give --no-graph"), torch.cuda.graph(graph, stream=side):
-            values = {k: v.detach() for k, v in step().items()}  # a capture executes nothing
-        while True:
+    It keeps tensors of its own for the arguments. The first three calls run as they are, and count as training: cuDNN
+    chooses its kernels and Adam makes its moments, on the stream that then captures. From then on a tensor that step
+    uses may be written to, but never replaced."""
+    stream = torch.cuda.Stream()
+    graph = torch.cuda.CUDAGraph()
+    calls = 0
+    mine = losses = None
+
+    def replayed(*tensors):
+        nonlocal calls, mine, losses
+        mine = mine or [t.clone() for t in tensors]
+        for own, t in zip(mine, tensors):
+            own.copy_(t)
+        if calls < 3:
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                losses = {name: value.detach() for name, value in step(*mine).items()}
+            torch.cuda.current_stream().wait_stream(stream)
+        else:
+            if calls == 3:  # a capture computes nothing
+                with or_fail("the step cannot be captured: give --no-graph"), torch.cuda.graph(graph, stream=stream):
+                    losses = {name: value.detach() for name, value in step(*mine).items()}
             graph.replay()
-            yield values
+        calls += 1
+        return losses
 
-    return functools.partial(next, calls()) if args.graph else step
+    return replayed
 
 
-# RUN ------------------------------------------------------------------------------------------------------------------
-def write_whole(path, write, apart=""):
-    """write(file) to a file beside `path`, flush, rename: a kill leaves the old one. `apart` tells writers apart."""
+# CHECKPOINTS ----------------------------------------------------------------------------------------------------------
+
+
+def due(i, every, args):
+    """Is this the first end of an iteration at or past a multiple of `every` updates of D? 0: never."""
+    return every > 0 and i % every < args.d_steps
+
+
+def save(name, i, state, study):
+    """Writes a checkpoint into the run's folder: one dict of plain types and tensors. Rank 0 does."""
+    for part in (state["G"], state["D"]):
+        if not all(p.isfinite().all() for p in part.parameters()):
+            not_finite("a weight", i, study.folder)
     if RANK:
         return
-    with open(temporary := path.with_name(f"{path.name}{apart}.tmp"), "wb") as f:
-        write(f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
-
-
-def save_sheet(x, path, columns=8):
-    """uint8 (N, C, H, W) as one PNG, row by row, two pixels of white between pictures; one picture as it is."""
-    sheet = torchvision.utils.make_grid(x.cpu(), columns, padding=2, pad_value=255)[: x.shape[1]]  # grey comes back RGB
-    Image.fromarray(sheet.permute(1, 2, 0).squeeze(2).contiguous().numpy()).save(path)
-
-
-def say(text, redraw=False):
-    """A line on stdout, rank 0's; on a terminal the next one is written over a `redraw` line."""
-    if RANK:
-        return
-    live = getattr(sys.stdout, "isatty", bool)()  # it is None where a service closed it
-    if live:
-        text = "\r\033[K" + (text[: shutil.get_terminal_size().columns - 1] if redraw else text + "\n")
-    with contextlib.suppress(OSError):
-        print(text, end="" if live else "\n", flush=True)  # nobody reads: train on
-
-
-def make_folder(args):
-    """The run's folder: that of the checkpoint, or a new one. Fails before it leaves anything behind."""
-    old = Path(args.resume).parent if args.resume else None
-    folder = Path(args.run_dir or old or f"runs/{args.name}-{datetime.now():%Y%m%d-%H%M%S-%f}")
-    if args.generate:
-        return folder
-    fresh = not old or folder.resolve() != old.resolve()
-    if fresh and any(folder.glob("*")):
-        fail(f"--run-dir {folder} is in use: name another, or --resume its last.pt")
-    with or_fail(f"--run-dir {folder}"):
-        (folder / "samples").mkdir(parents=True, exist_ok=True)
-        if fresh:
-            shutil.copy(SCRIPT, folder / SCRIPT.name)
-        write_whole(folder / "args.json", lambda f: f.write(json.dumps(vars(args), indent=1).encode()))
-    return folder
-
-
-class Run:
-    """Drives a training, of which it sees these arguments alone; one on every rank, of which rank 0's writes."""
-
-    def __init__(self, args, nets, opts, ema, draw, rate, batch, labels=1):
-        """labels: the number of classes that draw's y can ask for; 1: it has no y."""
-        self.args, self.nets, self.opts, self.ema, self.batch = args, nn.ModuleDict(nets), opts, ema, batch
-        self.labels, self.step, self.count, self.sums = labels, 0, 0, torch.zeros((), device=batch.device)
-        self.draw, self.rate = (functools.partial(in_parts, self, f) for f in (draw, rate))
-        self.signal = self.leaving = self.study = self.board = None
-        self.state = {"best_fid": math.inf, "stale": 0, "scored": 0, "seconds": 0.0}
-        if args.resume:
-            restore(self, args.resume)
-        self.total = 0 if args.generate else args.steps or args.epochs * batch.per_epoch
-        if 0 < self.total <= self.step - args.d_steps:
-            fail(f"{args.resume} is at step {self.step}, past {self.total}")
-        Study = SCRIPT.with_name("metrics.py").exists() and importlib.import_module("metrics").Study
-        if not Study and (args.reject != "none" or args.lr_decay == "best-fid"):
-            fail("--reject and --lr-decay best-fid need metrics.py beside the script")
-        with or_fail("--tensorboard: pip install tensorboard"):
-            writer = args.tensorboard and not RANK and importlib.import_module("torch.utils.tensorboard").SummaryWriter
-        self.folder = from_rank_0(None if RANK else make_folder(args))
-        if not Study:
-            say("metrics.py is not beside this script: no scores, and of the figures only the sheets")
-        elif not RANK:
-            self.study = Study(args, self.folder, batch.load, self.draw, self.rate, self.noise, batch.held, labels, say)
-        if args.generate:
-            return
-        if not (self.folder / "best.pt").exists():
-            self.state.update(best_fid=math.inf, stale=0, scored=0)
-        self.start, self.mark = time.time() - self.state["seconds"], (time.time(), self.step)
-        log = self.folder / "log.csv"
-        header, *rows = (log.read_text() if log.exists() else "").split() or ["step"]
-        self.rows = [header, *(r for r in rows if int(r.split(",")[0]) <= self.step)]  # as of an unbroken run
-        if log.exists():
-            write_whole(log, lambda f: f.write("\n".join([*self.rows, ""]).encode()))
-        if writer:
-            self.board = writer(self.folder, purge_step=self.step)
-        for s in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(s, self.stop)
-        say(
-            f"{self.folder}: {self.total} D updates of {args.batch_size} out of {len(batch.x)} pictures"
-            + ", which are few," * (len(batch.x) < 500)
-            + f" on {WORLD} x {batch.device}"
-        )
-
-    def noise(self, n, *key):
-        """z (n, latent_dim) for figures and scores: a pure function of the seed and a key; 0 is the data's."""
-        return sample_z(self.args, n, "cpu", seeded(self.args.seed, *key))
-
-    def stop(self, number, frame):
-        """Ends the training after this iteration (ranks: within ten); a second signal, or one after that, at once."""
-        if self.signal is not None:
-            raise SystemExit(128 + (number or self.signal))
-        self.signal = number
-
-    def training(self):
-        """Whether to go on. First what is due at this step, and the learning rates of the next."""
-        args, state = self.args, self.state
-        if args.generate:
-            return False
-        if self.due(args.sample_every):
-            self.sheet(f"samples/step_{self.step:07}.png")
-        if self.signal is None and self.due(args.eval_every):
-            self.evaluate()  # a resumed run too, if killed at it
-        if self.due(args.log_every, args.sample_every, args.eval_every):
-            self.mark = time.time(), self.step
-        if WORLD == 1 or self.due(args.eval_every) or self.step // args.d_steps % 10 == 0:  # all ranks at one step
-            self.leaving, state["stale"] = from_rank_0((self.signal, state["stale"]))
-        if args.lr_decay == "best-fid" and state["stale"] >= args.patience:
-            restore(self, self.folder / "best.pt", keep_step=True)
-            state["stale"], args.lr_g, args.lr_d = 0, args.lr_g / 2, args.lr_d / 2
-        scale = max(0, 1 - self.step / self.total) if args.lr_decay == "linear" else 1
-        for opt, lr in ((self.opts["g"], args.lr_g * scale), (self.opts["d"], args.lr_d * scale)):
-            for group in opt.param_groups:
-                group["lr"] = group["lr"].fill_(lr) if torch.is_tensor(group["lr"]) else lr
-        return self.step < self.total and self.leaving is None
-
-    def due(self, *every):
-        """At the first end of an iteration at or past each multiple of one of `every` D updates, and at the start."""
-        return any(n > 0 and self.step % n < self.args.d_steps for n in every)
-
-    def record(self, values):
-        """Once an iteration: its losses go onto sums that stay on the device; a row of the log, a checkpoint."""
-        self.step, self.count = self.step + self.args.d_steps, self.count + 1
-        self.sums = self.sums + torch.stack([v.detach() for v in values.values()])
-        if self.due(self.args.log_every):
-            progress(self, list(values))
-        if self.due(self.args.checkpoint_every):
-            save(self)
-
-    def sheet(self, name):
-        """Of 64 fixed z; where there are labels, a row of the same eight z for each of the first 20."""
-        check_finite(self)
-        n, rows = (64, 1) if self.labels == 1 else (8, min(self.labels, 20))
-        x, _ = self.draw(self.noise(n, 1).repeat(rows, 1), torch.arange(rows).repeat_interleave(n))
-        if not RANK:
-            save_sheet(x, self.folder / name)
-
-    def evaluate(self):
-        """Scores of fresh samples. best.pt goes by the FID to training pictures, so the test set chooses nothing."""
-        if not self.study or self.state["scored"] == self.step:
-            return  # step 0, or resumed
-        save(self)  # scoring may fail, of memory say: that must not cost the run
-        if scores := self.study.evaluate(self.step):
-            self.state.update(scored=self.step, stale=self.state["stale"] + 1)
-            if scores["fid_train"] < self.state["best_fid"]:
-                self.state.update(best_fid=scores["fid_train"], stale=0)
-                save(self, "best.pt")
-            log_row(self, scores)
-            save(self)  # it now knows of the score
-
-    def finish(self, more_figures=lambda: None):
-        """The last checkpoint, figures and scores; with --generate the pictures asked for."""
-        if self.args.generate:
-            return None if RANK else generate(self)
-        save(self)
-        if self.leaving is not None:
-            say(f"stopped at step {self.step}: go on with --resume {self.folder / 'last.pt'}")
-            raise SystemExit(128 + self.leaving)
-        if RANK:
-            return
-        self.stop(0, None)  # at once, if there was a signal since the last look; from here on any does
-        self.sheet("samples.png")
-        more_figures()
-        self.evaluate()
-        if self.study:
-            self.study.last_scores(lambda name: restore(self, self.folder / name, keep_step=True))
-        say(f"done: {self.folder}")
-
-
-@torch.no_grad()
-def in_parts(run, f, rows, y=None):
-    """f, draw or rate, of any number of rows: 500 at a time, in eval mode and back, without gradients; on the CPU."""
-    y, device = torch.arange(len(rows)) % run.labels if y is None else y, run.batch.device
-    run.nets.eval()
-    parts = [f(a.to(device), b.to(device)) for a, b in zip(rows.split(500), y.split(500))]
-    run.nets.train()
-    return torch.cat(parts).cpu() if torch.is_tensor(parts[0]) else [torch.cat(p).cpu() for p in zip(*parts)]
-
-
-def check_finite(run):
-    """Before anything is read or written: a NaN stops the run and leaves the last good checkpoint."""
-    if not all(t.isfinite().all() for t in (run.sums, *run.nets.parameters())):
-        fail(
-            f"a loss or weight is not finite by step {run.step}: try lower --lr-d, --lr-g"
-            + f"; {run.folder / 'last.pt'} is from before" * (run.folder / "last.pt").exists()
-        )
-
-
-def progress(run, names):
-    """A row of mean losses and learning rates, and the line on how far the run is and when it will end."""
-    check_finite(run)  # waits for the device
-    if WORLD > 1:
-        torch.distributed.all_reduce(run.sums)
-    means = dict(zip(names, (run.sums / WORLD / run.count).tolist()))
-    speed = (run.step - run.mark[1]) / max(time.time() - run.mark[0], 1e-9)  # D updates a second, of training alone
-    run.sums, run.count = torch.zeros_like(run.sums), 0
-    rates = {f"lr_{k}": float(opt.param_groups[0]["lr"]) for k, opt in run.opts.items()}
-    row = log_row(run, {**means, "images_per_s": speed * run.args.batch_size, **rates})
-    say(
-        f"epoch {row['epoch']:.1f}/{run.total / run.batch.per_epoch:.4g}  D {run.step} G {row['g_updates']}  "
-        + "".join(f"{k} {v:.3f}  " for k, v in means.items())
-        + f"{row['images_per_s']:.0f} images/s  "
-        f"ETA {timedelta(seconds=int(max(0, run.total - run.step) / speed))}",
-        redraw=True,
-    )
-
-
-def log_row(run, row):
-    """One more row {column: number} of log.csv, which is small and written whole, as a column may be new. Its rows are
-    kept as text: ten thousand take 2 ms to write again, kept as dicts 27. Returns the whole row."""
-    row = {
-        "step": run.step,
-        "epoch": run.step / run.batch.per_epoch,
-        "g_updates": run.step // run.args.d_steps * run.args.g_steps,
-        "seconds": time.time() - run.start,
-        **row,
-    }
-    columns = list(dict.fromkeys([*run.rows[0].split(","), *row]))
-    cells = {k: f"{v:.6g}" if isinstance(v, float) else str(v) for k, v in row.items()}
-    run.rows = [
-        ",".join(columns),
-        *(r + "," * (len(columns) - 1 - r.count(",")) for r in run.rows[1:]),
-        ",".join(cells.get(k, "") for k in columns),
-    ]
-    write_whole(run.folder / "log.csv", lambda f: f.write("\n".join([*run.rows, ""]).encode()))
-    for k, v in row.items() if run.board else ():
-        run.board.add_scalar(k, v, run.step)
-    return row
-
-
-def save(run, name="last.pt"):
-    """A checkpoint: plain types and tensors."""
-    check_finite(run)
-    run.state["seconds"] = time.time() - run.start
     checkpoint = {
         "script": SCRIPT.stem,
-        "args": dict(vars(run.args)),
-        "step": run.step,
-        "state": run.state,
-        "rng": {k: RANDOM[k].get_rng_state() for k in ("cpu", run.batch.device.type)},
-        "window": {"sums": run.sums, "count": run.count},
-        "nets": {k: net.state_dict() for k, net in run.nets.items()},
-        "ema": run.ema.state_dict(),
-        "opts": {k: opt.state_dict() for k, opt in run.opts.items()},
+        "args": vars(study.args),
+        "step": i,
+        "classes": study.classes,
+        "seconds": study.seconds(),
+        "rng": {"cpu": torch.get_rng_state()},
+        **{name: part.state_dict() for name, part in state.items()},
     }
-    write_whole(run.folder / name, functools.partial(torch.save, checkpoint))
+    if study.args.device == "cuda":
+        checkpoint["rng"]["cuda"] = torch.cuda.get_rng_state()
+    write_whole(study.folder / name, functools.partial(torch.save, checkpoint))
 
 
 def read_checkpoint(path):
+    """The dict that save wrote, on the CPU. Ends the program where it is none of this collection's."""
     with or_fail(f"{path} is not a whole checkpoint of these scripts"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        return {k: checkpoint[k] for k in ("script", "args", "step", "nets", "ema", "opts", "rng", "state", "window")}
+        return {name: checkpoint[name] for name in ("script", "args", "step", "classes", "seconds", "rng")} | checkpoint
 
 
-def restore(run, path, keep_step=False):
-    """Networks, average and moments, in place, as a captured step reads them; then step, log and noise (another kind
-    of device's starts from the seed). Rates and betas are flags. Returns the checkpoint's step."""
-    checkpoint, device = read_checkpoint(path), run.batch.device
+def restore(path, state, study=None):
+    """Loads the networks and optimizers in `state`; with a study the noise and its clock too. Returns the step.
+
+    An optimizer takes its moments from the checkpoint, but keeps its own rate and betas: these are flags."""
+    checkpoint = read_checkpoint(path)
     with or_fail(f"{path} does not fit these networks"):
-        for k, net in run.nets.items():
-            net.load_state_dict(checkpoint["nets"][k])
-        run.ema.load_state_dict(checkpoint["ema"])
-        for k, opt in run.opts.items():
-            params = [p for group in opt.param_groups for p in group["params"]]
-            for i, moments in checkpoint["opts"][k]["state"].items():
-                for m, v in moments.items():
-                    opt.state[params[i]].setdefault(m, v.to(params[i].device)).copy_(v)
-    if not keep_step:
-        run.step = run.batch.step = checkpoint["step"]
-        run.sums, run.count = checkpoint["window"]["sums"].to(device), checkpoint["window"]["count"]
-        run.state.update(checkpoint["state"])
-        run.ema.updates.fill_(run.step // run.args.d_steps * run.args.g_steps)
-        for k in checkpoint["rng"].keys() & {"cpu", device.type}:
-            RANDOM[k].set_rng_state(checkpoint["rng"][k])
+        for name, part in state.items():
+            saved = checkpoint[name]
+            if isinstance(part, torch.optim.Optimizer):
+                saved = {"state": saved["state"], "param_groups": part.state_dict()["param_groups"]}
+            part.load_state_dict(saved)
+    if study:
+        study.seconds_before = checkpoint["seconds"]
+        torch.set_rng_state(checkpoint["rng"]["cpu"])
+        if study.args.device == "cuda" and "cuda" in checkpoint["rng"]:  # from a CPU its noise starts from the seed
+            torch.cuda.set_rng_state(checkpoint["rng"]["cuda"])
+        seed_noise(study.args.seed, checkpoint["step"])
     return checkpoint["step"]
-
-
-def generate(run):
-    """--generate N pictures as PNG files: of fresh z, of --z-file, or chosen by --reject."""
-    args, out, took = run.args, Path(run.args.generate_to or run.folder / "generated"), None
-    if any(out.glob("*")):
-        fail(f"--generate-to {out} is in use")
-    z = run.noise(args.generate, 6)
-    if args.z_file:
-        with or_fail(f"--z-file {args.z_file}, to be ({args.generate} or more, {args.latent_dim}) and finite"):
-            z = np.load(args.z_file) if args.z_file.endswith(".npy") else torch.load(args.z_file, weights_only=True)
-            z = torch.as_tensor(z).float()[: args.generate]
-            if z.shape != (args.generate, args.latent_dim) or not z.isfinite().all():
-                raise ValueError(tuple(z.shape))
-    if args.reject == "none":
-        x, _ = run.draw(z)
-    else:
-        with or_fail(f"--reject {args.reject}"):
-            x, took = run.study.kept(args.generate, 6)
-    with or_fail(f"--generate-to {out}"):
-        out.mkdir(parents=True, exist_ok=True)
-    for i in range(len(x)):
-        save_sheet(x[i : i + 1], out / f"{i:05}.png")
-    say(f"{args.generate} pictures in {out}" + (f": {took['line']}" if took else ""))
 
 
 def main(argv=None):
     try:
         train(parse_args(argv))
-    except KeyboardInterrupt:
-        raise SystemExit(128 + signal.SIGINT) from None  # outside the loop, or the second one
+    except KeyboardInterrupt:  # outside the loop, where nothing is lost
+        raise SystemExit(130) from None
     finally:
         if WORLD > 1 and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

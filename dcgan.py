@@ -188,10 +188,11 @@ def doublings(side):
 
 def dcgan_init(module):
     """Radford et al. 2016, section 4: weights N(0, .02). As in its code, the scale of a batch norm is N(1, .02)."""
-    if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
-        nn.init.normal_(module.weight, 0.0, 0.02)
-    elif isinstance(module, nn.BatchNorm2d):
-        nn.init.normal_(module.weight, 1.0, 0.02)
+    if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)):
+        mean = 1.0 if isinstance(module, nn.BatchNorm2d) else 0.0
+        for name, p in module.named_parameters():
+            if "weight" in name:  # under spectral norm it is parametrizations.weight.original
+                nn.init.normal_(p, mean, 0.02)
 
 
 # LOSS -----------------------------------------------------------------------------------------------------------------
@@ -584,10 +585,10 @@ def pair_accuracy(score_real, score_fake):
     return (score_real.detach()[:, None] > score_fake.detach()).float().mean()
 
 
-def seed_noise(seed):
-    """Gives each rank of a torchrun noise of its own. They have made the same networks before."""
+def seed_noise(seed, i=0):
+    """Gives each rank of a torchrun noise of its own from update i on. They have made the same networks before."""
     if WORLD > 1:
-        torch.manual_seed(seeded(seed, RANK).initial_seed())
+        torch.manual_seed(seeded(seed, RANK, i).initial_seed())
 
 
 def average_gradients(net):
@@ -681,6 +682,7 @@ def restore(path, state, study=None):
         torch.set_rng_state(checkpoint["rng"]["cpu"])
         if study.args.device == "cuda" and "cuda" in checkpoint["rng"]:  # from a CPU its noise starts from the seed
             torch.cuda.set_rng_state(checkpoint["rng"]["cuda"])
+        seed_noise(study.args.seed, checkpoint["step"])
     return checkpoint["step"]
 
 

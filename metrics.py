@@ -21,19 +21,24 @@ ValueError where there is no answer: NaN, infinity, nothing to score, fewer rows
 
 import argparse
 import contextlib
+import copy
 import csv
 import functools
-import glob
+import gzip
 import hashlib
+import heapq
 import importlib
 import io
 import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
+import stat
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -270,7 +275,7 @@ def density_coverage(real, fake, k=5, radius=None):
 # TOOLS ----------------------------------------------------------------------------------------------------------------
 
 RANK = int(os.environ.get("RANK", 0))  # torchrun: this process's number. Rank 0 alone prints, scores and writes
-WORLD = int(os.environ.get("WORLD_SIZE", 1))  # and how many there are, one for each GPU
+WORLD = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1  # and how many there are, one a GPU
 
 # Random streams. seeded(args.seed, STREAM, ...) gives each use numbers of its own, so that one never shifts another.
 ORDER = 0  # of the training images in an epoch
@@ -290,7 +295,7 @@ ASKED = 12  # labels that a conditional generator is asked for
 
 def fail(message):
     """Ends the program for a user's mistake: one line on stderr, exit code 2, no traceback."""
-    sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}\n")
+    put(sys.stderr, f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}\n")
     raise SystemExit(2)
 
 
@@ -303,34 +308,85 @@ def or_fail(message):
         fail(f"{message} ({type(e).__name__}: {e})")
 
 
+@contextlib.contextmanager
+def or_warn(message):
+    """A disk that refuses what the lines inside write costs a line, and nothing else."""
+    try:
+        yield
+    except OSError as e:
+        warn(f"{message} ({type(e).__name__}: {e})")
+
+
+def put(stream, text):
+    """Writes to sys.stdout or sys.stderr. These may be None, closed, full, or lack a letter: the program goes on."""
+    try:
+        encoding = getattr(stream, "encoding", None) or "utf-8"
+        stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        stream.flush()
+    except BrokenPipeError:  # nobody reads any more: what is still to come goes nowhere, in silence
+        with contextlib.suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), stream.fileno())
+    except (OSError, ValueError, AttributeError):
+        pass
+
+
+def is_terminal(stream):
+    with contextlib.suppress(ValueError, AttributeError):  # closed, or None
+        return stream.isatty()
+    return False
+
+
 def say(text, redraw=False):
     """Prints a line on stdout, from rank 0. On a terminal the next line replaces one with `redraw`."""
     if RANK:
         return
-    terminal = sys.stdout is not None and sys.stdout.isatty()
-    if terminal and redraw:
-        text = "\r\033[K" + text[: shutil.get_terminal_size().columns - 1]
-    elif terminal:
-        text = "\r\033[K" + text + "\n"
-    with contextlib.suppress(OSError, ValueError):  # nobody reads any more: the training goes on
-        print(text, end="" if terminal else "\n", flush=True)
+    if not is_terminal(sys.stdout):
+        put(sys.stdout, f"{text}\n")
+    elif redraw:
+        put(sys.stdout, "\r\033[K" + text[: shutil.get_terminal_size().columns - 1])
+    else:
+        put(sys.stdout, f"\r\033[K{text}\n")
 
 
 def warn(text):
     """Prints a line on stderr, from rank 0."""
     if not RANK:
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            sys.stderr.write(f"{text}\n")
+        put(sys.stderr, f"{text}\n")
+
+
+@functools.cache
+def warn_once(text):
+    """A run reads its training images twice, to train and to score."""
+    warn(text)
+
+
+def progress(batches, total, what):
+    """The batches, and a line on stderr on how far they are: kept fresh on a terminal, every 10 s elsewhere."""
+    live = is_terminal(sys.stderr)
+    start = said = time.time()
+    done = 0
+    for batch in batches:
+        yield batch
+        done += len(batch)
+        now = time.time()
+        if now - said > (0.5 if live else 10):
+            text = f"{what}: {done} of {total}, {(now - start) / done * (total - done):.0f} s to go"
+            put(sys.stderr, f"\r\033[K{text}" if live else f"{text}\n")
+            said = now
+    if live and said > start:
+        put(sys.stderr, "\r\033[K")
 
 
 def number(kind, low, high=2**40):
-    """An argparse type: an int or a float in [low, high]. NaN and infinity are refused."""
+    """An argparse type: an int or a float in [low, high]. NaN and infinity are refused; 1e5 is a whole number."""
 
     def parse(text):
-        value = kind(text)
-        if low <= value <= high:
-            return value
-        raise argparse.ArgumentTypeError(f"{text} is not in {low}..{high}")
+        value = float(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not in {low}..{high}")
+        if kind(value) != value:
+            raise argparse.ArgumentTypeError(f"{text} is not a whole number")
+        return kind(value)
 
     parse.__name__ = kind.__name__
     return parse
@@ -381,14 +437,54 @@ def write_whole(path, write, apart=""):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise
 
 
+def cache_folders(folder):
+    """Where to keep what takes long to make: `folder`, or if it cannot be written the user's folder for such files."""
+    folder = Path(folder).resolve()
+    user = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    own = "gan-" + hashlib.sha256(os.fsencode(folder)).hexdigest()[:12]
+    return [folder, Path(user, own), Path(tempfile.gettempdir(), own)]
+
+
+def cache_home(dataset, data_dir):
+    """Where the networks that score and their statistics are kept: --data-dir; of a folder of images the folder around
+    it, so that nothing lies among them."""
+    return Path(data_dir).resolve().parent if dataset == "folder" else Path(data_dir)
+
+
+def keep(folder, name, write, say=None, old=None):
+    """write(file) as the file `name` of the first of the cache_folders that can be written; in its place go those of
+    before, whose names match the expression `old`. If none can, that costs a line and nothing else."""
+    for home in cache_folders(folder):
+        try:
+            home.mkdir(parents=True, exist_ok=True)
+            write_whole(home / name, write, f".{os.getpid()}")
+            for path in home.iterdir() if old else []:
+                if path.name != name and re.fullmatch(old, path.name):
+                    path.unlink()
+            return
+        except OSError as e:
+            reason = e
+    (say or warn_once)(f"not kept for the next run: {name} ({reason})")
+
+
 def save_sheet(x, path, columns=8):
-    """Images uint8 (N, C, H, W) as one PNG, row by row, with two white pixels between them. One stays as it is."""
+    """Images uint8 (N, C, H, W) as one PNG, row by row, with two white pixels between them. One stays as it is.
+
+    OSError where the disk refuses; no part of a file is left then."""
     sheet = torchvision.utils.make_grid(x.cpu(), columns, padding=2, pad_value=255)[: x.shape[1]]  # grey comes back RGB
-    Image.fromarray(sheet.permute(1, 2, 0).squeeze(2).contiguous().numpy()).save(path)
+    file = io.BytesIO()
+    Image.fromarray(sheet.permute(1, 2, 0).squeeze(2).contiguous().numpy()).save(file, "PNG")
+    try:
+        Path(path).write_bytes(file.getbuffer())
+    except OSError:
+        with contextlib.suppress(OSError):
+            Path(path).unlink()
+        raise
 
 
 # DATA: real images ----------------------------------------------------------------------------------------------------
@@ -400,7 +496,6 @@ TORCHVISION = {  # the class in torchvision.datasets, and the folder where it lo
     "cifar10": ("CIFAR10", "cifar-10-batches-py"),
     "celeba": ("CelebA", "celeba"),
 }
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
 def load_data(dataset, data_dir, size, split):
@@ -410,10 +505,14 @@ def load_data(dataset, data_dir, size, split):
     order of the labels, [] without labels. Ends the program with one line where there are no usable files."""
     root = Path(data_dir)
     if dataset == "folder":
-        return read_files(root, *list_folder(root, split), size)
+        return read_folder(root, size, split)
     if dataset == "celeba":
         names = from_torchvision("celeba", root, split=split).filename
-        return read_files(root / "celeba" / "img_align_celeba", names, [-1] * len(names), [], size)
+        folder = root / "celeba" / "img_align_celeba"
+        facts, _ = list_images(folder)
+        files = {"train": [], "test": []} | {split: [(name, *facts.get(name, (0, 0))) for name in names]}
+        x, good = read_images(folder, size, split, files)
+        return x, torch.full((len(good),), -1), []
     if dataset == "digits":
         x, y = render_digits(20_000, 1) if split == "train" else render_digits(10_000, 2)
         return resized(x, size), y, list("0123456789")
@@ -432,11 +531,15 @@ def from_torchvision(dataset, root, **part):
     """torchvision's data set, the `part` asked for (train=, split=). Files below `root` are used, others downloaded."""
     kind, place = TORCHVISION[dataset]
     new_folders = [d for d in (root / place, *(root / place).parents) if not d.exists()]
+    source = getattr(torchvision.datasets, kind)
     try:
-        return getattr(torchvision.datasets, kind)(str(root), download=True, **part)
+        unpacked = unpacked_mnist(root / place, part["train"]) if place.endswith("raw") else None
+        if unpacked:
+            return argparse.Namespace(data=unpacked[0], targets=unpacked[1], classes=source.classes)
+        return source(str(root), download=True, **part)
     except Exception as e:  # no network, a damaged or cut file: torchvision raises a different kind for each
         for folder in new_folders:
-            if folder.is_dir() and not any(folder.iterdir()):
+            with contextlib.suppress(OSError):  # not there, or not empty
                 folder.rmdir()
         fail(
             f"--dataset {dataset}: no usable files in {root / place} and no download ({e}). Offline: put torchvision's "
@@ -444,74 +547,179 @@ def from_torchvision(dataset, root, **part):
         )
 
 
-def list_folder(root, split):
-    """Paths of the images below `root`, relative to it, their labels, and the classes' names.
-
-    The first sub-folder on the way is the class; without sub-folders labels are -1. The folders train/ and test/ are
-    the split where there are both, else every tenth file is for testing. Files come in the order of their names'
-    hashes, so that any first n of them are a sample. Classes with training images come first."""
-    split_by_folder = (root / "train").is_dir() and (root / "test").is_dir()
-    found = [Path(p) for p in glob.glob("**", root_dir=root, recursive=True)]  # leaves out what is hidden
-    found = [p for p in found if p.suffix.lower() in SUFFIXES]
-    found.sort(key=lambda p: hashlib.sha256(os.fsencode(p.as_posix())).digest())
-    test_files = set(found[9::10] or found[-1:])
-    files = {"train": [], "test": []}
-    for p in found:
-        part = "test" if p in test_files else "train"
-        if split_by_folder:
-            part = p.parts[0]
-        if part in files:
-            files[part].append(p)
-    depth = 1 if split_by_folder else 0
-    names = []
-    for part in ("train", "test"):
-        new = {p.parts[depth] for p in files[part] if len(p.parts) > depth + 1}
-        names += sorted(new - set(names))
-    if not files[split]:
-        where = root / split if split_by_folder else root
-        fail(f"--dataset folder: no {'/'.join(SUFFIXES)} in {where}: see --data-dir")
-    index = {name: i for i, name in enumerate(names)}
-    labels = [index[p.parts[depth]] if len(p.parts) > depth + 1 else -1 for p in files[split]]
-    return files[split], labels, names
+def unpacked_mnist(folder, train):
+    """MNIST's images and labels from files that torchvision would not find: named train-images.idx3-ubyte, gzipped, or
+    beside the folder raw/. None where there are none."""
+    arrays = []
+    for kind in ("images?idx3-ubyte*", "labels?idx1-ubyte*"):
+        pattern = ("train-" if train else "t10k-") + kind
+        files = [path for place in (folder, folder.parent) for path in sorted(place.glob(pattern)) if path.is_file()]
+        if not files:
+            return None
+        data = files[0].read_bytes()
+        if data[:2] == b"\x1f\x8b":
+            data = gzip.decompress(data)
+        shape = np.frombuffer(data, ">i4", data[3], 4)  # the fourth byte is the number of dimensions
+        arrays.append(np.frombuffer(data, np.uint8, offset=4 + 4 * len(shape)).reshape(shape).copy())
+    return arrays
 
 
-def read_files(root, paths, labels, names, size):
-    """Images uint8 (N, 3, size, size), labels (N,) and names of the files that can be read; the others are counted.
+def list_images(root):
+    """The image files below `root` as {path relative to it: (bytes, date)}, and a Counter of what else lies there.
 
-    Decoded once, by threads, and kept beside `root` as one .npz, whose name changes with the files (paths, sizes,
-    dates) and with `size`."""
-    files = [root / p for p in paths]
-    y = torch.tensor(labels)
-    stamp = [size]
-    for path, p in zip(files, paths):
-        facts = path.stat() if path.exists() else path.lstat()  # a link to nothing
-        stamp.append((str(p), facts.st_size, facts.st_mtime_ns))
-    key = hashlib.sha256(json.dumps(stamp).encode()).hexdigest()[:12]
-    cache = root.resolve().parent / f"{root.resolve().name}-{size}-{key}.npz"
-    if cache.exists():
-        with or_fail(f"delete {cache}"), np.load(cache) as kept:
-            return torch.from_numpy(kept["x"]), y[kept["good"]], names
-
-    def decode(path):
+    Of the suffixes that this Pillow opens, with plugins. Links are followed, but every file counts once, under a path
+    without links if it has one. Hidden files are no images."""
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    above = {(facts.st_dev, facts.st_ino) for facts in map(os.stat, root.resolve().parents)}
+    seen = set()
+    found = {}
+    left_out = Counter()
+    todo = [(False, "")]  # (by a link?, folder): those by links come last, when all others have been seen
+    while todo:
+        linked, folder = heapq.heappop(todo)
         try:
-            return read_image(path, size=size)[0].numpy(), None
-        except ValueError as e:
-            return None, str(e)
+            facts = os.stat(root / folder)
+            entries = list(os.scandir(root / folder))
+        except OSError:
+            left_out["folder that cannot be listed"] += 1
+            continue
+        place = facts.st_dev, facts.st_ino
+        if place in above:
+            left_out["link to a folder around this one"] += 1
+        if place in above or place in seen:
+            continue
+        seen.add(place)
+        for entry in entries:
+            suffix = os.path.splitext(entry.name)[1].lower()
+            by_link = linked or entry.is_symlink()
+            path = folder + entry.name
+            try:
+                facts = os.stat(entry.path)
+            except OSError:
+                left_out["link to nothing"] += 1
+                continue
+            if entry.name.startswith("."):
+                continue
+            if stat.S_ISDIR(facts.st_mode):
+                heapq.heappush(todo, (by_link, f"{path}/"))
+            elif not stat.S_ISREG(facts.st_mode):
+                left_out["pipe, socket or device"] += 1
+            elif suffix not in suffixes:
+                left_out[suffix or "no suffix"] += 1
+            else:
+                file = facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns
+                found[file] = min(found.get(file, (by_link, path)), (by_link, path))
+    return {path: file[2:] for file, (_, path) in found.items()}, left_out
 
-    with ThreadPoolExecutor() as pool:
-        decoded = list(pool.map(decode, files))
-    good = [i for i, (image, _) in enumerate(decoded) if image is not None]
-    bad = [reason for image, reason in decoded if image is None]
-    if not good:
-        fail(f"no image in {root} can be read: {bad[0]}")
-    if bad:
-        warn(f"left out {len(bad)} of {len(files)} files: {'; '.join(bad[:3])}")
-    x = np.stack([decoded[i][0] for i in good])
-    try:
-        write_whole(cache, lambda file: np.savez(file, x=x, good=good), f".{os.getpid()}")
-    except OSError as e:
-        warn(f"not kept for the next run: {cache} ({e})")
-    return torch.from_numpy(x), y[good], names
+
+def split_images(paths):
+    """{"train": paths, "test": paths} of list_images, and how many folders lie above those of the classes.
+
+    The folders train/ and test/ (or val/, valid/, validation/, in any case) are the split, else every tenth file is for
+    testing. The order is that of the names' hashes, so that any first n of them are a sample. A folder that holds all
+    others is no class."""
+    paths = sorted(paths, key=lambda path: hashlib.sha256(os.fsencode(path)).digest())
+    folders = {path: path.lower().split("/")[:-1] for path in paths}
+    depth = 0
+    while all(len(f) > depth for f in folders.values()) and len({f[depth] for f in folders.values()}) == 1:
+        if all(len(f) == depth + 1 and f[depth] != "train" for f in folders.values()):
+            break  # one class
+        depth += 1
+    tops = {f[depth] for f in folders.values() if len(f) > depth}
+    test = next((name for name in ("test", "val", "valid", "validation") if name in tops), None)
+    if "train" in tops and test:
+        inside = {name: [p for p in paths if folders[p][depth : depth + 1] == [name]] for name in ("train", test)}
+        return {"train": inside["train"], "test": inside[test]}, depth + 1
+    tenth = set(paths[9::10] or paths[-1:])
+    return {"train": [p for p in paths if p not in tenth], "test": [p for p in paths if p in tenth]}, depth
+
+
+def read_folder(root, size, split):
+    """load_data of a folder of images. Its sub-folders are the classes; those with training images come first."""
+    if not root.is_dir():
+        kind = "a file: unpack it, and name the folder" if root.exists() else "no such folder"
+        fail(f"--dataset folder: --data-dir {root}: {kind}")
+    found, left_out = list_images(root)
+    parts, depth = split_images(found)
+    beside = len(found) - len(parts["train"]) - len(parts["test"])
+    if beside:
+        left_out["in folders beside train and test"] = beside
+    said = "".join(f", {what} ({n})" for what, n in left_out.most_common(9))
+    said = said and f"; left out: {said[2:]}"
+    if not parts["train"]:
+        fail(f"--dataset folder: {len(found)} images in {root}, where one to train and one to test are needed{said}")
+    classes = {path: path.split("/")[depth:-1][:1] for part in parts.values() for path in part}
+    counts = Counter(name for path in parts["train"] for name in classes[path])
+    names = sorted(counts)
+    names += sorted({name for path in parts["test"] for name in classes[path]} - counts.keys())
+    if names:
+        few = ", ".join(f"{name} ({counts[name]})" for name in names[:20])
+        said = f"; classes: {few}{f' and {len(names) - 20} more' if names[20:] else ''}{said}"
+    warn_once(f"{root}: {len(parts['train'])} images to train, {len(parts['test'])} to test{said}")
+    x, good = read_images(root, size, split, {part: [(p, *found[p]) for p in parts[part]] for part in parts})
+    index = {name: i for i, name in enumerate(names)}
+    labels = [index.get(name, -1) for path in parts[split] for name in classes[path] or [None]]
+    return x, torch.tensor(labels)[good], names
+
+
+def read_images(root, size, split, files):
+    """The images uint8 (N, 3, size, size) of files[split], a list of (path below root, bytes, date), and the indexes of
+    those that can be read.
+
+    Decoded once, by threads, and kept as one .npz, whose name changes with the files and with `size`."""
+    name = f"{root.resolve().name}-{size}-{split}"
+    watched = files if split == "test" else files["train"]  # for what is said of copies
+    key = hashlib.sha256(json.dumps([READER, size, watched]).encode()).hexdigest()[:12]
+    for folder in cache_folders(root.resolve().parent):
+        with contextlib.suppress(Exception), np.load(folder / f"{name}-{key}.npz") as kept:  # none, or a damaged one
+            x, good, said = (kept[part] for part in ("x", "good", "said"))
+            if str(said):
+                warn_once(str(said))
+            return torch.from_numpy(x), good
+    paths = [root / path for path, *_ in files[split]]
+    x = np.empty((len(paths), 3, size, size), np.uint8)
+    bad = {}
+
+    def decode(i):
+        try:
+            x[i] = read_image(paths[i], size=size)[0]
+        except ValueError as e:
+            bad[i] = str(e)
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # each holds one image of full size
+        for part in progress(torch.arange(len(paths)).split(1000), len(paths), f"reading {root}"):
+            list(pool.map(decode, part.tolist()))
+    reasons = [bad[i] for i in sorted(bad)]
+    if len(bad) == len(paths):
+        fail(f"no image in {root} can be read: {reasons[0]}")
+    said = f"left out {len(bad)} of {len(paths)} files: {'; '.join(reasons[:3])}" if bad else ""
+    copies = count_copies(root, files["test"], files["train"]) if split == "test" else 0
+    if copies:
+        said += f"{said and '. '}{copies} of {len(paths)} test images are also training images: scores flatter"
+    if said:
+        warn_once(said)
+    good = np.array([i for i in range(len(paths)) if i not in bad])
+    x = x[good] if bad else x
+    old = f"{re.escape(name)}-[0-9a-f]{{12}}\\.npz"
+    keep(root.resolve().parent, f"{name}-{key}.npz", lambda file: np.savez(file, x=x, good=good, said=said), old=old)
+    return torch.from_numpy(x), good
+
+
+def count_copies(root, files, others):
+    """How many of the files have the bytes of one of the others."""
+    sizes = {size for _, size, _ in files} & {size for _, size, _ in others}
+
+    def digests(files):
+        for path, size, _ in files:
+            with contextlib.suppress(OSError):
+                if size in sizes:
+                    yield hashlib.sha256((root / path).read_bytes()).digest()
+
+    known = set(digests(others))
+    return sum(digest in known for digest in digests(files))
+
+
+READER = 2  # changes when read_image does, so that what was kept is made anew
 
 
 def read_image(path, channels=3, size=None):
@@ -519,15 +727,18 @@ def read_image(path, channels=3, size=None):
 
     It is turned upright, and what is transparent becomes white. With `size` the middle square is resized to that side,
     with antialiasing. ValueError: a file that cannot be read, or whose numbers have no clear scale from black to white
-    (floats, 32-bit integers)."""
+    (see eight_bits)."""
     try:
         with Image.open(path) as image:
             kind = image.format
+            if size:
+                image.draft(None, (2 * size, 2 * size))  # of a large JPEG an eighth of the side is decoded
             image = eight_bits(image)
-            image = ImageOps.exif_transpose(image)
             if image.has_transparency_data:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-            image = image.convert("L" if channels == 1 else "RGB")
+            mode = "L" if channels == 1 else "RGB"
+            if image.mode != mode:
+                image = image.convert(mode)
             if size:
                 image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
             x = np.array(image)
@@ -538,12 +749,27 @@ def read_image(path, channels=3, size=None):
 
 
 def eight_bits(image):
-    """An image of 16 bits a channel as one of 8. ValueError: numbers without a clear scale."""
-    if image.mode == "F" or image.mode == "I":
+    """The image upright, with 8 bits a channel. ValueError: floats, 32-bit integers, and 16 bits of which only the
+    lower 14 are used. These may be 12 or 14 bits kept as they are, and would come out much too dark."""
+    of_16 = ";16" in str(image.tile)  # what is in the file; Pillow itself cuts colours to their upper 8 bits
+    grey_16 = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+    if image.mode in ("I", "F") and not grey_16:
         raise ValueError(f"mode {image.mode}: no clear scale from black to white")
-    if not image.mode.startswith("I;16"):
-        return image
-    return Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+    ImageOps.exif_transpose(image, in_place=True)
+    if grey_16:
+        values = np.asarray(image)
+        clear = values.max() >= 2**14
+        grey = Image.fromarray((values / 257).round().astype(np.uint8))
+        if "transparency" in image.info:
+            grey.putalpha(Image.fromarray((values != image.info["transparency"]) * np.uint8(255)))
+        image = grey
+    elif of_16:
+        clear = np.array(image.convert("RGB")).max() >= 2**6
+        if "transparency" in image.info:
+            image.info["transparency"] = tuple(value >> 8 for value in image.info["transparency"])
+    if (grey_16 or of_16) and not clear:
+        raise ValueError("16 bits, of which the highest two are not used: no clear scale from black to white")
+    return image
 
 
 def render_digits(n, seed):
@@ -594,30 +820,36 @@ def exact():
         torch.set_float32_matmul_precision(before)
 
 
-def as_pictures(x, *channels):
+@torch.no_grad()
+def embedded(net, x, size, device):
+    """net's features and logits of uint8 images (N, C, H, W), `size` at a time."""
+    with exact():
+        parts = [net(net.prepare(part.to(device))) for part in x.split(size)]
+    features, logits = zip(*parts)
+    return torch.cat(features), torch.cat(logits)
+
+
+def as_images(x, channels=()):
     """x, if it is uint8 (N, C, H, W), C one of `channels` if any are named. ValueError: floats, whose scale is unknown,
     and every other shape."""
-    if (
-        not torch.is_tensor(x)
-        or x.dtype != torch.uint8
-        or x.dim() != 4
-        or 0 in x.shape[1:]
-        or x.shape[1] not in (channels or x.shape)
-    ):
+    of_bytes = torch.is_tensor(x) and x.dtype == torch.uint8 and x.dim() == 4 and 0 not in x.shape[1:]
+    if not of_bytes or x.shape[1] not in (channels or x.shape):
         kind = getattr(x, "dtype", type(x))
-        raise ValueError(f"pictures are uint8 (N, C, H, W), C of {channels or 'any'}, not {kind} {tuple(np.shape(x))}")
+        raise ValueError(f"images are uint8 (N, C, H, W), C of {channels or 'any'}, not {kind} {tuple(np.shape(x))}")
     return x
 
 
 class Classifier(nn.Module):
-    """uint8 pictures (N, C, S, S) -> features (N, 128), logits (N, K). Inside, 32x32 pictures in [0, 1]. It judges the
-    side it was trained at, if .side is set: what is pooled from another side looks different."""
+    """uint8 images (N, C, S, S) -> features (N, 128), logits (N, K). Inside, 32x32 images in [0, 1]. It judges the side
+    it was trained at, if .side is set: what is pooled from another side looks different."""
 
-    batch, side = 1000, None
+    batch = 1000
+    side = None
 
     def __init__(self, channels, classes):
         super().__init__()
-        self.channels, layers = channels, []
+        self.channels = channels
+        layers = []
         for a, b in ((channels, 16), (16, 32), (32, 64)):
             layers += [nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU(), nn.MaxPool2d(2)]
         self.body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(1024, 128), nn.ReLU())
@@ -629,24 +861,21 @@ class Classifier(nn.Module):
 
     @staticmethod
     def prepare(x):
-        """A 28x28 picture is padded to 32 as load_data pads it: MNIST at 28 and at 32 are one scale."""
+        """An image of 28x28 is padded to 32 as load_data pads it: MNIST at 28 and at 32 are one scale."""
         x = x.float() / 255
         if x.shape[-1] == 28:
             x = F.pad(x, (2, 2, 2, 2))
         return F.adaptive_avg_pool2d(x, 32) if x.shape[-1] != 32 else x
 
-    @torch.no_grad()
     def embed(self, x):
         """uint8 (N, C, S, S) -> features (N, 128), logits (N, K), in eval mode whatever mode it was in."""
-        side = padded(as_pictures(x, self.channels).shape[-1])
+        side = padded(as_images(x, [self.channels]).shape[-1])
         if self.side not in (None, side):
-            raise ValueError(f"pictures of {side} pixels, where the network was trained on {self.side}")
+            raise ValueError(f"images of {side} pixels, where the network was trained on {self.side}")
         self.eval()
         device = self.head.weight.device
-        size = 100 if device.type == "cpu" else 1000  # a CPU's caches hold the maps of 100: three times as fast
-        with exact():
-            parts = [self(self.prepare(b.to(device))) for b in x.split(size)]
-        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+        # a CPU's caches hold the maps of 100: three times as fast
+        return embedded(self, x, 100 if device.type == "cpu" else 1000, device)
 
 
 def padded(side):
@@ -654,7 +883,7 @@ def padded(side):
 
 
 def turned(x, quarters):
-    """Pictures (N, C, S, S), each rotated by its number (N,) of quarter turns."""
+    """Images (N, C, S, S), each rotated by its number (N,) of quarter turns."""
     out = x.clone()
     for k in (1, 2, 3):
         out[quarters == k] = torch.rot90(x[quarters == k], k, (2, 3))
@@ -662,38 +891,46 @@ def turned(x, quarters):
 
 
 def train_classifier(x, y, classes, device, epochs=None, say=print):
-    """A Classifier of uint8 pictures (N, C, H, W) and labels (N,); y None: of rotations (Gidaris et al. 2018,
-    1803.07728). AdamW under a one-cycle rate, pictures shifted by up to 2 pixels, 180,000 pictures in all (3 to 20
-    epochs); weights rounded to half precision, in which they are kept. Draws from no stream of the caller's."""
+    """A Classifier of uint8 images (N, C, H, W) and labels (N,); y None: of rotations (Gidaris et al. 2018, 1803.07728).
+
+    AdamW under a one-cycle rate, images shifted by up to 2 pixels, 180,000 images in all (3 to 20 epochs); weights
+    rounded to half precision, in which they are kept. Draws from no stream of the caller's."""
     epochs = epochs or min(20, max(3, 180_000 // len(x)))
     with torch.random.fork_rng([]):  # the first weights are drawn on the CPU, nothing else is
         torch.default_generator.manual_seed(0)
         net = Classifier(x.shape[1], classes).to(device, memory_format=torch.channels_last)
-        rng, start, size = torch.Generator().manual_seed(0), time.time(), min(100, len(x))
-        opt = torch.optim.AdamW(net.parameters(), 1e-3, weight_decay=0.01)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 4e-3, epochs * (len(x) // size))
-        for epoch in range(epochs):
-            for index in torch.randperm(len(x), generator=rng)[: len(x) // size * size].split(size):
-                label = torch.randint(4, (size,), generator=rng) if y is None else y[index]
-                dx, dy = torch.randint(-2, 3, (2,), generator=rng).tolist()
-                batch = turned(x[index], label) if y is None else x[index]
-                batch = net.prepare(batch.to(device)).roll((dx, dy), (2, 3))
-                loss = F.cross_entropy(net.train()(batch)[1], label.to(device))
-                opt.zero_grad()
-                loss.backward()
-                opt.step()
-                schedule.step()
-            if (epoch + 1) % max(1, epochs // 3) == 0:
-                say(f"the scores' network: epoch {epoch + 1} of {epochs}, {time.time() - start:.0f} s")
+    rng = torch.Generator().manual_seed(0)
+    start = time.time()
+    size = min(100, len(x))
+    opt = torch.optim.AdamW(net.parameters(), 1e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 4e-3, epochs * (len(x) // size))
+    net.train()
+    for epoch in range(epochs):
+        for index in torch.randperm(len(x), generator=rng)[: len(x) // size * size].split(size):
+            label = torch.randint(4, (size,), generator=rng) if y is None else y[index]
+            shift = torch.randint(-2, 3, (2,), generator=rng).tolist()
+            batch = turned(x[index], label) if y is None else x[index]
+            batch = net.prepare(batch.to(device)).roll(shift, (2, 3))
+            loss = F.cross_entropy(net(batch)[1], label.to(device))
+            opt.zero_grad()
+            loss.backward()
+            opt.step()
+            schedule.step()
+        if (epoch + 1) % max(1, epochs // 3) == 0:
+            say(f"the scores' network: epoch {epoch + 1} of {epochs}, {time.time() - start:.0f} s")
     return net.half().float().eval()
 
 
 class Stacked(nn.Module):
-    """A classifier of single grey digits on pictures of three, red, green and blue (stacked MNIST)."""
+    """A classifier of single grey digits on images of three, red, green and blue (stacked MNIST)."""
+
+    labelled = True
 
     def __init__(self, one):
         super().__init__()
-        self.one, self.batch, self.accuracy, self.labelled = one, one.batch, one.accuracy, True
+        self.one = one
+        self.batch = one.batch
+        self.accuracy = one.accuracy
         self.name = one.name.replace("/128", " on each of 3 channels/384")
 
     def embed(self, x):
@@ -709,71 +946,80 @@ JUDGES = Path(__file__).parent / "tests" / "judges"  # networks that come with t
 
 @torch.random.fork_rng([])  # building a network draws its first weights: not from the caller's stream
 def classifier(dataset, train, test, folder=None, device="cpu", epochs=None, say=print):
-    """The network that scores pictures like these: `train` and `test` are (pictures uint8 (N, C, S, S), labels (N,)).
+    """The network that scores images like these: `train` and `test` are (images uint8 (N, C, S, S), labels (N,)).
 
-    It reads labels where there are two classes or more, else how a picture was rotated. .name is "TASK-DATASET-SIDE/128
-    HASH", .accuracy its share right on the test pictures, .labelled whether its logits are of labels. Looked for in
-    `folder` (None: neither read nor kept), then beside metrics.py, under a name that changes with the pictures; else
-    trained, in one or two minutes on two cores. stacked_mnist has the network of single digits, a channel at a time."""
+    It reads labels where there are two classes or more, else how an image was rotated. .name is "TASK-DATASET-SIDE/128
+    HASH", .accuracy its share right on the test images, .labelled whether its logits are of labels. Looked for in
+    `folder` (None: neither read nor kept), then beside metrics.py, under a name that changes with the training images;
+    else trained, in one or two minutes on two cores. stacked_mnist has the network of single digits, a channel at a
+    time."""
     if dataset == "stacked_mnist" and train[1].min() >= 0:  # not a folder that is called so
         red = [(part[0][:, :1], part[1] // 100) for part in (train, test)]
         return Stacked(classifier("mnist", *red, folder, device, epochs, say))
-    (x, y), (x_test, y_test) = train[:2], test[:2]
+    x, y = train[:2]
+    x_test, y_test = (some(part, 10_000) for part in test[:2])
+    key = picture_key(x, y)
+    test_key = picture_key(x_test, y_test)
+    side = padded(x.shape[-1])
     labelled = len(y.unique()) > 1 and bool(min(y.min(), y_test.min()) >= 0)
-    classes, task = (int(max(y.max(), y_test.max())) + 1, "classifier") if labelled else (4, "rotation")
-    side, key, net = padded(x.shape[-1]), picture_key(x, y), None
+    if labelled:
+        task = "classifier"
+        classes = int(max(y.max(), y_test.max())) + 1
+    else:
+        task = "rotation"
+        classes = 4
+        y = None
+        y_test = torch.arange(len(x_test)) % 4
+        x_test = turned(x_test, y_test)
     name = f"{task}-{dataset}-{side}-{key}.pt"
-    paths = [*([Path(folder) / name] if folder else []), JUDGES / f"{dataset}.pt"]
-    for path in (p for p in paths if net is None and p.exists()):
-        try:
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-            if key in saved["pictures"]:
-                net = Classifier(x.shape[1], classes)
-                net.load_state_dict(saved["net"])  # half precision into float32
-                net.accuracy = saved["accuracy"]
-        except Exception as e:  # cut short or not ours: torch raises a different kind for each
-            say(f"{path} is damaged ({type(e).__name__})")
-            net = None
-    y_test = y_test if labelled else torch.arange(len(x_test)) % 4
-    if net is None:
-        say(f"training the network that scores, once, on {len(x)} pictures: {task} of {dataset}")
-        net = train_classifier(x, y if labelled else None, classes, torch.device(device), epochs, say)
-        net.accuracy = (
-            (net.embed(x_test if labelled else turned(x_test, y_test))[1].argmax(1).cpu() == y_test)
-            .double()
-            .mean()
-            .item()
-        )
-        if folder:
-            weights = {k: v.half() if v.is_floating_point() else v for k, v in net.cpu().state_dict().items()}
-            keep(Path(folder) / name, {"net": weights, "accuracy": net.accuracy, "pictures": [key]}, say)
-    net.labelled, net.side, net.name = labelled, side, f"{task}-{dataset}-{side}/128 {digest(net)}"
+    paths = [home / name for home in cache_folders(folder)] if folder else []
+    net, saved = read_network([*paths, JUDGES / f"{dataset}.pt"], key, x.shape[1], classes, say)
+    trained = net is None
+    if trained:
+        say(f"training the network that scores, once, on {len(x)} images: {task} of {dataset}")
+        net = train_classifier(x, y, classes, torch.device(device), epochs, say)
+    if test_key in saved.get("tested", []):
+        net.accuracy = saved["accuracy"]
+    else:
+        net.accuracy = (net.embed(x_test)[1].argmax(1).cpu() == y_test).double().mean().item()
+    if trained and folder:
+        weights = {k: v.half() if v.is_floating_point() else v for k, v in net.cpu().state_dict().items()}
+        saved = {"net": weights, "accuracy": net.accuracy, "tested": [test_key], "pictures": [key]}
+        keep(folder, name, functools.partial(torch.save, saved), say)
+    net.labelled = labelled
+    net.side = side
+    net.name = f"{task}-{dataset}-{side}/128 {digest(net)}"
     chance = y_test.bincount().max().item() / len(y_test)  # one answer to all
-    say(
-        f"{net.name}: {net.accuracy:.2%} of the test set's {'labels' if labelled else 'rotations'} right"
-        + f": little better than chance ({chance:.0%}), so its scores mean little"
-        * (net.accuracy - chance < 0.13 * (1 - chance))
-    )
+    line = f"{net.name}: {net.accuracy:.2%} of the test set's {'labels' if labelled else 'rotations'} right"
+    if net.accuracy - chance < 0.13 * (1 - chance):
+        line += f": little better than chance ({chance:.0%}), so its scores mean little"
+    say(line)
     return net.to(device, memory_format=torch.channels_last)
 
 
+def read_network(paths, key, channels, classes, say):
+    """The Classifier of training images with this key, and what was saved with it, from the first of the paths that
+    has it; else None and {}."""
+    for path in paths:
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            if key in saved["pictures"]:
+                net = Classifier(channels, classes)
+                net.load_state_dict(saved["net"])  # half precision into float32
+                return net, saved
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except Exception as e:  # cut short or not ours: torch raises a different kind for each
+            say(f"{path} is damaged ({type(e).__name__})")
+    return None, {}
+
+
 def picture_key(x, y):
-    """A hash of pictures and labels, the same for MNIST at 28 and padded to 32."""
+    """A hash of images and labels, the same for MNIST at 28 and padded to 32."""
     x = F.pad(x, (2, 2, 2, 2)) if x.shape[-1] == 28 else x
     key = hashlib.sha256(x.contiguous().numpy())  # as they lie: tobytes would double them
     key.update(y.contiguous().numpy())
     return key.hexdigest()[:12]
-
-
-def keep(path, what, say):
-    """torch.save by way of a temporary file; a folder that cannot be written to costs a line and nothing else."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}")
-        torch.save(what, temporary)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as e:
-        say(f"not kept for the next run: {path} ({e})")
 
 
 def digest(net):
@@ -784,22 +1030,23 @@ INCEPTION = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weigh
 
 
 class Inception(nn.Module):
-    """uint8 pictures (N, 1 or 3, H, W) -> features (N, 2048), logits (N, 1008): the 2015 network of published FIDs.
+    """uint8 images (N, 1 or 3, H, W) -> features (N, 2048), logits (N, 1008): the 2015 network of published FIDs.
 
     Szegedy et al. 2015 (1512.00567) as TensorFlow ran it and pytorch-fid's file holds it, which torchvision's own
-    Inception is not: average pools count no padding, and the last block's pool takes the maximum. Pictures are resized
-    as pytorch-fid does, bilinearly, without antialiasing. The logits are without the bias, as torch-fidelity's are.
+    Inception is not: average pools count no padding, and the last block's pool takes the maximum. Images are resized as
+    pytorch-fid does, bilinearly, without antialiasing. The logits are without the bias, as torch-fidelity's are.
     `state` is that file's dict; RuntimeError where it does not fit."""
 
-    batch = 25  # pictures at a time
+    batch = 25  # images at a time
 
     def __init__(self, state):
         super().__init__()
         with torch.device("meta"):  # no memory and no random numbers for weights that are replaced at once
             net = torchvision.models.Inception3(num_classes=1008, aux_logits=False, init_weights=False).eval()
         net.load_state_dict(state, assign=True)
-        fc, net.fc = net.fc, nn.Identity()
-        self.body, self.fc = fx.symbolic_trace(net), fc  # torchvision's forward, whose calls can be changed
+        self.fc = net.fc
+        net.fc = nn.Identity()
+        self.body = fx.symbolic_trace(net)  # torchvision's forward, whose calls can be changed
         *pools, last = (node for node in self.body.graph.nodes if node.target is F.avg_pool2d)  # nine, one a block
         for pool in pools:
             pool.update_kwarg("count_include_pad", False)
@@ -816,12 +1063,8 @@ class Inception(nn.Module):
         x = F.interpolate(x.float() / 255, (299, 299), mode="bilinear", align_corners=False) * 2 - 1
         return x.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
 
-    @torch.no_grad()
     def embed(self, x):
-        device = self.fc.weight.device
-        with exact():
-            parts = [self(self.prepare(b.to(device))) for b in as_pictures(x, 1, 3).split(self.batch)]
-        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+        return embedded(self, as_images(x, [1, 3]), self.batch, self.fc.weight.device)
 
 
 def inception(weights, device):
@@ -831,7 +1074,7 @@ def inception(weights, device):
     try:
         if not (weights or path.exists()):
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(INCEPTION, path, path.stem.rsplit("-", 1)[1], sys.stderr.isatty())
+            torch.hub.download_url_to_file(INCEPTION, path, path.stem.rsplit("-", 1)[1], is_terminal(sys.stderr))
         net = Inception(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as e:  # no network, a file cut short or of another network: a different kind for each
         if weights and not path.exists():
@@ -842,7 +1085,9 @@ def inception(weights, device):
             f"no Inception weights: put {INCEPTION} into {path.parent}, or name the file by --weights "
             f"({type(e).__name__}: {e})"
         ) from None
-    net.name, net.accuracy, net.labelled = f"inception-2015/2048 {digest(net)}", None, True
+    net.name = f"inception-2015/2048 {digest(net)}"
+    net.accuracy = None
+    net.labelled = True
     return net.to(device)
 
 
@@ -852,19 +1097,23 @@ SCORES = ("fid", "kid", "is", "mode", "pr", "dc")
 
 
 class Sample:
-    """What a network makes of pictures: .n, .moments; if kept, .features (N, d), .logits (N, K) and .radius(k) (N,)."""
+    """What a network makes of images: .n, .moments; if kept, .features (N, d), .logits (N, K) and .radius(k) (N,)."""
 
     def __init__(self, moments, features=None, logits=None):
-        self.moments, self.n, self.features, self.logits = moments, moments.n, features, logits
+        self.moments = moments
+        self.n = moments.n
+        self.features = features
+        self.logits = logits
         self.radius = functools.cache(functools.partial(ball_radius, features))
 
 
-def embed(net, pictures, keep=True, what="pictures"):
-    """A Sample of uint8 pictures (N, C, H, W), or of a Pictures, which are read as they are needed. Without `keep` no
-    feature is held longer than its batch. ValueError: pictures of another kind, features that are not finite."""
-    moments, kept = Moments(), []
-    batches = pictures.batches(net.batch) if hasattr(pictures, "batches") else as_pictures(pictures).split(net.batch)
-    for batch in progress(batches, len(pictures), what):
+def embed(net, images, keep=True, what="images"):
+    """A Sample of uint8 images (N, C, H, W), or of an Images, which are read as they are needed. Without `keep` no
+    feature is held longer than its batch. ValueError: images of another kind, features that are not finite."""
+    moments = Moments()
+    kept = []
+    batches = images.batches(net.batch) if isinstance(images, Images) else as_images(images).split(net.batch)
+    for batch in progress(batches, len(images), what):
         features, logits = net.embed(batch)
         moments.add(features)
         if keep:
@@ -872,24 +1121,11 @@ def embed(net, pictures, keep=True, what="pictures"):
     return Sample(moments, *map(torch.cat, zip(*kept)))
 
 
-def progress(batches, total, what):
-    """The batches, and a line on stderr on how far they are: kept fresh on a terminal, every 10 s elsewhere."""
-    done, start, said, live = 0, time.time(), time.time(), sys.stderr.isatty()
-    for batch in batches:
-        yield batch
-        done += len(batch)
-        now = time.time()
-        if now - said > (0.5 if live else 10):
-            text = f"{what}: {done} of {total}, {(now - start) / done * (total - done):.0f} s to go"
-            print(f"\r\033[K{text}" if live else text, end="" if live else "\n", file=sys.stderr, flush=True)
-            said = now
-    if live and said > start:
-        sys.stderr.write("\r\033[K")
-
-
 def compare(fake, real, scores=SCORES, train=None):
     """The `scores` of a Sample against a real one, as a dict of plain numbers; fid_train if there is a third."""
-    s, n = {}, min(fake.n, real.n)
+    s = {}
+    n = min(fake.n, real.n)
+    k = min(5, n - 1)
     if "fid" in scores:
         s["fid"] = fake.moments.fid(real.moments)
         if train:
@@ -901,11 +1137,8 @@ def compare(fake, real, scores=SCORES, train=None):
     if "mode" in scores:
         s["mode_score"] = mode_score(fake.logits, real.logits)[1]
     if "pr" in scores:
-        k = min(3, n - 1)
-        s["precision"], s["recall"] = precision_recall(
-            real.features, fake.features, k, (real.radius(k), fake.radius(k))
-        )
-    k = min(5, n - 1)
+        radii = [sample.radius(min(3, n - 1)) for sample in (real, fake)]
+        s["precision"], s["recall"] = precision_recall(real.features, fake.features, radii=radii)
     if "dc" in scores:
         s["density"], s["coverage"] = density_coverage(real.features, fake.features, k, real.radius(k))
     elif "coverage" in scores:
@@ -914,7 +1147,8 @@ def compare(fake, real, scores=SCORES, train=None):
 
 
 def class_shares(logits):
-    (logits,), classes = checked(1, logits), logits.shape[1]
+    (logits,) = checked(1, logits)
+    classes = logits.shape[1]
     shares = torch.bincount(logits.argmax(1), minlength=classes).double() / len(logits)
     return {
         "classes": int((shares >= 1 / (4 * classes)).sum()),
@@ -932,93 +1166,88 @@ def mode_coverage(labels, classes):
     return {"modes": int((p > 0).sum()), "modes_kl": torch.xlogy(p, p * classes).sum().item()}
 
 
-FEWEST = 50  # pictures of a kind, below which a score is no score; below 1,000 it is printed with a warning
+FEWEST = 50  # images of a kind, below which a score is no score; below 1,000 it is printed with a warning
 
 
 class TooFew(ValueError):
-    """Too few pictures for any score."""
+    """Too few images for any score."""
 
 
 def enough(dataset):
-    """How many pictures of each kind are scored, where there are as many."""
+    """How many images of each kind are scored, where there are as many."""
     return 26_000 if dataset == "stacked_mnist" else 10_000
 
 
 def some(items, n):
-    """n of pictures (N, C, H, W) or of a list of files, always the same, in their order. The first n are no sample:
+    """n of images (N, C, H, W) or of a list of files, always the same, in their order. The first n are no sample:
     classes may lie together, or writers (between the halves of MNIST's test set FID is 31, between random halves 2)."""
     chosen = torch.randperm(len(items), generator=torch.Generator().manual_seed(2020))[:n].sort().values
     return items[chosen] if torch.is_tensor(items) else [items[i] for i in chosen]
 
 
 class Judge:
-    """Scores pictures against a data set. judge(x, y=None) takes uint8 (N, C, S, S), and the labels (N,) that were
-    asked for, if any; returns a dict of plain numbers:
+    """Scores images against a data set. judge(x, y=None) takes uint8 (N, C, S, S), and the labels (N,) that were asked
+    for, if any; returns a dict of plain numbers:
 
-    fid, coverage                                against n test pictures; coverage's k is 5
-    fid_train                                    against n training pictures: for choosing a checkpoint
+    fid, coverage                                against n test images; coverage's k is 5
+    fid_train                                    against n training images: for choosing a checkpoint
     inception_score, mode_score                  only where the network reads labels, as the next two lines
     classes, class_min, class_max                classes with 1/(4K) of the samples or more; least and largest share
     label_accuracy                               with y: the share that the network takes for what was asked
-    n_real, n_fake, floor                        sizes (equal), and the FID of training against test pictures
+    n_real, n_fake, floor                        sizes (equal), and the FID of training against test images
     modes, modes_kl                              stacked_mnist: mode_coverage() of n = 26,000, and of as many real ones
                                                  (modes_real, modes_kl_real)
 
-    load("train") and load("test") give pictures and labels; the network is classifier()'s, kept in `folder`.
-    ValueError: too few pictures, or features that are not finite."""
+    load("train") and load("test") give images and labels; the network is classifier()'s, kept in `folder`.
+    ValueError: too few images, or features that are not finite."""
 
     def __init__(self, dataset, load, folder=None, device="cpu", n=None, epochs=None, say=print):
-        n = n or enough(dataset)
         train, test = load("train"), load("test")
-        self.n = min(n, len(train[0]), len(test[0]))
+        self.n = min(n or enough(dataset), len(train[0]), len(test[0]))
         if self.n < FEWEST:
-            raise TooFew(f"{self.n} test pictures, where {FEWEST} would be few")
-        self.net, self.labels = classifier(dataset, train, test, folder, device, epochs, say), train[1]
-        self.train, self.real = embed(self.net, some(train[0], self.n), False), embed(self.net, some(test[0], self.n))
+            raise TooFew(f"{self.n} test images, where {FEWEST} would be few")
+        self.net = classifier(dataset, train, test, folder, device, epochs, say)
+        self.labels = train[1]
+        self.train = embed(self.net, some(train[0], self.n), False)
+        self.real = embed(self.net, some(test[0], self.n))
         self.floor = self.train.moments.fid(self.real.moments)
         self.stacked = dataset == "stacked_mnist"
 
     def __call__(self, x, y=None):
         if len(x) < self.n:
-            raise ValueError(f"{len(x)} pictures: {self.n} are needed, as many as real ones")
-        fake, more = embed(self.net, x[: self.n]), {}
+            raise ValueError(f"{len(x)} images: {self.n} are needed, as many as real ones")
+        fake = embed(self.net, x[: self.n])
+        s = compare(fake, self.real, ("fid", "coverage"), self.train)
         if self.net.labelled:
-            more = {**compare(fake, self.real, ("is", "mode")), **class_shares(fake.logits)}
+            s |= compare(fake, self.real, ("is", "mode")) | class_shares(fake.logits)
             if y is not None:
-                more["label_accuracy"] = (fake.logits.argmax(1).cpu() == y[: self.n]).double().mean().item()
+                s["label_accuracy"] = (fake.logits.argmax(1).cpu() == y[: self.n]).double().mean().item()
         if self.stacked:
-            more |= mode_coverage(fake.logits.argmax(1), 1000)
-            more |= {f"{k}_real": v for k, v in mode_coverage(self.real.logits.argmax(1), 1000).items()}
-        return {
-            **compare(fake, self.real, ("fid", "coverage"), self.train),
-            **more,
-            "n_real": self.n,
-            "n_fake": self.n,
-            "floor": self.floor,
-            "features": self.net.name,
-            "accuracy": self.net.accuracy,
-        }
+            s |= mode_coverage(fake.logits.argmax(1), 1000)
+            real = mode_coverage(self.real.logits.argmax(1), 1000)
+            s |= {f"{name}_real": value for name, value in real.items()}
+        s |= {"n_real": self.n, "n_fake": self.n, "floor": self.floor}
+        return s | {"features": self.net.name, "accuracy": self.net.accuracy}
 
     @staticmethod
     def line(s):
-        few = " few pictures: compare at this n only" if s["n_real"] < 1000 else ""
-        labels = (
-            f"IS {s['inception_score']:.2f} +- {s['inception_score_std']:.2f}  Mode Score {s['mode_score']:.2f}  "
-            f"{s['classes']} classes of {s['class_min']:.1%} to {s['class_max']:.1%}"
-            if "classes" in s
-            else "no labels: no IS, no Mode Score"
-        )
-        return (
-            f"FID[{s['features']}] {s['fid']:.1f} (floor {s['floor']:.1f}, n {s['n_real']} + {s['n_fake']}){few}  "
-            f"coverage {s['coverage']:.3f}  {labels}"
-            + (f"  labels right {s['label_accuracy']:.1%}" if "label_accuracy" in s else "")
-            + (
-                f"  {s['modes']} of 1000 modes, KL {s['modes_kl']:.3f} (real {s['modes_real']}, "
-                f"{s['modes_kl_real']:.3f})"
-                if "modes" in s
-                else ""
-            )
-        )
+        """The scores in one line."""
+        parts = [f"FID[{s['features']}] {s['fid']:.1f} (floor {s['floor']:.1f}, n {s['n_real']} + {s['n_fake']})"]
+        if s["n_real"] < 1000:
+            parts[0] += " few images: compare at this n only"
+        parts.append(f"coverage {s['coverage']:.3f}")
+        if "classes" in s:
+            parts.append(f"IS {s['inception_score']:.2f} +- {s['inception_score_std']:.2f}")
+            parts.append(f"Mode Score {s['mode_score']:.2f}")
+            parts.append(f"{s['classes']} classes of {s['class_min']:.1%} to {s['class_max']:.1%}")
+        else:
+            parts.append("no labels: no IS, no Mode Score")
+        if "label_accuracy" in s:
+            parts.append(f"labels right {s['label_accuracy']:.1%}")
+        if "modes" in s:
+            real = f"real {s['modes_real']}, {s['modes_kl_real']:.3f}"
+            parts.append(f"{s['modes']} of 1000 modes, KL {s['modes_kl']:.3f} ({real})")
+        return "  ".join(parts)
 
 
 # REJECTION: which of a generator's pictures to keep, by their scores --------------------------------------------------
@@ -1217,7 +1446,8 @@ class Study:
             (self.folder / "samples").mkdir(parents=True, exist_ok=True)
             if self.script and not goes_on:
                 shutil.copyfile(self.script, self.folder / self.script.name)
-            text = json.dumps({**vars(args), "classes": self.classes}, indent=1)
+            script = self.script.stem if self.script else None
+            text = json.dumps({"script": script, **vars(args), "classes": self.classes}, indent=1)
             write_whole(self.folder / "args.json", lambda file: file.write(text.encode()))
             (self.folder / "scores.json").unlink(missing_ok=True)  # of an earlier end
             for sheet in (self.folder / "samples").glob("step_*.png"):
@@ -1460,6 +1690,19 @@ class Study:
         slid = torch.where(one[strongest, None], torch.linspace(-far, far, 9).view(1, 9, 1), z).flatten(0, 1)
         save_sheet(self.sample(slid, y[:1].expand(len(slid))), self.folder / "traversal.png", 9)
 
+    def class_interpolations(self):
+        """interpolation_classes.png: for each pair of the first ten classes ten images of one z, from class to class.
+
+        For a G that takes y (B, classes) too, the shares of the classes in a blend."""
+        if RANK:
+            return
+        one = torch.eye(len(self.classes))
+        t = torch.linspace(0, 1, 10)[:, None]
+        pairs = torch.combinations(torch.arange(min(len(one), 10))).tolist()
+        shares = torch.cat([(1 - t) * one[a] + t * one[b] for a, b in pairs])
+        z = self.noise(1, BETWEEN_CLASSES).expand(len(shares), -1)
+        save_sheet(self.sample(z, shares), self.folder / "interpolation_classes.png", 10)
+
     # --generate
 
     def generate(self, n):
@@ -1630,33 +1873,205 @@ def reconstruction_ratio(x, made, seed):
     return (right / wrong).item()
 
 
-# PLOT -----------------------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def reconstruction_figures(folder, load, encode, decode, x_train):
+    """reconstructions.png and interpolation_real.png in `folder`, of the first 16 test images x.
 
-COLOURS = (
-    "#1f5fa8",
-    "#c8452b",
-    "#2f8f4e",
-    "#8a4fa3",
-    "#b58a00",
-    "#444444",
-    "#3fb0c9",
-    "#d477a8",
-    "#7a5230",
-    "#8fb339",
-    "#6a6acd",
-    "#e08a2e",
+    encode(x)   -> codes z (B, latent_dim) of images uint8 (B, C, S, S)
+    decode(z)   -> images uint8 (B, C, S, S)
+    x_train     images uint8 (N, C, S, S)
+
+    A column of the first is x, its reconstruction, and the training image nearest to that. A row of the second is x,
+    ten images along the line from x's code to that of x', and x'."""
+    if RANK:
+        return
+    x = load("test")[0][:16].to(x_train.device)
+    z = encode(x)
+    made = decode(z)
+    parts = x_train.split(1000)
+    distance = torch.cat([torch.cdist(made.flatten(1).float(), part.flatten(1).float()) for part in parts], 1)
+    nearest = x_train[distance.argmin(1)]
+    save_sheet(torch.cat([x, made, nearest]), folder / "reconstructions.png", len(x))
+    half = len(x) // 2
+    x_start, x_end = x[:8, None], x.roll(-half, 0)[:8, None]
+    z_start, z_end = z[:8, None], z.roll(-half, 0)[:8, None]
+    between = torch.lerp(z_start, z_end, torch.linspace(0, 1, 10, device=z.device).view(1, 10, 1))
+    between = decode(between.flatten(0, 1)).unflatten(0, (-1, 10))
+    rows = torch.cat([x_start, between, x_end], 1)
+    save_sheet(rows.flatten(0, 1), folder / "interpolation_real.png", 12)
+
+
+@torch.no_grad()
+def probe(study, i, features, reconstruct, x, y):
+    """bigan.py --probe: prints, as Markdown, what share of the test labels classifiers tell from features.
+
+    i               the checkpoint's step
+    features        {name: function of images uint8 (B, C, S, S) that returns numbers (B, d)}; pixels are added
+    reconstruct(x)  -> G(E(x)), images uint8 (B, C, S, S)
+    x, y            training images uint8 (N, C, S, S) and labels (N,), which the classifiers learn from"""
+    if RANK:
+        return
+    with or_fail("--probe needs scikit-learn: pip install scikit-learn"):
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.svm import SVC
+    args = study.args
+    y = y.cpu()
+    x_test, y_test, _ = study.load("test")
+    labelled = min(y.min(), y_test.min()) >= 0
+    classes = int(y.max()) + 1 if labelled else 0
+    if not 2 <= classes <= 100:
+        fail(f"--probe reads labels, of 2 to 100 classes: {args.dataset} has {classes}")
+
+    def of_all(f, images):
+        return torch.cat([f(part.to(x.device)).cpu() for part in images.split(500)])
+
+    say(
+        f"{args.resume}, step {i}: {len(x_test)} test images of {args.dataset}, classified after {len(x)} training "
+        f"images (SVM: the first {min(len(x), 5000)})\n"
+    )
+    say("| features | numbers | 1-NN | logistic regression | SVM |\n|---|---|---|---|---|")
+    models = LogisticRegression(C=1.0, max_iter=1000), SVC(C=1.0, kernel="rbf", gamma="scale")
+    features = {**features, "pixels": lambda images: images.flatten(1) / 127.5 - 1}
+    for name, f in features.items():
+        train, test = of_all(f, x), of_all(f, x_test)
+        shares = [f"{(given == y_test).double().mean():.2%}" for given in answers(models, train, y, test)]
+        say(f"| {name} | {train.shape[1]} | {' | '.join(shares)} |")
+    made = of_all(reconstruct, x_test)
+    say(f"\nreconstruction ratio {reconstruction_ratio(x_test.float(), made.float(), args.seed):.3f}")
+    if study.ready():
+        kept = (study.judge.net.embed(made)[1].argmax(1).cpu() == y_test).double().mean()
+        say(f"{kept:.2%} of the reconstructions are of the image's class, by that classifier")
+
+
+# PLOT: logs as curves, final scores as a table ------------------------------------------------------------------------
+
+COLOURS = "#1f5fa8 #c8452b #2f8f4e #8a4fa3 #b58a00 #444444 #3fb0c9 #d477a8 #7a5230 #8fb339 #6a6acd #e08a2e".split()
+NOT_PLOTTED = {"step", "epoch", "g_updates", "seconds", "images_per_s", "class_min", "class_max"}
+NOT_COMPARED = set(
+    "script classes seed data_dir device graph run_dir resume generate generate_to label tensorboard log_every "
+    "sample_every eval_every checkpoint_every".split()
 )
-NOT_PLOTTED = {"step", "epoch", "g_updates", "seconds", "images_per_s", "lr_g", "lr_d", "class_min", "class_max"}
 
 
 def read_log(run):
-    """A run directory's log.csv -> {column: (steps, values)}, rows without a value left out. ValueError: it is none."""
-    path = Path(run) / "log.csv" if Path(run).is_dir() else Path(run)
+    """The log.csv and scores.csv of a run's folder, or one such file -> {column: (steps, values)}.
+
+    Cells without a value are left out. ValueError: it is no log."""
+    path = Path(run)
+    files = [path]
+    if path.is_dir():
+        files = [path / "log.csv"]
+        if (path / "scores.csv").exists():
+            files.append(path / "scores.csv")
+    columns = {}
     try:
-        rows = list(csv.DictReader(path.open(newline="")))
-        return {k: ([float(r["step"]) for r in rows if r[k]], [float(r[k]) for r in rows if r[k]]) for k in rows[0]}
+        for file in files:
+            with open(file, newline="") as text:
+                rows = list(csv.DictReader(text))
+            for name in rows[0]:
+                filled = [row for row in rows if row[name]]
+                steps = [float(row["step"]) for row in filled]
+                columns.setdefault(name, (steps, [float(row[name]) for row in filled]))
     except (OSError, KeyError, IndexError, ValueError, TypeError) as e:
-        raise ValueError(f"{path} is not the log of a run ({type(e).__name__}: {e})") from None
+        raise ValueError(f"{file} is not the log of a run ({type(e).__name__}: {e})") from None
+    return columns
+
+
+def groups(runs):
+    """{label: [run folders]}: those that differ in the seed alone together, in the order given.
+
+    A label is the script and the flags that tell its groups apart. A folder without args.json is a group of its own,
+    and so is a seed that comes twice: other code made it."""
+    flags = {}
+    for run in runs:
+        folder = Path(run) if Path(run).is_dir() else Path(run).parent
+        if not (folder / "args.json").exists():
+            flags[run] = folder.resolve().name, {}, None
+            continue
+        args = json.loads((folder / "args.json").read_text())
+        compared = {name: value for name, value in args.items() if name not in NOT_COMPARED}
+        if args.get("steps"):
+            compared.pop("epochs", None)  # --steps overrides it
+        flags[run] = args.get("script", folder.resolve().name), compared, args.get("seed")
+    together = {}
+    seen = []
+    for run in runs:
+        script, mine, seed = flags[run]
+        same_script = [others for name, others, _ in flags.values() if name == script]
+        label = script
+        for name, value in mine.items():
+            if len({repr(others.get(name)) for others in same_script}) > 1:
+                label += f" --{name.replace('_', '-')} {value}"
+        group = str(run) if (label, seed) in seen else label
+        together.setdefault(group, []).append(run)
+        seen.append((label, seed))
+    return together
+
+
+TABLE_COLUMNS = {  # heading: the score, its format
+    "FID": ("fid", ".1f"),
+    "IS": ("inception_score", ".2f"),
+    "coverage": ("coverage", ".3f"),
+    "classes": ("classes", ".4g"),
+    "least": ("class_min", ".1%"),
+    "labels right": ("label_accuracy", ".1%"),
+    "modes": ("modes", ".0f"),
+    "attempts": ("attempts", ".0f"),
+}
+
+
+def scores_table(runs):
+    """The final scores of run folders (scores.json) as Markdown: a row for each group of seeds and each checkpoint.
+
+    The mean and, of two runs or more, the standard deviation (n - 1). ValueError: a run without scores."""
+    rows = []
+    networks = set()
+    for label, members in groups(runs).items():
+        try:
+            scores = [json.loads((Path(run) / "scores.json").read_text()) for run in members]
+        except (OSError, ValueError) as e:
+            raise ValueError(f"a run without scores: {e}") from None
+        names = []
+        for run in scores:
+            names += [name for name in run if ".pt" in name and name not in names]
+        for name in names:
+            last = name.replace("best", "last")
+            if name != last and all(run.get(name) == run.get(last) for run in scores):
+                continue  # best.pt is last.pt
+            mine = [run[name] for run in scores if name in run]  # a seed may lack what --reject keeps
+            used = {f"{s['features']}, floor {s['floor']:.1f}, n {s['n_fake']}" for s in mine}
+            networks |= used
+            several = " (by several networks)" if len(used) > 1 else ""
+            rows.append((label + several, name, mine))
+    shown = []
+    for heading, (key, _) in TABLE_COLUMNS.items():
+        if any(all(s.get(key) is not None for s in mine) for _, _, mine in rows):
+            shown.append(heading)
+    lines = ["; ".join(sorted(networks)), "", "| " + " | ".join(["run", "weights", "seeds", *shown]) + " |"]
+    lines.append("|---" * (3 + len(shown)) + "|")
+    for label, name, mine in rows:
+        cells = [label, name, str(len(mine))]
+        cells += [mean_and_spread(mine, *TABLE_COLUMNS[heading]) for heading in shown]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def mean_and_spread(scores, key, form):
+    """A cell of the table, "" where a run lacks the score."""
+    values = [s.get(key) for s in scores]
+    if None in values:
+        return ""
+    if len(values) == 1:
+        return format(values[0], form)
+    return f"{np.mean(values):{form}} ± {np.std(values, ddof=1):{form}}"
+
+
+def band(logs, column):
+    """Of one column in the logs of several seeds: the steps that all have, means, least and largest values."""
+    found = [dict(zip(*log.get(column, ((), ())))) for log in logs]
+    steps = [step for step in found[0] if all(step in values for values in found)]
+    table = np.array([[values[step] for values in found] for step in steps]).reshape(-1, len(found))
+    return steps, table.mean(1).tolist(), table.min(1).tolist(), table.max(1).tolist()
 
 
 def ticks(low, high, wanted=6):
@@ -1667,255 +2082,204 @@ def ticks(low, high, wanted=6):
     return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
-NOT_COMPARED = {
-    "seed",
-    "name",
-    "data_dir",
-    "device",
-    "graph",
-    "run_dir",
-    "resume",
-    "generate",
-    "generate_to",
-    "z_file",
-    "tensorboard",
-    "log_every",
-    "sample_every",
-    "eval_every",
-    "checkpoint_every",
-}
-
-
-def groups(runs):
-    """{label: [run directories]}: those that differ in the seed alone together, in the order given. A label is the
-    script and the flags that tell its groups apart. What has no args.json is a group of its own."""
-    flags, out, seen, folders = {}, {}, [], {r: Path(r) if Path(r).is_dir() else Path(r).parent for r in runs}
-    for run in (r for r in runs if (folders[r] / "args.json").exists()):
-        args = json.loads((folders[run] / "args.json").read_text())
-        script = args.get("name", folders[run].resolve().name).split(f"-{args.get('dataset') or args.get('data')}-")[0]
-        skip = NOT_COMPARED | ({"epochs"} if args.get("steps") else set())  # --steps overrides it
-        skip = skip - {"eval_every"} if args.get("lr_decay") == "best-fid" else skip  # whose scores change the rates
-        flags[run] = script, {k: v for k, v in args.items() if k not in skip}, args.get("seed")
-    for run in runs:
-        script, mine, seed = flags.get(run, (folders[run].resolve().name, {}, None))
-        apart = [k for k in mine if len({repr(f.get(k)) for s, f, _ in flags.values() if s == script}) > 1]
-        label = " ".join([script, *(f"--{k.replace('_', '-')} {mine[k]}" for k in apart)])
-        out.setdefault(str(run) if (label, seed) in seen else label, []).append(run)  # a seed twice: other code ran
-        seen.append((label, seed))
-    return out
-
-
-def scores_table(runs):
-    """The final scores of run directories (scores.json) as Markdown, for each group of seeds and each checkpoint: the
-    mean and, of two runs or more, the standard deviation (n - 1). ValueError: a run without scores."""
-    columns = {
-        "FID": ("fid", ".1f"),
-        "IS": ("inception_score", ".2f"),
-        "coverage": ("coverage", ".3f"),
-        "classes": ("classes", ".4g"),
-        "least": ("class_min", ".1%"),
-        "labels right": ("label_accuracy", ".1%"),
-        "modes": ("modes", ".0f"),
-        "attempts": ("attempts", ".0f"),
-    }
-    rows, networks = [], set()
-    for label, members in groups(runs).items():
-        try:
-            scores = [json.loads((Path(run) / "scores.json").read_text()) for run in members]
-        except (OSError, ValueError) as e:
-            raise ValueError(f"a run without scores: {e}") from None
-        for name in dict.fromkeys(n for s in scores for n in s if ".pt" in n):
-            if name.startswith("best.pt") and all(s.get(name) == s.get(name.replace("best", "last")) for s in scores):
-                continue
-            mine = [s[name] for s in scores if name in s]  # a seed may lack what --reject keeps
-            values = {c: [s[k] for s in mine if s.get(k) is not None] for c, (k, _) in columns.items()}
-            used = {f"{s['features']}, floor {s['floor']:.1f}, n {s['n_fake']}" for s in mine}
-            rows.append(
-                (
-                    label + " (by several networks)" * (len(used) > 1),
-                    name,
-                    len(mine),
-                    {c: v for c, v in values.items() if len(v) == len(mine)},
-                )
-            )
-            networks |= used
-    shown = [c for c in columns if any(c in values for *_, values in rows)]
-    lines = [
-        "; ".join(sorted(networks)),
-        "",
-        "| " + " | ".join(["run", "weights", "seeds", *shown]) + " |",
-        "|---" * (3 + len(shown)) + "|",
-    ]
-    for label, name, n, values in rows:
-        figures = np.mean, lambda v: np.std(v, ddof=1)
-        cells = [[format(f(values[c]), columns[c][1]) for f in figures[:n] if c in values] for c in shown]
-        lines.append("| " + " | ".join([label, name, str(n), *(" ± ".join(cell) for cell in cells)]) + " |")
-    return "\n".join(lines)
-
-
-def band(logs, column):
-    """Of one column in the logs of several seeds: the steps that all have, means, least and largest values."""
-    found = [dict(zip(*log.get(column, ((), ())))) for log in logs]
-    steps = [s for s in found[0] if all(s in f for f in found)]
-    values = np.array([[f[s] for f in found] for s in steps]).reshape(-1, len(found))
-    return steps, *(f(values, 1).tolist() for f in (np.mean, np.min, np.max))
+def log_ticks(low, high):
+    """Marks for an axis of logarithms: 1, 2 and 5 times powers of ten, or even steps within a decade."""
+    values = [m * 10.0**power for power in range(-3, 9) for m in (1, 2, 5)]
+    if high - low < 1:
+        values = ticks(10**low, 10**high)
+    return [math.log10(value) for value in values]
 
 
 def plot(runs, out):
-    """Each logged column of runs against the step (D updates), a panel each, as one PNG; of runs that differ in the
-    seed alone the mean, in a band from least to largest. ValueError: logs without rows, or no such file."""
-    names, members = zip(*groups(runs).items())
-    names, logs = names if names[1:] else [Path(runs[0]).resolve().name], [[read_log(r) for r in m] for m in members]
-    panels = [
-        c
-        for c in dict.fromkeys(c for seeds in logs for log in seeds for c in log)
-        if c not in NOT_PLOTTED and any(band(seeds, c)[0] for seeds in logs)
-    ]
+    """Each logged column of runs against the step (D updates), a panel each, as one PNG.
+
+    Of runs that differ in the seed alone the mean, in a band from least to largest. ValueError: logs without rows, or
+    no such file."""
+    labels = list(groups(runs))
+    logs = [[read_log(run) for run in members] for members in groups(runs).values()]
+    if len(labels) == 1:
+        labels = [Path(runs[0]).resolve().name]
+    names = []
+    for seeds in logs:
+        for log in seeds:
+            names += [name for name in log if name not in NOT_PLOTTED and name not in names]
+    panels = [name for name in names if any(band(seeds, name)[0] for seeds in logs)]
     if not panels:
         raise ValueError("nothing to plot: the logs have no rows yet")
-    w, h, columns = 440, 260, min(3, len(panels))
-    image = Image.new("RGB", (w * columns, h * -(-len(panels) // columns) + 18 * len(names) + 8), "white")
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(13)
-    for i, name in enumerate(names):
-        draw.line([(14, 15 + 18 * i), (44, 15 + 18 * i)], COLOURS[i % len(COLOURS)], 3)
-        draw.text((52, 15 + 18 * i), name, "black", font, anchor="lm")
-    for i, column in enumerate(panels):
-        x0, y0 = w * (i % columns) + 62, h * (i // columns) + 18 * len(names) + 32
-        x1, y1 = x0 + w - 80, y0 + h - 66
-        log_scale = column.startswith("fid")
-        curves = [
-            (s, *([math.log10(max(v, 1e-3)) if log_scale else v for v in vs] for vs in values))
-            for s, *values in (band(seeds, column) for seeds in logs)
-        ]
-        values = [v for _, *parts in curves for vs in parts for v in vs if math.isfinite(v)] or [0.0]
-        low, high = min(values), max(values)
-        margin = 0.04 * (high - low) if high - low > 1e-9 else 0.5
-        low, high = low - margin, high + margin
-        last = max(max(s, default=0) for s, *_ in curves) or 1
-        draw.rectangle([x0, y0, x1, y1], outline="#999999")
-        draw.text((x0, y0 - 6), column + (" (log scale)" if log_scale else ""), "black", font, anchor="ls")
-        for t in ticks(0, last):
-            draw.text((x0 + t / last * (x1 - x0), y1 + 4), f"{t:g}", "#555555", font, anchor="mt")
-        marks = ticks(low, high)
-        if log_scale:  # 1, 2, 5 times powers of ten; on less than a decade, evenly spaced values
-            marks = [
-                math.log10(v)
-                for v in (
-                    ticks(10**low, 10**high) if high - low < 1 else [m * 10**k for k in range(-3, 9) for m in (1, 2, 5)]
-                )
-            ]
-        for t in (t for t in marks if low <= t <= high):
-            y = y1 - (t - low) / (high - low) * (y1 - y0)
-            draw.line([(x0, y), (x1, y)], "#e4e4e4")
-            draw.text((x0 - 4, y), f"{10**t:.3g}" if log_scale else f"{t:g}", "#555555", font, anchor="rm")
-
-        def places(s, vs):
-            return [
-                (x0 + a / last * (x1 - x0), y1 - (v - low) / (high - low) * (y1 - y0))
-                for a, v in zip(s, vs)
-                if math.isfinite(v)
-            ]
-
-        for j, (s, mean, least, most) in enumerate(curves):
-            colour = COLOURS[j % len(COLOURS)]
-            if least != most and places(s, least)[1:]:
-                shade = Image.new("L", image.size)
-                ImageDraw.Draw(shade).polygon(places(s, least) + places(s, most)[::-1], fill=60)
-                image.paste(colour, mask=shade)
-            draw.line(points := places(s, mean), colour, 2)
-            for a, b in points if len(points) < 60 else ():
-                draw.ellipse([a - 2, b - 2, a + 2, b + 2], fill=colour)
+    width, height = 440, 260  # of a panel
+    columns = min(3, len(panels))
+    legend = 18 * len(labels) + 8
+    image = Image.new("RGB", (width * columns, height * math.ceil(len(panels) / columns) + legend), "white")
+    draw = ImageDraw.Draw(image)
+    for i, label in enumerate(labels):
+        y = 15 + 18 * i
+        draw.line([(14, y), (44, y)], COLOURS[i % len(COLOURS)], 3)
+        draw.text((52, y), label, "black", ImageFont.load_default(13), anchor="lm")
+    for i, name in enumerate(panels):
+        corner = width * (i % columns) + 62, height * (i // columns) + legend + 24
+        panel(image, corner, (width - 80, height - 66), name, [band(seeds, name) for seeds in logs])
     try:
         image.save(out)
     except (OSError, ValueError) as e:
         raise ValueError(f"-o {out}: {e}") from None
 
 
+def panel(image, corner, size, name, curves):
+    """Draws curves (steps, means, least, largest), one for each group of runs, into a box of the image."""
+    draw = ImageDraw.Draw(image)
+    font = ImageFont.load_default(13)
+    x0, y0 = corner
+    x1, y1 = x0 + size[0], y0 + size[1]
+    log_scale = name.startswith("fid")
+    if log_scale:
+        curves = [(steps, *(np.log10(np.maximum(v, 1e-3)).tolist() for v in values)) for steps, *values in curves]
+    values = [0.0]
+    for _, _, least, largest in curves:
+        finite = [v for v in (*least, *largest) if math.isfinite(v)]
+        values = finite if values == [0.0] else values + finite
+    low, high = min(values, default=0.0), max(values, default=0.0)
+    margin = 0.04 * (high - low) if high - low > 1e-9 else 0.5
+    low, high = low - margin, high + margin
+    last = max(max(steps, default=0) for steps, *_ in curves) or 1
+
+    def place(step, value):
+        return x0 + step / last * (x1 - x0), y1 - (value - low) / (high - low) * (y1 - y0)
+
+    def places(steps, values):
+        return [place(step, value) for step, value in zip(steps, values) if math.isfinite(value)]
+
+    draw.rectangle([x0, y0, x1, y1], outline="#999999")
+    draw.text((x0, y0 - 6), name + (" (log scale)" if log_scale else ""), "black", font, anchor="ls")
+    for t in ticks(0, last):
+        draw.text((place(t, low)[0], y1 + 4), f"{t:g}", "#555555", font, anchor="mt")
+    for t in log_ticks(low, high) if log_scale else ticks(low, high):
+        if low <= t <= high:
+            y = place(0, t)[1]
+            draw.line([(x0, y), (x1, y)], "#e4e4e4")
+            draw.text((x0 - 4, y), f"{10**t:.3g}" if log_scale else f"{t:g}", "#555555", font, anchor="rm")
+    for i, (steps, means, least, largest) in enumerate(curves):
+        colour = COLOURS[i % len(COLOURS)]
+        if least != largest and len(places(steps, least)) > 1:
+            shade = Image.new("L", image.size)
+            ImageDraw.Draw(shade).polygon(places(steps, least) + places(steps, largest)[::-1], fill=60)
+            image.paste(colour, mask=shade)
+        points = places(steps, means)
+        draw.line(points, colour, 2)
+        if len(points) < 60:
+            for x, y in points:
+                draw.ellipse([x - 2, y - 2, x + 2, y + 2], fill=colour)
+
+
 # COMMAND LINE ---------------------------------------------------------------------------------------------------------
 
-JPEG_EFFECT = "10,000 real MNIST pictures had FID[classifier] 2.0 as PNG, 3.9 as JPEG of quality 75"
-CROPPED = "--real folder --data-dir DIR crops and resizes real pictures as the scripts do"
+JPEG_EFFECT = "10,000 real MNIST images had FID[classifier] 2.0 as PNG, 3.9 as JPEG of quality 75"
+CROPPED = "--real folder --data-dir DIR crops and resizes real images as the scripts do"
+ARRAYS = (".npy", ".npz", ".pt", ".pth")
 
 
-class Pictures:
-    """A folder of pictures in the order of their names, or a .npy or .pt of uint8 (N, C, S, S), or such a tensor.
+class Images:
+    """A folder of images in the order of their names, or an array: a tensor, or a file of one (see ARRAYS).
 
     len(); .size; .batches(b) reads uint8 (b, channels, size, size) at a time; .formats counts the kinds of files read;
     .digest() is a hash of all bytes. Files are read once at the start, before anything costs time: those that cannot be
-    are left out with a line, .bad. ValueError: more than 1 % of them, or pictures that cannot be scored as they are,
-    not square, of several sizes, of more than 8 bits a channel."""
+    are left out with a line, .bad. ValueError: more than 1 % of them, or images that cannot be scored as they are, not
+    square, of several sizes."""
 
     def __init__(self, source, channels, name=None):
-        self.path, self.channels, self.kind = name or source, channels, "data set"
-        self.formats, self.bad, self.size = Counter(), [], None
-        try:
-            if not torch.is_tensor(source) and Path(source).suffix in (".npy", ".pt"):
-                load = np.load if Path(source).suffix == ".npy" else functools.partial(torch.load, weights_only=True)
-                source, self.kind = torch.as_tensor(load(source)), "array"
-            self.items = (
-                as_pictures(source, channels, 1)
-                if torch.is_tensor(source)
-                else sorted(
-                    f for f in Path(source).iterdir() if f.suffix.lower() in SUFFIXES and not f.name.startswith(".")
-                )
-            )
-        except Exception as e:  # numpy and torch raise a different kind for each way to be damaged
-            raise ValueError(f"{self.path}: {type(e).__name__}: {e}") from None
-        if torch.is_tensor(self.items):
-            self.size = self.items.shape[3]
-            if self.items.shape[2] != self.size:
-                raise ValueError(f"{self.path}: {tuple(self.items.shape)}: all must be square ({CROPPED})")
+        self.path = name or source
+        self.channels = channels
+        self.kind = "data set"
+        self.formats = Counter()
+        self.bad = []
+        self.size = None
+        if not torch.is_tensor(source) and Path(source).suffix.lower() in ARRAYS and not Path(source).is_dir():
+            source = read_array(Path(source))
+            self.kind = "array"
+        if torch.is_tensor(source):
+            self.take_array(source)
         else:
-            n, self.items = len(self.items), [f for f in self.items if self.read(f) is not None]
-            bad = f"{len(self.bad)} of {n} pictures of {source}: {'; '.join(self.bad[:3])}"
-            if len(self.bad) > 0.01 * n:
-                raise ValueError(f"cannot read {bad}; more than 1 %, and other pictures than asked for are not scored")
-            if self.bad:
-                warn(f"left out {bad}")
+            self.take_folder(Path(source))
         if len(self) < 2:
-            raise ValueError(f"{self.path} holds {len(self)} pictures, in a folder {' '.join(SUFFIXES)}: 2 are needed")
+            raise ValueError(f"{self.path} holds {len(self)} images, where two or more are needed")
+
+    def take_array(self, x):
+        try:
+            if x.dim() == 3:  # grey
+                x = x[:, None]
+            if x.dim() == 4 and x.shape[1] not in (1, self.channels) and x.shape[3] in (1, self.channels):
+                x = x.permute(0, 3, 1, 2)  # channels last, as in TensorFlow
+            self.items = as_images(x, [1, self.channels])
+        except ValueError as e:
+            raise ValueError(f"{self.path}: {e}") from None
+        self.size = x.shape[3]
+        if x.shape[2] != self.size:
+            raise ValueError(f"{self.path}: {tuple(x.shape)}: all must be square ({CROPPED})")
+
+    def take_folder(self, folder):
+        if not folder.is_dir():
+            kind = "a file, of none of these kinds" if folder.exists() else "not there"
+            raise ValueError(
+                f"{self.path}: a folder of images, or one of {' '.join(ARRAYS)}, is needed; this is {kind}"
+            )
+        found, left_out = list_images(folder)
+        if left_out:
+            warn_once(f"left out of {folder}: {', '.join(f'{what} ({n})' for what, n in left_out.most_common(9))}")
+        self.items = [file for file in (folder / path for path in sorted(found)) if self.read(file) is not None]
+        bad = f"{len(self.bad)} of {len(found)} images of {folder}: {'; '.join(self.bad[:3])}"
+        if len(self.bad) > 0.01 * len(found):
+            raise ValueError(f"cannot read {bad}; more than 1 %, and other images than asked for are not scored")
+        if self.bad:
+            warn(f"left out {bad}")
 
     def __len__(self):
         return len(self.items)
 
+    def part(self, chosen):
+        """Those of the numbers `chosen`, a tensor."""
+        other = copy.copy(self)
+        other.formats = Counter()
+        other.items = self.items[chosen] if torch.is_tensor(self.items) else [self.items[i] for i in chosen.tolist()]
+        return other
+
     def only(self, n):
-        """some(n) of them, from now on."""
-        self.items = some(self.items, n)
-        return self
+        """some(n) of them."""
+        return self.part(some(torch.arange(len(self)), n))
 
     def read(self, path):
-        """A file's picture, or None and a line in .bad."""
+        """A file's image, or None and a line in .bad."""
         try:
-            picture, kind = read_image(path, self.channels)
+            image, kind = read_image(path, self.channels)
         except ValueError as e:
             self.bad.append(str(e))
             return None
-        if picture.shape[1] != picture.shape[2]:
-            raise ValueError(f"{path} is {picture.shape[2]}x{picture.shape[1]}: all must be square ({CROPPED})")
-        self.size = self.size or picture.shape[-1]
-        if picture.shape[-1] != self.size:
-            raise ValueError(
-                f"{path} is {picture.shape[-1]} pixels wide, the first {self.size}: all must be of one ({CROPPED})"
-            )
-        self.formats[kind.replace("MPO", "JPEG")] += 1  # a phone's JPEG with a second picture inside
-        return picture
+        height, width = image.shape[1:]
+        if height != width:
+            raise ValueError(f"{path} is {width}x{height}: all must be square ({CROPPED})")
+        self.size = self.size or width
+        if width != self.size:
+            raise ValueError(f"{path} is {width} pixels wide, the first {self.size}: all must be of one ({CROPPED})")
+        self.formats[kind.replace("MPO", "JPEG")] += 1  # a phone's JPEG with a second image inside
+        return image
 
     def batches(self, size):
         self.formats.clear()
-        for part in (self.items[i : i + size] for i in range(0, len(self), size)):
+        for i in range(0, len(self), size):
+            part = self.items[i : i + size]
             if torch.is_tensor(part):
                 self.formats[self.kind] += len(part)
                 yield part.expand(-1, self.channels, -1, -1)
             else:
-                yield torch.stack([self.read(f) for f in part])
+                yield torch.stack([self.read(file) for file in part])
 
     def digest(self):
-        files = not torch.is_tensor(self.items)
-        h = hashlib.sha256(repr((len(self), self.size, self.channels, files)).encode())
-        if not files:
+        of_files = not torch.is_tensor(self.items)
+        h = hashlib.sha256(repr((len(self), self.size, self.channels, of_files)).encode())
+        if of_files:
+            for file in self.items:
+                data = file.read_bytes()
+                h.update(len(data).to_bytes(8, "big") + data)
+        else:
             h.update(self.items.contiguous().numpy())
-        for data in map(Path.read_bytes, self.items) if files else ():
-            h.update(len(data).to_bytes(8, "big") + data)
         return h.hexdigest()
 
     def __str__(self):
@@ -1923,48 +2287,70 @@ class Pictures:
         return f"{self.path} ({kinds}, {self.size}x{self.size})"
 
 
-def cached(net, pictures, keep_features, folder, what):
-    """embed(), but read from `folder` where the same network has seen the same pictures before; None: made anew."""
+def read_array(path):
+    """The array in a file of ARRAYS, as a tensor. ValueError: none, or several of images."""
+    try:
+        if path.suffix.lower() in (".pt", ".pth"):
+            return torch.as_tensor(torch.load(path, map_location="cpu", weights_only=True))
+        loaded = np.load(path)
+        if isinstance(loaded, np.ndarray):
+            return torch.as_tensor(loaded)
+        with loaded:
+            arrays = {name: loaded[name] for name in loaded.files}
+    except Exception as e:  # numpy and torch raise a different kind for each way to be damaged
+        raise ValueError(f"{path}: {type(e).__name__}: {e}") from None
+    images = [a for a in arrays.values() if a.dtype == np.uint8 and a.ndim in (3, 4)]
+    if len(images) != 1:
+        raise ValueError(f"{path} holds {', '.join(arrays)}: one array of images, uint8 (N, C, H, W), is needed")
+    return torch.as_tensor(images[0])
+
+
+def cached(net, images, keep_features, folder, what):
+    """embed(), but read from `folder` where the same network has seen the same images before; None: made anew."""
     if not folder:
-        return embed(net, pictures, keep_features, what)
-    device, moments = next(net.parameters()).device, Moments()
-    key = hashlib.sha256(f"{net.name} {device.type} {keep_features} 2 {pictures.digest()}".encode()).hexdigest()[:24]
-    path = Path(folder) / f"statistics-{key}.pt"
-    with contextlib.suppress(Exception):  # none is there, or one cut short, which is made again
-        saved = torch.load(path, map_location=device, weights_only=True)
-        features, logits, pictures.formats = saved.pop("features"), saved.pop("logits"), Counter(saved.pop("formats"))
-        vars(moments).update(saved)
-        return Sample(moments, features, logits)
-    sample = embed(net, pictures, keep_features, what)
-    if not pictures.bad:
-        saved = {"features": sample.features, "logits": sample.logits, "formats": dict(pictures.formats)}
-        keep(path, {**vars(sample.moments), **saved}, warn)
+        return embed(net, images, keep_features, what)
+    device = next(net.parameters()).device
+    key = hashlib.sha256(f"{net.name} {device.type} {keep_features} 3 {images.digest()}".encode()).hexdigest()[:24]
+    name = f"statistics-{key}.pt"
+    for home in cache_folders(folder):
+        with contextlib.suppress(Exception):  # none is there, or one cut short, which is made again
+            saved = torch.load(home / name, map_location=device, weights_only=True)
+            features, logits, formats = (saved.pop(part) for part in ("features", "logits", "formats"))
+            moments = Moments()
+            vars(moments).update(saved)
+            images.formats = Counter(formats)
+            return Sample(moments, features, logits)
+    bad = len(images.bad)
+    sample = embed(net, images, keep_features, what)
+    if len(images.bad) == bad:  # all could be read
+        saved = {"features": sample.features, "logits": sample.logits, "formats": dict(images.formats)}
+        keep(folder, name, functools.partial(torch.save, {**vars(sample.moments), **saved}))
     return sample
 
 
 def table(s, fake, real):
     """The scores for a reader."""
     rows = [
-        ("FID", "fid", ".4g", "floor {floor:.4g}: real training against test pictures" if "floor" in s else ""),
-        ("FID, training", "fid_train", ".4g", "against training pictures"),
+        ("FID", "fid", ".4g", "floor {floor:.4g}: real images against others, n {floor_n}" if "floor" in s else ""),
+        ("FID, training", "fid_train", ".4g", "against training images"),
         ("KID", "kid", ".4g", "+- {kid_std:.4g}"),
         ("Inception Score", "inception_score", ".2f", "+- {inception_score_std:.2f}"),
         ("Mode Score", "mode_score", ".2f", ""),
-        *((s, s, ".3f", f"k {k}") for s, k in (("precision", 3), ("recall", 3), ("density", 5), ("coverage", 5))),
+        ("precision", "precision", ".3f", "k 3"),
+        ("recall", "recall", ".3f", "k 3"),
+        ("density", "density", ".3f", "k 5"),
+        ("coverage", "coverage", ".3f", "k 5"),
         ("classes", "classes", "d", "of {class_min:.1%} to {class_max:.1%}"),
         ("modes", "modes", "d", "of 1000, KL {modes_kl:.3f} to the uniform law"),
     ]
     what = "labels" if s["labelled"] else "rotations"
     accuracy = f", {s['accuracy']:.2%} of its test set's {what} right" if s["accuracy"] else ""
-    lines = [
-        f"features {s['features']}{accuracy}, n {s['n_real']} + {s['n_fake']}",
-        f"fake     {fake}",
-        f"real     {real}",
-    ]
+    lines = [f"features {s['features']}{accuracy}, n {s['n_real']} + {s['n_fake']}"]
+    lines += [f"fake     {fake}", f"real     {real}"]
     for name, key, form, more in rows:
         if key in s:
-            value = format(s[key], ".1f" if key.startswith("fid") and s[key] >= 1 else form)  # FIDs span 1e-6 to 1e3
-            lines.append(f"{name:16} {value:>10}  {more.format(**s)}".rstrip())
+            form = ".1f" if key.startswith("fid") and s[key] >= 1 else form  # FIDs span 1e-6 to 1e3
+            lines.append(f"{name:16} {format(s[key], form):>10}  {more.format(**s)}".rstrip())
     if not s["labelled"]:
         lines.append("no labels        so no Inception Score, no Mode Score and no classes")
     return "\n".join(lines)
@@ -1980,22 +2366,16 @@ def main(argv=None):
 def command(argv):
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     p.error = fail
-    p.add_argument("--real", help=f"the test set of {', '.join(CHANNELS)}; or a folder, a .npy or a .pt")
-    p.add_argument("--fake", help="a folder of PNG, or a .npy or .pt of uint8 (N, C, H, W)")
+    p.add_argument("--real", help=f"the test set of {', '.join(CHANNELS)}; or a folder, or an array as --fake")
+    p.add_argument("--fake", help="a folder of images, or uint8 (N, C, H, W) or (N, H, W, C) as .npy, .npz, .pt, .pth")
     p.add_argument("--features", choices=("classifier", "inception"), default="classifier", help="the feature network")
     p.add_argument("--weights", help=f"file of --features inception: {INCEPTION.rsplit('/', 1)[1]}")
     p.add_argument("--classifier", choices=CHANNELS, help="whose network gives the features; default: --real's own")
-    p.add_argument(
-        "--scores",
-        nargs="+",
-        choices=SCORES,
-        default=SCORES,
-        metavar="SCORE",
-        help=f"of {' '.join(SCORES)}; default all. fid alone keeps no features in memory",
-    )
+    scores = f"of {' '.join(SCORES)}; default all. fid alone keeps no features in memory"
+    p.add_argument("--scores", nargs="+", choices=SCORES, default=SCORES, metavar="SCORE", help=scores)
     p.add_argument("--data-dir", default="data", help="folder of the data sets, the networks and real statistics")
-    p.add_argument("--no-cache", action="store_true", help="neither read nor keep statistics of real pictures")
-    p.add_argument("--n", type=int, help="pictures of each kind, at most; default 10000, of stacked_mnist 26000")
+    p.add_argument("--no-cache", action="store_true", help="neither read nor keep statistics of real images")
+    p.add_argument("--n", type=int, help="images of each kind, at most; default 10000, of stacked_mnist 26000")
     p.add_argument("--json", action="store_true", help="print the scores as one JSON object")
     p.add_argument("--plot", nargs="+", metavar="RUN", help="run directories, or their log.csv, in one plot")
     p.add_argument("--table", nargs="+", metavar="RUN", help="run directories: their final scores as Markdown")
@@ -2003,9 +2383,9 @@ def command(argv):
     args = p.parse_args(argv)
     if args.plot:
         plot(args.plot, args.out)
-        return print(args.out)
+        return put(sys.stdout, f"{args.out}\n")
     if args.table:
-        return print(scores_table(args.table))
+        return put(sys.stdout, f"{scores_table(args.table)}\n")
     if not (args.real and args.fake):
         raise ValueError("name --real and --fake, --plot or --table")
     if args.features == "classifier" and args.weights:
@@ -2014,68 +2394,83 @@ def command(argv):
 
 
 def score(args):
-    """Scores of --fake against --real, printed."""
-    name = args.classifier or (args.real if args.real in CHANNELS else None)
+    """Scores of --fake against --real, printed.
+
+    The floor is the FID of real images against other real ones, which no generator can beat by much: of a data set its
+    training against its test images. A folder has no test images. Where its own network is trained for it, a part is
+    kept from the training and scored against, if that is 1,000 images: images that a network knows have other features."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    of_data_set = args.real in CHANNELS
+    judge = args.classifier or (args.real if of_data_set else None)  # the data set whose network gives the features
     small = args.features == "classifier"
-    channels = CHANNELS[name] if small and name else 3
-    fake, train, test, parts = Pictures(args.fake, channels), None, None, {}
-    if name:
-        parts = {s: load_data(name, args.data_dir, fake.size, s) for s in ("train", "test")}
-        train, test = (Pictures(x, channels, f"{name}, {s} set") for s, (x, *_) in parts.items())
-    real = (
-        Pictures(args.real, channels)
-        if args.real not in CHANNELS
-        else test
-        if args.real == name
-        else Pictures(load_data(args.real, args.data_dir, fake.size, "test")[0], channels, f"{args.real}, test set")
-    )
-    n = min(len(p) for p in (fake, real, train, test) if p is not None)
-    n = min(n, enough(name) if args.n is None else args.n)
+    channels = CHANNELS[judge] if small and judge else 3
+    fake = Images(args.fake, channels)
+
+    @functools.cache
+    def data(name, split):
+        return load_data(name, args.data_dir, fake.size, split)
+
+    others = None
+    if of_data_set:
+        others, real = (Images(data(args.real, s)[0], channels, f"{args.real}, {s} set") for s in ("train", "test"))
+    else:
+        everything = real = Images(args.real, channels)
+        order = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))
+        apart = max(1, len(real) // 10) if len(real) < 2000 else max(1000, len(real) // 10)
+        known, unknown = order.tensor_split([len(real) - apart])
+        if small and not judge and apart >= 1000:
+            others, real = everything.part(known), everything.part(unknown)
+    n = min(len(fake), len(real), enough(judge) if args.n is None else args.n)
+    if others:
+        n = min(n, len(others))
     if n < FEWEST:
-        raise ValueError(f"{n} + {n} pictures: a score of fewer than {FEWEST} says nothing")
-    if small and (padded(fake.size) != padded(real.size) if name else fake.size != real.size):
-        raise ValueError(f"fakes of {fake.size} pixels, real pictures of {real.size} ({CROPPED})")
-    home = Path(args.data_dir).resolve().parent if "folder" in (name, args.real) else args.data_dir  # not among them
-    folder = None if args.no_cache else home
+        raise ValueError(f"{n} + {n} images: a score of fewer than {FEWEST} says nothing")
+    if small and (padded(fake.size) != padded(real.size) if judge else fake.size != real.size):
+        raise ValueError(f"fakes of {fake.size} pixels, real images of {real.size} ({CROPPED})")
+    home = cache_home("folder" if "folder" in (judge, args.real) else judge, args.data_dir)
     if not small:
         net = inception(args.weights, device)
-    elif name:
-        net = classifier(name, parts["train"], parts["test"], home, device, say=warn)
-    else:  # a folder against a folder: nine tenths of the real ones train a network, the others test it
-        x = torch.cat(list(real.batches(1000)))
-        x = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))]
-        parts = [(part, torch.full((len(part),), -1)) for part in x.tensor_split([len(x) - max(1, len(x) // 10)])]
-        net = classifier(Path(args.real).resolve().stem, *parts, Path(args.real).resolve().parent, device, say=warn)
+    elif judge:
+        net = classifier(judge, data(judge, "train"), data(judge, "test"), home, device, say=warn)
+    else:
+        x = torch.cat(list(everything.batches(1000)))
+        parts = [(x[part], torch.full((len(part),), -1)) for part in (known, unknown)]
+        folder = Path(args.real).resolve()
+        net = classifier(folder.stem, *parts, folder.parent, device, say=warn)
+        if not others:
+            warn(f"warning: the network knows most of {args.real}, which moves FID: 2,000 images or more avoid that")
     keep_features = set(args.scores) != {"fid"}
-    fake_sample = embed(net, fake.only(n), keep_features, "fakes")
-    real_sample = cached(net, real.only(n), keep_features, folder, "real pictures")
     wanted = [s for s in args.scores if net.labelled or s not in ("is", "mode")]
-    train_sample, floor = None, {}
-    if train and "fid" in wanted:
-        train_sample = cached(net, train.only(n), False, folder, "training pictures")
-        tested = real_sample if test is real else cached(net, test.only(n), False, folder, "test pictures")
-        floor = {"floor": train_sample.moments.fid(tested.moments)}
+    kept = functools.partial(cached, net, folder=None if args.no_cache else home)
+    fake = fake.only(n)
+    real = real.only(n)
+    fake_sample = embed(net, fake, keep_features, "fakes")
+    real_sample = kept(images=real, keep_features=keep_features, what="real images")
+    floor = {}
+    train_sample = None
+    if "fid" in wanted:
+        if others:
+            first, second = kept(images=others.only(n), keep_features=False, what="other real images"), real_sample
+        else:
+            halves = order.split(max(2, min(n, len(order) // 2)))[:2]
+            first, second = (kept(images=everything.part(i), keep_features=False, what="half") for i in halves)
+        floor = {"floor": first.moments.fid(second.moments), "floor_n": first.n}
+        if of_data_set:
+            train_sample = first
     scores = compare(fake_sample, real_sample, wanted, train_sample)
     if keep_features and small and net.labelled:
-        scores.update(class_shares(fake_sample.logits))
+        scores |= class_shares(fake_sample.logits)
         if isinstance(net, Stacked):
-            scores.update(mode_coverage(fake_sample.logits.argmax(1), 1000))
-    scores.update(
-        n_real=n,
-        n_fake=n,
-        features=net.name,
-        accuracy=net.accuracy,
-        labelled=net.labelled,
-        jpeg_real=real.formats["JPEG"],
-        jpeg_fake=fake.formats["JPEG"],
-        **floor,
-    )
-    for p in (p for p in (real, fake) if p.formats["JPEG"]):
-        warn(f"warning: {p.path} holds {p.formats['JPEG']} JPEG files, whose losses are in the scores: {JPEG_EFFECT}")
+            scores |= mode_coverage(fake_sample.logits.argmax(1), 1000)
+    scores |= {"n_real": n, "n_fake": n, "features": net.name, "accuracy": net.accuracy, "labelled": net.labelled}
+    scores |= {"jpeg_real": real.formats["JPEG"], "jpeg_fake": fake.formats["JPEG"]} | floor
+    for images in (real, fake):
+        if images.formats["JPEG"]:
+            count = images.formats["JPEG"]
+            warn(f"warning: {images.path} holds {count} JPEG files, whose losses are in the scores: {JPEG_EFFECT}")
     if n < 1000 or (not small and n < 4096 and "fid" in args.scores):
-        warn(f"warning: {n} pictures of each kind: FID is too large, and compares at this n only")
-    print(json.dumps(scores, indent=1) if args.json else table(scores, fake, real))
+        warn(f"warning: {n} images of each kind: FID is too large, and compares at this n only")
+    put(sys.stdout, f"{json.dumps(scores, indent=1) if args.json else table(scores, fake, real)}\n")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ import json
 import math
 import sys
 import time
+from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -30,144 +32,135 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from metrics import HelpFormatter, fail, number, or_fail, platt, rejected
+
 METHODS = ("gan", "wgan_clip", "wgan_gp", "unrolled", "mdgan")
-# Defaults of one objective, found by trying on seed 0: a WGAN's Adam goes without its first moment; MD-GAN has its
+# Defaults of one objective, found by trying on seed 0. A WGAN's Adam goes without its first moment. MD-GAN has its
 # authors' two layers (with three, one ring of three lost modes). All else is the same for all: width, noise, points,
-# decay, average. Steps: for about equal times.
+# decay, average. The steps are for about equal times.
 TUNED = {
-    "gan": {},
-    "unrolled": {"loss": "minimax", "lr_d": 3e-4, "steps": 2000},
-    "mdgan": {"loss": "minimax", "layers": 2, "steps": 12_000},
-    "wgan_clip": {"d_steps": 2, "beta1": 0.0, "lr_d": 2e-3, "steps": 5000},
-    "wgan_gp": {"d_steps": 2, "beta1": 0.0, "lr_g": 2e-3, "lr_d": 4e-3, "steps": 5000},
+    "gan": dict(),
+    "unrolled": dict(loss="minimax", lr_d=3e-4, steps=2000),
+    "mdgan": dict(loss="minimax", layers=2, steps=12_000),
+    "wgan_clip": dict(d_steps=2, beta1=0.0, lr_d=2e-3, steps=5000),
+    "wgan_gp": dict(d_steps=2, beta1=0.0, lr_g=2e-3, lr_d=4e-3, steps=5000),
 }
 # The toy game of Metz et al. 2017 (rates and z as in their demo), in which a plain GAN collapses: D learns ten times
 # more slowly than G, G's output is linear, nothing decays, G is scored as it is. Their batch is 512.
-METZ = {
-    "radius": 2.0,
-    "loss": "minimax",
-    "layers": 2,
-    "slope": 0.0,
-    "bound": 0.0,
-    "latent_dim": 256,
-    "d_steps": 1,
-    "lr_g": 1e-3,
-    "lr_d": 1e-4,
-    "beta1": 0.5,
-    "lr_decay": "none",
-    "ema": 0.0,
-    "steps": 3000,
-}
-
-
-def fail(message):
-    """A user's mistake: one line on stderr, exit code 2, no traceback."""
-    sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}\n")
-    raise SystemExit(2)
-
-
-def number(kind, low, high=2**40):
-    """An argparse type: an int or a float in [low, high]; NaN and infinity are out."""
-
-    def parse(text):
-        value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not in {low}..{high}")
-        return value
-
-    parse.__name__ = kind.__name__
-    return parse
-
-
-class Help(argparse.ArgumentDefaultsHelpFormatter):
-    def _get_help_string(self, action):
-        return action.help if action.default is None else super()._get_help_string(action)
+METZ = dict(
+    radius=2.0,
+    loss="minimax",
+    layers=2,
+    slope=0.0,
+    bound=0.0,
+    latent_dim=256,
+    d_steps=1,
+    lr_g=1e-3,
+    lr_d=1e-4,
+    beta1=0.5,
+    lr_decay="none",
+    ema=0.0,
+    steps=3000,
+)
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help, add_help=False)
+    """The flags, as a namespace. One that is not given has the value of METZ under --protocol metz, else of TUNED."""
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter, add_help=False)
     p.error = fail
-    a = p.add_argument
-    a("-h", "--help", action="store_true", help="print this, with the defaults of the --method and --protocol given")
-    a("--data", choices=("ring", "grid"), default="ring", help="centres on a circle, or on a square lattice")
-    a("--modes", type=int, help="ring: any number from 2 (8 by default); grid: 9 or 25 (the default)")
-    a(
+    p.add_argument("-h", "--help", action="store_true", help="print this, with the defaults of --method and --protocol")
+    p.add_argument("--data", choices=("ring", "grid"), default="ring", help="centres on a circle or a square lattice")
+    p.add_argument("--modes", type=int, help="ring: any number from 2 (8 by default); grid: 9 or 25 (the default)")
+    p.add_argument(
         "--protocol",
         choices=("pacgan", "metz"),
         default="pacgan",
         help="points and their number as in PacGAN, the rest ours; metz: the ring and the game of the unrolled paper",
     )
-    a("--radius", type=number(float, 1e-6), help="of the ring; default 1, Metz et al. 2; of the grid: 4")
-    a("--std", type=number(float, 1e-9), help="of each mode; default: a hundredth of the radius; grid: .05")
-    a("--method", choices=METHODS, default="gan", help="the objective")
-    a(
+    p.add_argument("--radius", type=number(float, 1e-6), help="of the ring; default 1, Metz et al. 2; of the grid: 4")
+    p.add_argument("--std", type=number(float, 1e-9), help="of each mode; default: .01 of the radius; grid: .05")
+    p.add_argument("--method", choices=METHODS, default="gan", help="the objective")
+    p.add_argument(
         "--loss",
         choices=("ns", "minimax"),
         default="ns",
         help="G's in gan, unrolled and mdgan: non-saturating, or the same game that D plays (mdgan.py: saturating)",
     )
-    a("--k", type=number(int, 0, 100), default=5, help="unrolled: D's steps that G looks ahead; 0 is the plain GAN")
-    a("--gp-weight", type=number(float, 0), default=0.1, help="wgan_gp: lambda, on the slope in the data's own units")
-    a("--clip", type=number(float, 1e-6), default=0.1, help="wgan_clip: bound of each weight")
-    a(
+    p.add_argument("--k", type=number(int, 0, 100), default=5, help="unrolled: D's steps that G looks ahead; 0: a GAN")
+    p.add_argument("--gp-weight", type=number(float, 0), default=0.1, help="wgan_gp: lambda, in the data's own units")
+    p.add_argument("--clip", type=number(float, 1e-6), default=0.1, help="wgan_clip: bound of each weight")
+    p.add_argument(
         "--mixture",
         choices=("published", "clusters"),
         default="published",
         help="mdgan: the constants of its code, one blob in truth; or R 2, sigma .5, ten clusters",
     )
-    a("--layers", type=number(int, 1, 10), default=3, help="hidden ReLU layers of both networks")
-    a("--hidden", type=number(int, 1, 4096), default=128, help="their width")
-    a("--latent-dim", type=number(int, 1, 4096), default=2, help="size of z")
-    a("--prior", choices=("normal", "uniform"), default="normal", help="of z: N(0, 1), or U(-1, 1)")
-    a("--slope", type=number(float, 0, 1), default=0.2, help="of D's leaky ReLUs below 0; 0: plain ReLUs")
-    a(
+    p.add_argument("--layers", type=number(int, 1, 10), default=3, help="hidden ReLU layers of both networks")
+    p.add_argument("--hidden", type=number(int, 1, 4096), default=128, help="their width")
+    p.add_argument("--latent-dim", type=number(int, 1, 4096), default=2, help="size of z")
+    p.add_argument("--prior", choices=("normal", "uniform"), default="normal", help="of z: N(0, I) or U[-1, 1]")
+    p.add_argument("--slope", type=number(float, 0, 1), default=0.2, help="of D's leaky ReLUs below 0; 0: plain ReLUs")
+    p.add_argument(
         "--bound",
         type=number(float, 0, 100),
         default=1.5,
         help="G's last layer is a tanh that reaches to this many radii, as MD-GAN's; 0: linear",
     )
-    a("--steps", type=number(int, 1), default=10_000, help="G updates")
-    a("--batch-size", type=number(int, 2), default=256, help="points a step")
-    a("--d-steps", type=number(int, 1, 100), default=1, help="D updates to one of G")
-    a("--lr-g", type=number(float, 0, 10), default=1e-3, help="Adam's rate for G")
-    a("--lr-d", type=number(float, 0, 10), default=1e-3, help="Adam's rate for D")
-    a("--beta1", type=number(float, 0, 0.999), default=0.5, help="Adam's first moment; the second: .999, WGANs .9")
-    a("--lr-decay", choices=("none", "linear"), default="linear", help="linear: from half the steps on, to 0")
-    a("--ema", type=number(float, 0, 0.99999), default=0.999, help="decay of G's averaged copy, which is scored")
-    a("--seeds", type=number(int, 1, 1000), default=1, help="independent runs, trained side by side")
-    a("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of all of them together")
-    a("--snapshot-every", type=number(int, 1), help="G updates between pictures; default: five in all")
-    a("--reject", choices=("none", "drs"), default="none", help="drs: keep points by D (Azadi et al. 2019)")
-    a("--drs-percentile", type=number(float, 0, 100), default=60.0, help="higher keeps fewer; see metrics.py")
-    a("--run-dir", help="default: runs/toy2d-DATA-METHOD-sSEED-TIME")
-    a("--table", action="store_true", help="every method on ring and grid with --seeds runs each; Markdown")
-    a("--quick", action="store_true", help="with --table: a quarter of the steps, a few minutes")
-    args = p.parse_args(argv)
-    p.set_defaults(**TUNED[args.method] | (METZ if args.protocol == "metz" else {}))  # what the user gives still wins
-    if args.help:
+    p.add_argument("--steps", type=number(int, 1), default=10_000, help="updates of G")
+    p.add_argument("--batch-size", type=number(int, 2), default=256, help="points a step")
+    p.add_argument("--d-steps", type=number(int, 1, 100), default=1, help="updates of D to one of G")
+    p.add_argument("--lr-g", type=number(float, 0, 10), default=1e-3, help="Adam's rate for G")
+    p.add_argument("--lr-d", type=number(float, 0, 10), default=1e-3, help="Adam's rate for D")
+    p.add_argument("--beta1", type=number(float, 0, 0.999), default=0.5, help="Adam's first; second: .999, WGANs .9")
+    p.add_argument("--lr-decay", choices=("none", "linear"), default="linear", help="linear: from half the steps, to 0")
+    p.add_argument("--ema", type=number(float, 0, 0.99999), default=0.999, help="decay of G's average, which is scored")
+    p.add_argument("--seeds", type=number(int, 1, 1000), default=1, help="independent runs, trained side by side")
+    p.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of all of them together")
+    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU where there is one")
+    p.add_argument("--snapshot-every", type=number(int, 1), help="updates of G between pictures; default: five in all")
+    p.add_argument("--reject", choices=("none", "drs"), default="none", help="drs: keep points by D (see metrics.py)")
+    p.add_argument("--drs-percentile", type=number(float, 0, 100), default=60.0, help="higher keeps fewer")
+    p.add_argument("--run-dir", help="default: runs/toy2d-DATA-METHOD-sSEED-TIME")
+    p.add_argument("--table", action="store_true", help="every method on ring and grid, --seeds runs each; Markdown")
+    p.add_argument("--quick", action="store_true", help="with --table: a quarter of the steps, a few minutes")
+
+    defaults = vars(p.parse_args([]))
+    unset = argparse.Namespace(**dict.fromkeys(defaults))
+    given = {name: value for name, value in vars(p.parse_args(argv, unset)).items() if value is not None}
+    chosen = {**defaults, **given}
+    preset = dict(TUNED[chosen["method"]])
+    if chosen["protocol"] == "metz":
+        preset |= METZ
+    if "help" in given:
+        p.set_defaults(**preset)
         p.print_help()
         raise SystemExit
-    unset = argparse.Namespace(**dict.fromkeys(vars(args)))  # argparse leaves alone what is there already
-    given = {k for k, v in vars(p.parse_args(argv, unset)).items() if v is not None}
-    return resolve(p.parse_args(argv), given)
+    return resolve(argparse.Namespace(**{**defaults, **preset, **given}), given.keys())
 
 
 def resolve(args, given):
+    """The flags with what follows from others. `given` are the names of those on the command line."""
     if args.protocol == "metz" and args.data != "ring":
         fail(f"--protocol metz is a ring, not --data {args.data}")
-    if args.reject == "drs" and not Path(__file__).with_name("metrics.py").exists():
-        fail("--reject drs needs metrics.py beside the script")
     own = given & {"data", "modes", "radius", "std", "method", "protocol", "reject", "run_dir", "snapshot_every"}
     if args.table and own:
         fail(f"--table goes without --{min(own).replace('_', '-')}: it trains every method on both data sets")
     if args.quick and not args.table:
         fail("--quick goes with --table")
-    args.modes = {"ring": 8, "grid": 25}[args.data] if args.modes is None else args.modes
-    if (args.data == "ring" and args.modes < 2) or (args.data == "grid" and args.modes not in (9, 25)):
-        fail(f"--modes {args.modes}: a ring takes 2 or more, a grid 9 or 25")
+    if args.modes is None:
+        args.modes = {"ring": 8, "grid": 25}[args.data]
+    if args.data == "ring" and args.modes < 2:
+        fail(f"--modes {args.modes}: a ring takes 2 or more")
+    if args.data == "grid" and args.modes not in (9, 25):
+        fail(f"--modes {args.modes}: a grid takes 9 or 25")
     args.radius = args.radius or {"ring": 1.0, "grid": 4.0}[args.data]
     args.std = args.std or {"ring": args.radius / 100, "grid": 0.05}[args.data]
     args.snapshot_every = args.snapshot_every or max(1, args.steps // 5)
+    there = torch.cuda.is_available()
+    if args.device == "cuda" and not there:
+        fail("--device cuda: this PyTorch finds no such device")
+    if args.device == "auto":
+        args.device = "cuda" if there else "cpu"
     return args
 
 
@@ -183,33 +176,43 @@ def mode_centres(args):
     return torch.cartesian_prod(line, line)
 
 
-def sample_real(centres, std, *shape):
-    """Points (*shape, 2), each mode as likely as the others."""
-    return centres[torch.randint(len(centres), shape)] + std * torch.randn(*shape, 2)
+def sample_real(centres, std, *shape, rng=None):
+    """Points (*shape, 2) on the device of the centres, each mode as likely as the others."""
+    device = centres.device
+    mode = torch.randint(len(centres), shape, device=device, generator=rng)
+    return centres[mode] + std * torch.randn(*shape, 2, device=device, generator=rng)
 
 
 def noise(args, *shape, rng=None):
-    """z (*shape, latent_dim)."""
+    """z (*shape, latent_dim) on args.device. With a generator, which is of the CPU, it is the same on every device."""
+    device = "cpu" if rng else args.device
     if args.prior == "normal":
-        return torch.randn(*shape, args.latent_dim, generator=rng)
-    return torch.rand(*shape, args.latent_dim, generator=rng) * 2 - 1
+        z = torch.randn(*shape, args.latent_dim, device=device, generator=rng)
+    else:
+        z = torch.rand(*shape, args.latent_dim, device=device, generator=rng) * 2 - 1
+    return z.to(args.device)
 
 
 def coverage(points, centres, std):
-    """What the tables print, for points (N, 2). covered: modes with a point of high quality, one within 3 std of its
-    nearest centre; strict: modes with at least a quarter of their due share in such points; high_quality and near
-    (within a quarter of the spacing): shares of all points; reverse_kl: KL(modes of high-quality points || uniform)."""
+    """What the tables print, for points (N, 2).
+
+    covered       modes with a point of high quality, one within 3 std of its nearest centre
+    strict        modes with at least a quarter of their due share in such points
+    high_quality  share of all points
+    near          share of all points within a quarter of the spacing of the modes
+    reverse_kl    KL(modes of high-quality points || uniform); infinite where there is no such point"""
     distance, mode = torch.cdist(points.double(), centres.double()).min(1)
-    K, good = len(centres), distance < 3 * std
+    good = distance < 3 * std
+    K = len(centres)
     share = torch.bincount(mode[good], minlength=K).double()
-    spacing = torch.pdist(centres.double()).min()
     p = share / share.sum().clamp(min=1)
+    spacing = torch.pdist(centres.double()).min()
     return {
         "covered": (share > 0).sum().item(),
         "strict": (share >= len(points) / (4 * K)).sum().item(),
         "high_quality": good.double().mean().item(),
         "near": (distance < spacing / 4).double().mean().item(),
-        "reverse_kl": (torch.xlogy(p, p * K)).sum().item() if good.any() else math.inf,
+        "reverse_kl": torch.xlogy(p, p * K).sum().item() if good.any() else math.inf,
     }
 
 
@@ -217,38 +220,49 @@ def coverage(points, centres, std):
 
 
 class MLP(nn.Module):
-    """`runs` ReLU networks side by side, leaky with a slope: (runs, B, n_in) -> (runs, B, n_out). A network's loss
-    depends on its own weights alone, so the gradients of the sum over runs are those of each run by itself."""
+    """`runs` ReLU networks side by side, leaky with a slope: (runs, B, n_in) -> (runs, B, n_out).
+
+    A network's loss depends on its own weights alone, so the gradients of the sum over runs are those of each run."""
 
     def __init__(self, runs, n_in, hidden, n_out, layers=2, slope=0.0):
         super().__init__()
         self.slope = slope
         sizes = [n_in, *[hidden] * layers, n_out]
-        bounds = [1 / math.sqrt(n) for n in sizes[:-1]]  # nn.Linear's own initialisation
-        self.weights = nn.ParameterList(
-            torch.empty(runs, i, o).uniform_(-b, b) for i, o, b in zip(sizes, sizes[1:], bounds)
-        )
-        self.biases = nn.ParameterList(torch.empty(runs, 1, o).uniform_(-b, b) for o, b in zip(sizes[1:], bounds))
+        self.weights = nn.ParameterList()
+        self.biases = nn.ParameterList()
+        for i, o in pairwise(sizes):
+            self.weights.append(torch.empty(runs, i, o))
+            self.biases.append(torch.empty(runs, 1, o))
+        for part in (self.weights, self.biases):
+            for p, i in zip(part, sizes):
+                nn.init.uniform_(p, -1 / math.sqrt(i), 1 / math.sqrt(i))  # as nn.Linear: i is the number of inputs
 
     def forward(self, x):
         for i, (w, b) in enumerate(zip(self.weights, self.biases)):
-            x = torch.baddbmm(b, x if i == 0 else F.leaky_relu(x, self.slope) if self.slope else x.relu(), w)
+            if i > 0:
+                x = F.leaky_relu(x, self.slope) if self.slope else x.relu()
+            x = torch.baddbmm(b, x, w)
         return x
 
 
-class Simplex:
-    """MD-GAN's target (Eghbal-zadeh et al. 2019, 1811.00152): d + 1 Gaussians on the corners of a regular simplex in d
-    dimensions. u(e) = log lambda - log lk(e) >= 0, lambda the largest likelihood; only logarithms are formed."""
+class Simplex(nn.Module):
+    """MD-GAN's target (Eghbal-zadeh et al. 2019, 1811.00152): d + 1 Gaussians on the corners of a regular simplex.
+
+    The simplex is in d dimensions. u(e) = log lambda - log lk(e) >= 0, lambda the largest likelihood. Only logarithms
+    are formed."""
 
     def __init__(self, mixture, d=9):
+        super().__init__()
         # published: their code takes a root at each coordinate: R = .9436 for 1 and, at sigma .5, a single maximum
-        radius, self.sigma = (0.9436, 0.5) if mixture == "published" else (2.0, 0.5)
+        radius = 0.9436 if mixture == "published" else 2.0
+        self.sigma = 0.5
         basis = torch.linalg.svd(torch.ones(1, d + 1, dtype=torch.float64)).Vh[1:]  # orthonormal, orthogonal to 1
-        self.mu = (radius * math.sqrt((d + 1) / d) * basis).T.contiguous()  # (d + 1, d)
+        mu = (radius * math.sqrt((d + 1) / d) * basis).T.contiguous()  # (d + 1, d)
+        self.register_buffer("mu", mu)
         ends = [self.ascend(e) for e in (self.mu[0], torch.zeros(d, dtype=torch.float64))]
         self.peak = max(self.log_sum(e).item() for e in ends)  # a maximum near each corner, one in the middle, or both
         self.end_of_corner = (ends[0].norm() / radius).item()
-        self.mu = self.mu.float()
+        self.mu = mu.float()
 
     def log_sum(self, e):
         return torch.logsumexp(-(e[..., None, :] - self.mu).square().sum(-1) / (2 * self.sigma**2), -1)
@@ -271,7 +285,7 @@ def log1mexp(u):
     return torch.where(u < math.log(2), (-torch.expm1(-u)).log(), torch.log1p(-torch.exp(-u)))
 
 
-# OBJECTIVES: of scores (runs, B), the mean over B and the sum over runs -----------------------------------------------
+# LOSS: of scores (runs, B), the mean over B and the sum over runs -----------------------------------------------------
 
 
 def mean(x):
@@ -288,6 +302,7 @@ def d_loss(method, real, fake):
 
 
 def g_loss(method, kind, fake):
+    """kind: "ns", non-saturating, or "minimax". A WGAN has one loss only."""
     if method.startswith("wgan"):
         return -mean(fake)
     if method == "mdgan":
@@ -297,32 +312,39 @@ def g_loss(method, kind, fake):
 
 def gradient_penalty(D, real, fake):
     """E[(||grad D(x_hat)|| - 1)^2] at one random point between each pair: eq. (3) of Gulrajani et al. 2017."""
-    eps = torch.rand(*real.shape[:2], 1)
-    x = torch.lerp(fake, real, eps).requires_grad_(True)
-    (grad,) = torch.autograd.grad(D(x).sum(), x, create_graph=True)
-    return mean(((grad.square().sum(-1) + 1e-12).sqrt() - 1).square())
+    eps = torch.rand(*real.shape[:2], 1, device=real.device)
+    x_hat = torch.lerp(fake, real, eps).requires_grad_(True)
+    (grad,) = torch.autograd.grad(D(x_hat).sum(), x_hat, create_graph=True)
+    norm = (grad.square().sum(-1) + 1e-12).sqrt()  # the slope of a root at 0 is infinite
+    return mean((norm - 1).square())
 
 
 def look_ahead(D, opt, real, fake, k, lr):
-    """D's parameters after k more Adam steps on one batch, as functions of `fake`: G's slope runs through each of them
-    (Metz et al. 2017, eq. (7)). Adam goes on from the moments it has; D and its optimizer stay as they are."""
+    """D's parameters after k more Adam steps on one batch, as functions of `fake`.
+
+    G's slope runs through each of the steps: Metz et al. 2017, eq. (7). Adam goes on from the moments it has; D and its
+    optimizer stay as they are."""
     params = dict(D.named_parameters())
-    group = opt.param_groups[0]
-    (b1, b2), eps = group["betas"], group["eps"]
-    state = [opt.state.get(p, {}) for p in params.values()]
-    t = int(state[0]["step"]) if state[0] else 0
-    m = [s["exp_avg"].clone() if s else torch.zeros_like(p) for s, p in zip(state, params.values())]
-    v = [s["exp_avg_sq"].clone() if s else torch.zeros_like(p) for s, p in zip(state, params.values())]
+    b1, b2 = opt.param_groups[0]["betas"]
+    eps = opt.param_groups[0]["eps"]
+    t = 0
+    m = [torch.zeros_like(p) for p in params.values()]
+    v = [torch.zeros_like(p) for p in params.values()]
+    if opt.state:
+        states = [opt.state[p] for p in params.values()]
+        t = int(states[0]["step"])
+        m = [s["exp_avg"].clone() for s in states]
+        v = [s["exp_avg_sq"].clone() for s in states]
     for i in range(t + 1, t + 1 + k):
         loss = d_loss("gan", functional_call(D, params, (real,)), functional_call(D, params, (fake,)))
         grads = torch.autograd.grad(loss, list(params.values()), create_graph=True)
         m = [b1 * a + (1 - b1) * g for a, g in zip(m, grads)]
         v = [b2 * a + (1 - b2) * g * g for a, g in zip(v, grads)]
-        # the 1e-16 keeps the root's slope finite where a dead ReLU leaves v at 0
-        params = {
-            n: p - lr / (1 - b1**i) * a / ((c / (1 - b2**i) + 1e-16).sqrt() + eps)
-            for (n, p), a, c in zip(params.items(), m, v)
-        }
+        moved = {}
+        for (name, p), a, c in zip(params.items(), m, v):
+            root = (c / (1 - b2**i) + 1e-16).sqrt()  # 1e-16: the slope is finite where a dead ReLU leaves v at 0
+            moved[name] = p - lr / (1 - b1**i) * a / (root + eps)
+        params = moved
     return params
 
 
@@ -334,32 +356,47 @@ class Score(nn.Module):
 
     def __init__(self, args, scale):
         super().__init__()
-        self.scale, self.simplex = scale, Simplex(args.mixture) if args.method == "mdgan" else None
-        self.net = MLP(args.seeds, 2, args.hidden, 9 if self.simplex else 1, args.layers, args.slope)
+        self.scale = scale
+        self.simplex = Simplex(args.mixture) if args.method == "mdgan" else None
+        n_out = 9 if self.simplex else 1
+        self.net = MLP(args.seeds, 2, args.hidden, n_out, args.layers, args.slope)
 
     def forward(self, x):
         out = self.net(x / self.scale)
-        return -self.simplex.u(5 * out.sigmoid() - 2.5) if self.simplex else out[..., 0]
+        if self.simplex:
+            return -self.simplex.u(5 * out.sigmoid() - 2.5)
+        return out[..., 0]
 
 
 def train(args, on_snapshot=lambda step, G, D: None):
     """Trains --seeds runs together. Returns the averaged G, a function of z, and D."""
     torch.manual_seed(args.seed)
-    centres, R, B = mode_centres(args), args.seeds, args.batch_size
-    scale = centres.square().mean().sqrt().item()  # the networks see coordinates of size 1
-    D = Score(args, scale)
-    net = MLP(R, args.latent_dim, args.hidden, 2, args.layers)
+    R = args.seeds
+    B = args.batch_size
+    centres = mode_centres(args).to(args.device)
+    scale = mode_centres(args).square().mean().sqrt().item()  # the networks see coordinates of size 1
+    D = Score(args, scale).to(args.device)
+    net = MLP(R, args.latent_dim, args.hidden, 2, args.layers).to(args.device)
     average = copy.deepcopy(net).requires_grad_(False)
     betas = (args.beta1, 0.9 if args.method.startswith("wgan") else 0.999)
     opt_g = torch.optim.Adam(net.parameters(), args.lr_g, betas, fused=True)
     opt_d = torch.optim.Adam(D.parameters(), args.lr_d, betas, fused=True)
 
     def G(z, of=net):
-        return of(z).tanh() * (args.bound * args.radius) if args.bound else of(z) * scale
+        if args.bound:
+            return of(z).tanh() * (args.bound * args.radius)
+        return of(z) * scale
+
+    def averaged_G(z):
+        return G(z, average)
 
     for step in range(1, args.steps + 1):
-        decay = min(1.0, 2 - 2 * (step - 1) / args.steps) if args.lr_decay == "linear" else 1.0
-        opt_g.param_groups[0]["lr"], opt_d.param_groups[0]["lr"] = args.lr_g * decay, args.lr_d * decay
+        decay = 1.0
+        if args.lr_decay == "linear":
+            decay = min(1.0, 2 - 2 * (step - 1) / args.steps)
+        opt_g.param_groups[0]["lr"] = args.lr_g * decay
+        opt_d.param_groups[0]["lr"] = args.lr_d * decay
+
         for _ in range(args.d_steps):
             real = sample_real(centres, args.std, R, B)
             with torch.no_grad():
@@ -388,12 +425,19 @@ def train(args, on_snapshot=lambda step, G, D: None):
         opt_g.step()
         with torch.no_grad():
             weight = 1 - min(args.ema, (1 + step) / (10 + step))
-            torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), weight)
+            for a, p in zip(average.parameters(), net.parameters()):
+                a.lerp_(p, weight)
+
         if step % args.snapshot_every == 0 or step == args.steps:
             if not all(p.isfinite().all() for p in (*net.parameters(), *D.parameters())):
                 fail(f"a weight is not finite at step {step}: try lower --lr-d, --lr-g")
-            on_snapshot(step, lambda z: G(z, average), D)
-    return lambda z: G(z, average), D
+            on_snapshot(step, averaged_G, D)
+    return averaged_G, D
+
+
+# SCORES ---------------------------------------------------------------------------------------------------------------
+
+COLUMNS = {"covered": "{:.1f}", "strict": "{:.1f}", "high_quality": "{:.1%}", "near": "{:.1%}", "reverse_kl": "{:.3f}"}
 
 
 @torch.no_grad()
@@ -401,30 +445,59 @@ def score(args, G, n=2500):
     """coverage() of n points of each run: a list of dicts."""
     z = noise(args, args.seeds, n, rng=torch.Generator().manual_seed(args.seed + 1))
     centres = mode_centres(args)
-    return [coverage(points, centres, args.std) for points in G(z)]
+    return [coverage(points, centres, args.std) for points in G(z).cpu()]
 
 
 def score_real(args, n=2500):
-    state = torch.get_rng_state()
-    torch.manual_seed(args.seed + 2)
-    runs = [
-        coverage(sample_real(mode_centres(args), args.std, n), mode_centres(args), args.std) for _ in range(args.seeds)
-    ]
-    torch.set_rng_state(state)
-    return runs
+    """The same of real points."""
+    rng = torch.Generator().manual_seed(args.seed + 2)
+    centres = mode_centres(args)
+    return [coverage(sample_real(centres, args.std, n, rng=rng), centres, args.std) for _ in range(args.seeds)]
 
 
-COLUMNS = {"covered": "{:.1f}", "strict": "{:.1f}", "high_quality": "{:.1%}", "near": "{:.1%}", "reverse_kl": "{:.3f}"}
+@torch.no_grad()
+def chosen(args, G, D, n=2500):
+    """Scores of n points of each run that discriminator rejection sampling keeps, and the share it kept.
+
+    The calibration is fitted on 10,000 fresh real points, which D never saw. A run whose D is of no use for it says why
+    and is left out."""
+    centres = mode_centres(args)
+    rng = torch.Generator().manual_seed(args.seed + 3)
+    rng_real = torch.Generator().manual_seed(args.seed + 4)
+    kept = []
+    for r in range(args.seeds):
+
+        def more(k, r=r):
+            x = G(noise(args, args.seeds, k, rng=rng))
+            return x[r].cpu(), D(x)[r].cpu()
+
+        real = sample_real(centres, args.std, 10_000, rng=rng_real).to(args.device)
+        try:
+            head = platt(D(real.expand(args.seeds, -1, -1))[r], more(10_000)[1])
+            x, took = rejected("drs", more, n, rng, head, args.drs_percentile)
+        except ValueError as e:
+            print(f"run {r}: no points are chosen: {e}")
+            continue
+        if took["warning"]:
+            print(f"run {r}: {took['warning']}")
+        kept.append({**coverage(x, centres, args.std), "acceptance": took["acceptance"], "auc": took["auc"]})
+    return kept
 
 
 def line(runs):
     """The scores of several runs as text: means, and the standard deviation where there are several."""
     parts = []
-    for k, form in COLUMNS.items():
-        values = np.array([r[k] for r in runs])
-        spread = f" +- {form.format(values.std(ddof=1))}" if len(runs) > 1 and np.isfinite(values).all() else ""
-        parts.append(form.format(values.mean()) + spread)
+    for name, form in COLUMNS.items():
+        values = np.array([scores[name] for scores in runs])
+        text = form.format(values.mean())
+        if len(runs) > 1 and np.isfinite(values).all():
+            text += f" +- {form.format(values.std(ddof=1))}"
+        parts.append(text)
     return parts
+
+
+def headed(runs):
+    return "  ".join(f"{name} {text}" for name, text in zip(COLUMNS, line(runs)))
 
 
 # FIGURES AND TABLES ---------------------------------------------------------------------------------------------------
@@ -437,16 +510,19 @@ def picture(args, G, D, side=256):
     axis = torch.linspace(-reach, reach, side)
     grid = torch.stack([axis.expand(side, side), -axis[:, None].expand(side, side)], -1).reshape(1, -1, 2)
     first = {name: p[:1] for name, p in D.named_parameters()}
-    value = functional_call(D, first, (grid,)).reshape(side, side)
-    low, high = value.quantile(0.02), value.quantile(0.98)
+    value = functional_call(D, first, (grid.to(args.device),)).reshape(side, side).cpu()
+    low = value.quantile(0.02)
+    high = value.quantile(0.98)
     shade = ((value - low) / (high - low).clamp(min=1e-12)).clamp(0, 1) * 95 + 160
     image = Image.fromarray(shade.byte().numpy()).convert("RGB")
     draw = ImageDraw.Draw(image)
-    points = noise(args, args.seeds, 500, rng=torch.Generator().manual_seed(args.seed + 1))
+
     rng = np.random.default_rng(args.seed)
     centres = mode_centres(args).numpy()
     real = centres[rng.integers(len(centres), size=300)] + args.std * rng.normal(size=(300, 2))
-    for cloud, colour in ((real, (40, 90, 200)), (G(points)[0].numpy(), (230, 110, 20))):
+    z = noise(args, args.seeds, 500, rng=torch.Generator().manual_seed(args.seed + 1))
+    made = G(z)[0].cpu().numpy()
+    for cloud, colour in ((real, (40, 90, 200)), (made, (230, 110, 20))):
         for x, y in (cloud / reach + 1) / 2 * (side - 1):
             draw.ellipse((x - 1, side - 2 - y, x + 1, side - y), fill=colour)
     return image
@@ -455,7 +531,7 @@ def picture(args, G, D, side=256):
 def strip(images, most=10):
     """Side by side; of more than `most`, as many evenly spaced ones, the last among them."""
     images = [images[round(i)] for i in np.linspace(0, len(images) - 1, min(most, len(images)))]
-    sheet = Image.new("RGB", (sum(i.width + 4 for i in images) - 4, images[0].height), "white")
+    sheet = Image.new("RGB", (sum(image.width + 4 for image in images) - 4, images[0].height), "white")
     for k, image in enumerate(images):
         sheet.paste(image, (k * (image.width + 4), 0))
     return sheet
@@ -463,59 +539,30 @@ def strip(images, most=10):
 
 def run(args, out=None, say=print):
     """One training with its figures; returns the scores of each run, G and D."""
-    images, rows, start = [], [], time.time()
+    images = []
+    rows = []
+    start = time.time()
 
     def on_snapshot(step, G, D):
         runs = score(args, G)
-        rows.append({"step": step, **{k: float(np.mean([r[k] for r in runs])) for k in COLUMNS}})
+        rows.append({"step": step, **{name: float(np.mean([scores[name] for scores in runs])) for name in COLUMNS}})
         say(f"step {step}: {headed(runs)}  {time.time() - start:.0f} s")
-        if out:
-            images.append(picture(args, G, D))
-            images[-1].save(out / f"step_{step:07}.png")
-            with open(out / "log.csv", "a", newline="") as f:
-                writer = csv.DictWriter(f, list(rows[0]), lineterminator="\n")
-                if len(rows) == 1:
-                    writer.writeheader()
-                writer.writerow(rows[-1])
+        if not out:
+            return
+        images.append(picture(args, G, D))
+        images[-1].save(out / f"step_{step:07}.png")
+        with open(out / "log.csv", "a", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+            if len(rows) == 1:
+                writer.writeheader()
+            writer.writerow(rows[-1])
 
     G, D = train(args, on_snapshot)
     if out:
         strip(images).save(out / "strip.png")
-        images[0].save(
-            out / "training.gif", save_all=True, append_images=images[1:] + images[-1:] * 3, duration=300, loop=0
-        )
+        rest = images[1:] + images[-1:] * 3
+        images[0].save(out / "training.gif", save_all=True, append_images=rest, duration=300, loop=0)
     return score(args, G), G, D
-
-
-@torch.no_grad()
-def chosen(args, G, D, n=2500):
-    """Scores of n points of each run that discriminator rejection sampling keeps, and the share it kept; a run whose D
-    is of no use for it says why and is left out. The head is fitted on 10,000 fresh real points, which D never saw."""
-    import metrics
-
-    centres, rng, kept = mode_centres(args), torch.Generator().manual_seed(args.seed + 3), []
-    torch.manual_seed(args.seed + 4)
-    for r in range(args.seeds):
-
-        def more(k, r=r):
-            x = G(noise(args, args.seeds, k, rng=rng))
-            return x[r], D(x)[r]
-
-        real = sample_real(centres, args.std, 10_000)
-        try:
-            head = metrics.platt(D(real.expand(args.seeds, -1, -1))[r], more(10_000)[1])
-            x, took = metrics.rejected("drs", more, n, rng, head, args.drs_percentile)
-        except ValueError as e:
-            print(f"run {r}: no points are chosen: {e}")
-            continue
-        if took["warning"]:
-            print(f"run {r}: {took['warning']}")
-        kept.append({**coverage(x, centres, args.std), "acceptance": took["acceptance"], "auc": took["auc"]})
-    return kept
-
-
-def headed(runs):
-    return "  ".join(f"{k} {v}" for k, v in zip(COLUMNS, line(runs)))
 
 
 PUBLISHED = {
@@ -535,27 +582,25 @@ PUBLISHED = {
 
 
 def table(argv, shorter):
-    """Every method on ring and grid, as Markdown; real points first, published figures last. Flags given beside
-    --table hold for every row; `shorter` divides each number of steps."""
+    """Every method on ring and grid, as Markdown; real points first, published figures last.
+
+    Flags given beside --table hold for every row; `shorter` divides each number of steps."""
+    flags = [flag for flag in argv if flag not in ("--table", "--quick")]
     for data in ("ring", "grid"):
-        for method in ("real", *METHODS):
-            flags = [f for f in argv if f not in ("--table", "--quick")]
-            now = parse_args([*flags, "--data", data, *(["--method", method] if method != "real" else [])])
-            now.steps = max(1, now.steps // shorter)
-            if method == "real":
-                print(
-                    f"\n{data}: 2,500 points, {now.seeds} runs each\n\n"
-                    f"| method | G updates | {' | '.join(COLUMNS)} | seconds | of its own |\n"
-                    f"|---|---|{'---|' * (len(COLUMNS) + 2)}\n"
-                    f"| real | | {' | '.join(line(score_real(now)))} | | |",
-                    flush=True,
-                )
-                continue
-            start, runs = time.time(), run(now, say=lambda text: None)[0]
-            own = ", ".join(f"{k.replace('_', '-')} {getattr(now, k)}" for k in TUNED[method] if k != "steps")
-            print(
-                f"| {method} | {now.steps} | {' | '.join(line(runs))} | {time.time() - start:.0f} | {own} |", flush=True
-            )
+        args = parse_args([*flags, "--data", data])
+        print(f"\n{data}: 2,500 points, {args.seeds} runs each\n")
+        print(f"| method | G updates | {' | '.join(COLUMNS)} | seconds | of its own |")
+        print(f"|---|---|{'---|' * (len(COLUMNS) + 2)}")
+        print(f"| real | | {' | '.join(line(score_real(args)))} | | |", flush=True)
+        for method in METHODS:
+            args = parse_args([*flags, "--data", data, "--method", method])
+            args = argparse.Namespace(**{**vars(args), "steps": max(1, args.steps // shorter)})
+            start = time.time()
+            runs = run(args, say=lambda text: None)[0]
+            seconds = time.time() - start
+            tuned = [name for name in TUNED[method] if name != "steps"]
+            own = ", ".join(f"{name.replace('_', '-')} {getattr(args, name)}" for name in tuned)
+            print(f"| {method} | {args.steps} | {' | '.join(line(runs))} | {seconds:.0f} | {own} |", flush=True)
         for name, modes, quality, kl, source in PUBLISHED[data]:
             print(f"| {name}, published | | {modes} | | {quality} | | {kl} | | {source} |")
 
@@ -563,35 +608,33 @@ def table(argv, shorter):
 def main(argv=None):
     args = parse_args(argv)
     if args.table:
-        return table(sys.argv[1:] if argv is None else argv, 4 if args.quick else 1)
-    name = f"toy2d-{args.data}-{args.method}-s{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+        table(sys.argv[1:] if argv is None else argv, 4 if args.quick else 1)
+        return
+    name = f"toy2d-{args.data}-{args.method}-s{args.seed}-{datetime.now():%Y%m%d-%H%M%S-%f}"
     out = Path(args.run_dir or Path("runs") / name)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        fail(f"--run-dir {out} is in use")
-    try:
+    with or_fail(f"--run-dir {out}"):
         out.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        fail(f"--run-dir {out}: {e}")
+    if any(out.iterdir()):
+        fail(f"--run-dir {out} is in use")
     (out / "args.json").write_text(json.dumps(vars(args), indent=1))
-    print(f"{out}: {args.seeds} runs of {args.steps} G updates")
+    print(f"{out}: {args.seeds} runs of {args.steps} G updates on {args.device}")
     if args.method == "mdgan":
-        simplex = Simplex(args.mixture)
-        print(
-            f"mean shift from a corner ends at {simplex.end_of_corner:.3f} of its radius: "
-            f"{'clusters' if simplex.end_of_corner > 0.01 else 'one blob, no clusters'}"
-        )
+        end = Simplex(args.mixture).end_of_corner
+        what = "clusters" if end > 0.01 else "one blob, no clusters"
+        print(f"mean shift from a corner ends at {end:.3f} of its radius: {what}")
     try:
         runs, G, D = run(args, out)
     except KeyboardInterrupt:
         print(f"stopped: {out} holds what there is")
         raise SystemExit(130) from None
     print(f"real:  {headed(score_real(args))}\nmade:  {headed(runs)}")
-    after = chosen(args, G, D) if args.reject == "drs" else None
+    after = None
+    if args.reject == "drs":
+        after = chosen(args, G, D)
     if after:
-        print(
-            f"kept:  {headed(after)}  acceptance {np.mean([r['acceptance'] for r in after]):.1%}  "
-            f"AUC {np.mean([r['auc'] for r in after]):.3f}"
-        )
+        acceptance = np.mean([scores["acceptance"] for scores in after])
+        auc = np.mean([scores["auc"] for scores in after])
+        print(f"kept:  {headed(after)}  acceptance {acceptance:.1%}  AUC {auc:.3f}")
     scores = {"made": runs, "kept": after, "real": score_real(args)}
     text = json.dumps(scores, indent=1).replace("Infinity", "null")  # reverse KL where no point is near a mode
     (out / "scores.json").write_text(text)

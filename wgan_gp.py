@@ -152,10 +152,11 @@ def doublings(side):
 
 def dcgan_init(module):
     """Radford et al. 2016, section 4: weights N(0, .02). As in its code, the scale of a batch norm is N(1, .02)."""
-    if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
-        nn.init.normal_(module.weight, 0.0, 0.02)
-    elif isinstance(module, nn.BatchNorm2d):
-        nn.init.normal_(module.weight, 1.0, 0.02)
+    if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)):
+        mean = 1.0 if isinstance(module, nn.BatchNorm2d) else 0.0
+        for name, p in module.named_parameters():
+            if "weight" in name:  # under spectral norm it is parametrizations.weight.original
+                nn.init.normal_(p, mean, 0.02)
 
 
 # LOSS -----------------------------------------------------------------------------------------------------------------
