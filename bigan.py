@@ -57,23 +57,13 @@ from metrics import (
     sample_z,
     say,
     seeded,
+    warn,
     write_whole,
 )
 
-PAPER = dict(  # --paper sets these. Average and widths are ours
-    latent_dim=100,
-    batch_size=128,
-    lr_g=2e-4,
-    lr_d=2e-4,
-    beta1=0.5,
-    beta2=0.999,
-    ema=0.999,
-    ngf=32,
-    ndf=32,
-    r1=0.0,
-    penalty_share=1.0,
-    lr_decay="none",
-)
+# --paper sets these. The average and the widths are ours.
+PAPER = dict(latent_dim=100, batch_size=128, lr_g=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999, ema=0.999, ngf=32, ndf=32)
+PAPER |= dict(r1=0.0, penalty_share=1.0, lr_decay="none")
 MLP = dict(latent_dim=50, lr_d=5e-4)  # --arch mlp sets these
 
 
@@ -95,7 +85,9 @@ def parse_args(argv=None):
     p.add_argument("--ndf", type=number(int, 1, 4096), default=16, help="dcgan: channels of D's largest map")
     p.add_argument("--probe", action="store_true", help="with --resume: print what classifiers read from E")
     add_run_flags(p)
-    args, _ = resolve(p, argv, PAPER, MLP)
+    args, given = resolve(p, argv, PAPER, MLP)
+    if not args.r1 and "penalty_share" in given:
+        warn("--penalty-share has no effect without --r1")
     if args.probe and not args.resume:
         fail("--probe needs --resume FILE, the checkpoint to look into")
     if args.probe and args.generate:
@@ -479,6 +471,9 @@ def resolve(p, argv, paper, mlp):
         fail("--generate-to needs --generate N")
     if args.reject == "drs" and args.holdout < 2:
         fail("--reject drs needs images that D never saw: --holdout 1000, say")
+    for name in ("ngf", "ndf", "upsample", "init"):
+        if args.arch == "mlp" and name in given:
+            warn(f"--{name} has no effect on --arch mlp")
     resolve_device(args)
     return args, given.keys()
 

@@ -84,8 +84,8 @@ def parse_args(argv=None):
     args, given = resolve(p, argv, PAPER, MLP)
     if args.arch == "mlp":
         args.d_norm = "none"
-        if given & {"d_norm", "ngf", "ndf"}:
-            warn("--d-norm, --ngf and --ndf have no effect on --arch mlp")
+        if "d_norm" in given:
+            warn("--d-norm has no effect on --arch mlp")
     elif args.image_size == 28 and "image_size" not in given:
         args.image_size = 32  # these networks double from 4, so MNIST gets a black frame of 2 pixels
     if args.r1 and args.d_norm == "batch":
@@ -448,6 +448,9 @@ def resolve(p, argv, paper, mlp):
         fail("--generate-to needs --generate N")
     if args.reject == "drs" and args.holdout < 2:
         fail("--reject drs needs images that D never saw: --holdout 1000, say")
+    for name in ("ngf", "ndf", "upsample", "init"):
+        if args.arch == "mlp" and name in given:
+            warn(f"--{name} has no effect on --arch mlp")
     resolve_device(args)
     return args, given.keys()
 

@@ -90,12 +90,12 @@ def parse_args(argv=None):
     penalized = args.gp or args.r1 or args.r2
     if args.paper and not args.resume and "d_norm" not in given and (penalized or args.arch == "mlp"):
         args.d_norm = "none"
+        if penalized:
+            warn("--gp, --r1 and --r2 set --d-norm none: the penalty is about one image, and batch norm mixes a batch")
     if penalized and args.d_norm == "batch":
         warn("the penalty is about one image at a time, and --d-norm batch mixes the images of a batch in D(x)")
     if args.norm_first and args.d_norm != "batch":
         warn("--norm-first has no effect without --d-norm batch")
-    if args.arch == "mlp" and given & {"upsample", "init", "ngf", "ndf"}:
-        warn("--upsample, --init, --ngf and --ndf have no effect on --arch mlp")
     if not penalized and "penalty_share" in given:
         warn("--penalty-share has no effect without --gp, --r1 or --r2")
     return args
@@ -432,6 +432,9 @@ def resolve(p, argv, paper, mlp):
         fail("--generate-to needs --generate N")
     if args.reject == "drs" and args.holdout < 2:
         fail("--reject drs needs images that D never saw: --holdout 1000, say")
+    for name in ("ngf", "ndf", "upsample", "init"):
+        if args.arch == "mlp" and name in given:
+            warn(f"--{name} has no effect on --arch mlp")
     resolve_device(args)
     return args, given.keys()
 

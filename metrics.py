@@ -57,14 +57,16 @@ from torch.nn import functional as F
 
 
 def checked(least, *tables):
-    """Features or logits (N, d) in float64. ValueError: no such table, fewer than `least` rows, other widths, NaN."""
+    """Features or logits (N, d), tensors or arrays, in float64. ValueError: no such table, fewer than `least` rows,
+    other widths, NaN."""
+    tables = [torch.as_tensor(t) if isinstance(t, np.ndarray) and t.dtype != object else t for t in tables]
     for t in tables:
         if not torch.is_tensor(t) or t.dim() != 2 or t.shape[1] != tables[0].shape[1]:
-            raise ValueError(f"tensors of rows of one width are needed, not {[tuple(np.shape(t)) for t in tables]}")
+            raise ValueError(f"tables (N, d) of one width d are needed, not {[tuple(np.shape(t)) for t in tables]}")
         if len(t) < least:
             raise ValueError(f"{len(t)} rows, where {least} or more are needed")
-        if not t.isfinite().all():
-            raise ValueError("features or logits that are not finite")
+        if not (t.abs() <= 1e50).all():  # KID takes the sixth power
+            raise ValueError("features or logits that are not finite, or above 1e50")
     return [t.double() for t in tables]
 
 
@@ -113,8 +115,8 @@ def frechet_distance(mean1, cov1, mean2, cov2):
 
     (C1 C2)^(1/2) has the trace of (L' C2 L)^(1/2) for any L L' = C1: symmetric, so the eigenvalues are real. Cholesky's
     L costs a thirtieth of the symmetric root, which serves where C1 is singular. ValueError: anything not finite."""
-    if not all(t.isfinite().all() for t in (mean1, cov1, mean2, cov2)):
-        raise ValueError("features that are not finite")
+    if not all((t.abs() <= 1e110).all() for t in (mean1, cov1, mean2, cov2)):
+        raise ValueError("features that are not finite, or too large")
     root, singular = torch.linalg.cholesky_ex(cov1.double())
     if singular:
         values, vectors = torch.linalg.eigh(cov1.double())
@@ -232,16 +234,20 @@ def coverage(real, fake, k=5, radius=None):
     Naeem et al. 2020 (2002.09797), eq. (8), the inequality strict as in their code. Features (N, d), (M, d); `radius`
     (N,) if already known. For equal laws and sizes 1 - 2^-k: .969 at k = 5."""
     radius = ball_radius(real, k) if radius is None else radius
-    x, y = (t - real.double().mean(0) for t in checked(1, real, fake))
+    x, y = checked(1, real, fake)
     checked(len(x), radius[:, None])
+    centre = x.mean(0)
+    x, y = x - centre, y - centre
     nearest = torch.cat([near.argmin(1) for _, near in nearness(x, y, y.square().sum(1))])
     return (measured(x, y[nearest]) < radius).double().mean().item()
 
 
 def inside(points, centres, radius, closed):
     """Blocks (B, M) of a table of all: does ball j, its rim included if `closed`, hold point i?"""
-    points, centres = (t - centres.double().mean(0) for t in checked(1, points, centres))
+    points, centres = checked(1, points, centres)
     checked(len(centres), radius[:, None])
+    middle = centres.mean(0)
+    points, centres = points - middle, centres - middle
     size2 = centres.square().sum(1)
     slack = 1e-13 * (size2.max() + points.square().sum(1).max())  # the product's rounding, with room to spare
     for part, excess in nearness(points, centres, size2 - radius.square()):
@@ -328,6 +334,20 @@ def put(stream, text):
             os.dup2(nowhere.fileno(), stream.fileno())
     except (OSError, ValueError, AttributeError):
         pass
+
+
+@contextlib.contextmanager
+def removed_if_it_fails(folder):
+    """Where the lines inside raise, the folder that they filled goes, and those above it that they made."""
+    new = [f for f in (folder, *folder.parents) if not f.exists()]
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        for f in new[1:]:
+            with contextlib.suppress(OSError):  # not empty
+                f.rmdir()
+        raise
 
 
 def is_terminal(stream):
@@ -424,7 +444,13 @@ def from_rank_0(value=None):
     return box[0]
 
 
-def write_whole(path, write, apart=""):
+def write_whole(path, write):
+    """replace_file(path, write). Ends the program with one line where the disk refuses."""
+    with or_fail(f"{path} cannot be written"):
+        replace_file(path, write)
+
+
+def replace_file(path, write, apart=""):
     """write(file), to a temporary file beside `path` that then takes its place: a kill leaves the old file whole.
 
     `apart` tells several writers' temporary files apart. OSError where the disk refuses; nothing is left then."""
@@ -440,6 +466,29 @@ def write_whole(path, write, apart=""):
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
+
+
+def append(path, data):
+    """Adds bytes to the end of a file, all or none. OSError where the disk refuses."""
+    with open(path, "ab", buffering=0) as file:
+        size = file.tell()
+        if file.write(data) < len(data):
+            file.truncate(size)
+            raise OSError(f"the disk is full: {path}")
+
+
+def read_csv(path):
+    """The rows of a CSV file as dicts of texts, also as a spreadsheet saves it: with a byte order mark, quotes,
+    semicolons and decimal commas, or tabs. OSError; ValueError: text of another kind."""
+    rows = []
+    for line in Path(path).read_text(encoding="utf-8-sig").splitlines():
+        separator = next((sign for sign in ";\t" if sign in line), ",")
+        cells = next(csv.reader([line], delimiter=separator), [])
+        if separator != ",":
+            cells = [cell.replace(",", ".") for cell in cells]
+        rows.append([cell.strip() for cell in cells])
+    header, *rows = [row for row in rows if any(row)] or [[]]
+    return [dict(itertools.zip_longest(header, row[: len(header)], fillvalue="")) for row in rows]
 
 
 def cache_folders(folder):
@@ -462,7 +511,7 @@ def keep(folder, name, write, say=None, old=None):
     for home in cache_folders(folder):
         try:
             home.mkdir(parents=True, exist_ok=True)
-            write_whole(home / name, write, f".{os.getpid()}")
+            replace_file(home / name, write, f".{os.getpid()}")
             for path in home.iterdir() if old else []:
                 if path.name != name and re.fullmatch(old, path.name):
                     path.unlink()
@@ -891,7 +940,7 @@ def turned(x, quarters):
 
 
 def train_classifier(x, y, classes, device, epochs=None, say=print):
-    """A Classifier of uint8 images (N, C, H, W) and labels (N,); y None: of rotations (Gidaris et al. 2018, 1803.07728).
+    """A Classifier of uint8 images (N, C, H, W) and labels (N,); y None: of rotations (Gidaris et al. 2018).
 
     AdamW under a one-cycle rate, images shifted by up to 2 pixels, 180,000 images in all (3 to 20 epochs); weights
     rounded to half precision, in which they are kept. Draws from no stream of the caller's."""
@@ -1438,11 +1487,13 @@ class Study:
             fail(f"{args.resume} is at update {i}, past the {total} asked for")
         goes_on = args.resume and Path(args.resume).resolve().parent == self.folder.resolve()
         if not goes_on and any(self.folder.glob("*")):
-            fail(f"--run-dir {self.folder} is in use: name another, or --resume its last.pt")
+            way_out = "--resume its last.pt" if (self.folder / "last.pt").exists() else "delete it: it has no last.pt"
+            fail(f"--run-dir {self.folder} is in use: name another, or {way_out}")
         if args.tensorboard:
             with or_fail("--tensorboard: pip install tensorboard"):
                 writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter
-        with or_fail(f"--run-dir {self.folder}"):
+        undo = contextlib.nullcontext() if goes_on else removed_if_it_fails(self.folder)
+        with undo, or_fail(f"--run-dir {self.folder}"):
             (self.folder / "samples").mkdir(parents=True, exist_ok=True)
             if self.script and not goes_on:
                 shutil.copyfile(self.script, self.folder / self.script.name)
@@ -1455,14 +1506,23 @@ class Study:
                     sheet.unlink()
             self.log_file.keep(i)
             rows = self.scores_file.keep(i)
-        if args.tensorboard:
-            self.board = writer(self.folder, purge_step=i + 1)
-        if rows and (self.folder / "best.pt").exists():
-            self.scored_at = int(rows[-1]["step"])
-            self.best_fid = min(float(row["fid_train"]) for row in rows)
+            if args.tensorboard:
+                self.board = writer(self.folder, purge_step=i + 1)
+        self.find_best(rows, i)
         ranks = f"{WORLD} x " if WORLD > 1 else ""
         say(f"{self.folder}: update {i} to {total} of D, {args.batch_size} images each, on {ranks}{args.device}")
         self.mark(i)
+
+    def find_best(self, rows, i):
+        """best.pt counts if it is of the best row. Else it is of an abandoned branch, or was not written in time."""
+        best = self.folder / "best.pt"
+        fids = {int(float(row["step"])): float(row["fid_train"]) for row in rows if is_number(row.get("fid_train", ""))}
+        if fids and best.exists() and step_of(best) == min(fids, key=fids.get):
+            self.scored_at = max(fids)
+            self.best_fid = min(fids.values())
+        else:
+            best.unlink(missing_ok=True)
+            self.scores_file.keep(i - 1)  # update i is scored again
 
     def mark(self, i):
         """From here on speed is measured, so that scoring and drawing do not count."""
@@ -1517,7 +1577,9 @@ class Study:
     def sheet(self, i):
         """samples/step_I.png: 64 images of a fixed z; of a conditional G eight of each of the first 20 classes."""
         if not RANK:
-            self.save_samples(self.folder / "samples" / f"step_{i:07}.png")
+            with or_warn("no sheet of samples"):
+                (self.folder / "samples").mkdir(parents=True, exist_ok=True)  # somebody may have removed it
+                self.save_samples(self.folder / "samples" / f"step_{i:07}.png")
             self.mark(i)
 
     def save_samples(self, path):
@@ -1568,11 +1630,8 @@ class Study:
         if self.judge is None:
             args = self.args
             device = "cuda" if torch.cuda.is_available() and args.device != "cpu" else "cpu"
-            home = Path(args.data_dir)
-            if args.dataset == "folder":
-                home = home.resolve().parent  # not among the images
             try:
-                self.judge = Judge(args.dataset, self.load, home, device)
+                self.judge = Judge(args.dataset, self.load, cache_home(args.dataset, args.data_dir), device)
             except TooFew as e:  # the training goes on
                 say(f"no scores: {e}")
                 self.judge = False
@@ -1590,10 +1649,11 @@ class Study:
         """samples.png, the figures, scores.json and curves.png. restore(path) loads the networks of a checkpoint."""
         if RANK:
             return
-        self.save_samples(self.folder / "samples.png")
-        save_gif(sorted((self.folder / "samples").glob("step_*.png")), self.folder / "training.gif")
-        self.interpolations()
-        self.traversal()
+        with or_warn("a figure is missing"):
+            self.save_samples(self.folder / "samples.png")
+            save_gif(sorted((self.folder / "samples").glob("step_*.png")), self.folder / "training.gif")
+            self.interpolations()
+            self.traversal()
         self.last_scores(i, restore)
         if self.log_file.path.exists():
             with contextlib.suppress(ValueError):  # rows without a number to plot
@@ -1721,14 +1781,16 @@ class Study:
             with or_fail(f"--reject {args.reject}"):
                 x, y, took = self.chosen(n, GENERATED, labels=self.labels_to_generate)
             line = f": {took['line']}"
-        with or_fail(f"--generate-to {out}"):
+        with removed_if_it_fails(out), or_fail(f"--generate-to {out}"):
             out.mkdir(parents=True, exist_ok=True)
             for i in range(n):
                 save_sheet(x[i : i + 1], out / f"{i:05}.png")
             if self.classes:
                 names = list(self.classes)
-                rows = [f"{i:05}.png,{names[label]}\n" for i, label in enumerate(y.tolist())]
-                (out / "labels.csv").write_text("file,label\n" + "".join(rows))
+                with open(out / "labels.csv", "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+                    writer = csv.writer(file, lineterminator="\n")  # a name may hold a comma
+                    writer.writerow(["file", "label"])
+                    writer.writerows([f"{i:05}.png", names[label]] for i, label in enumerate(y.tolist()))
         say(f"{n} images in {out}{line}")
 
     def labels_to_generate(self, n, *key):
@@ -1778,6 +1840,14 @@ class Stop:
             raise SystemExit(128 + self.signal)
 
 
+def step_of(checkpoint):
+    """The update of D at which a checkpoint was written, None where it cannot be read."""
+    try:
+        return torch.load(checkpoint, map_location="cpu", weights_only=True)["step"]
+    except Exception:  # a damaged file: torch raises a different kind for each kind of damage
+        return None
+
+
 def in_parts(f, device):
     """f(rows, y), of as many rows as wanted: 500 at a time on `device`, without gradients. The result is on the CPU."""
 
@@ -1800,42 +1870,55 @@ class Table:
 
     def __init__(self, path):
         self.path = path
-        self.columns = None
+        self.columns = []
+        self.waiting = []  # rows that could not be written yet
 
     def keep(self, step):
-        """Drops the rows past `step`, and returns those that stay as dicts of texts."""
+        """Drops the rows past `step`, and returns those that stay as dicts of texts. ValueError: it is no such file."""
         if not self.path.exists():
             return []
-        with open(self.path, newline="") as file:
-            rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+        rows = read_csv(self.path)
+        if rows and "step" not in rows[0]:
+            raise ValueError(f"{self.path} has no column step")
+        rows = [row for row in rows if is_number(row["step"]) and float(row["step"]) <= step]  # the last may be cut
         self.rewrite(rows)
         return rows
 
     def add(self, row):
-        """Appends a row {column: number}. A column that the file lacks is added to it."""
-        new = [column for column in row if column not in (self.columns or ())]
-        if self.columns and new:
-            with open(self.path, newline="") as file:
-                self.rewrite(list(csv.DictReader(file)), new)
+        """Appends a row {column: number}; a column that the file lacks is added to it. A row that cannot be written, on
+        a full disk or to a file that a spreadsheet locks, is tried again with the next one."""
         cells = {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()}
-        with open(self.path, "a", newline="") as file:
-            writer = csv.DictWriter(file, self.columns or list(row), lineterminator="\n")
-            if not self.columns:
-                writer.writeheader()
-                self.columns = list(row)
-            writer.writerow(cells)
+        self.waiting.append(cells)
+        there = self.path.exists()
+        try:
+            if there and set(cells) <= set(self.columns):
+                append(self.path, self.text(self.waiting).encode())
+            else:
+                self.rewrite([*(read_csv(self.path) if there else []), *self.waiting])
+            self.waiting = []
+        except (OSError, ValueError) as e:
+            warn(f"{self.path} cannot be written, which is tried again at the next row ({e})")
 
-    def rewrite(self, rows, more=()):
-        columns = [*rows[0], *more] if rows else []
-        if not columns:
-            self.path.unlink()
-            return
-        text = io.StringIO()
-        writer = csv.DictWriter(text, columns, lineterminator="\n")
-        writer.writeheader()
+    def text(self, rows, header=False):
+        file = io.StringIO()
+        writer = csv.DictWriter(file, self.columns, lineterminator="\n")
+        if header:
+            writer.writeheader()
         writer.writerows(rows)
-        write_whole(self.path, lambda file: file.write(text.getvalue().encode()))
-        self.columns = columns
+        return file.getvalue()
+
+    def rewrite(self, rows):
+        self.columns = list(dict.fromkeys(name for row in rows for name in row))
+        if rows:
+            replace_file(self.path, lambda file: file.write(self.text(rows, header=True).encode()))
+        else:
+            self.path.unlink()
+
+
+def is_number(text):
+    with contextlib.suppress(ValueError):
+        return math.isfinite(float(text))
+    return False
 
 
 def save_gif(paths, out, limit=300 * 1024):
@@ -1849,7 +1932,7 @@ def save_gif(paths, out, limit=300 * 1024):
         rest = images[1:] + images[-1:] * 5
         images[0].save(file, "GIF", save_all=True, append_images=rest, duration=150, loop=0)
         if file.tell() <= limit:
-            Path(out).write_bytes(file.getvalue())
+            replace_file(out, lambda whole: whole.write(file.getbuffer()))
             return
 
 
@@ -1857,10 +1940,11 @@ def answers(models, x, y, x_test):
     """bigan.py's probe: labels of features x_test (M, d) by 1-NN among x (N, d) with labels y (N,), by plain distances
     as in the paper (scaled ones cost MNIST's pixels 2.6 points), and by scikit-learn's models, two at most, that see
     numbers of mean 0 and deviation 1; the second is fitted to the first 5,000."""
+    x, x_test = x - x.mean(0), x_test - x.mean(0)  # far from 0 the products below would lose their digits
     squares = x.square().sum(1)  # |a - x|^2 = |a|^2 - 2 a.x + |x|^2: which x is nearest does not depend on |a|^2
     yield torch.cat([y[torch.addmm(squares, a, x.T, alpha=-2).argmin(1)] for a in x_test.split(250)])
-    mean, deviation = x.mean(0), x.std(0, correction=0)
-    x, x_test = ((t - mean) / torch.where(deviation > 0, deviation, 1) for t in (x, x_test))
+    deviation = x.std(0, correction=0)
+    x, x_test = (t / torch.where(deviation > 0, deviation, 1) for t in (x, x_test))
     for model, n in zip(models, (len(x), 5000)):
         yield torch.from_numpy(model.fit(x[:n].numpy(), y[:n].numpy()).predict(x_test.numpy()))
 
@@ -1966,8 +2050,7 @@ def read_log(run):
     columns = {}
     try:
         for file in files:
-            with open(file, newline="") as text:
-                rows = list(csv.DictReader(text))
+            rows = read_csv(file)
             for name in rows[0]:
                 filled = [row for row in rows if row[name]]
                 steps = [float(row["step"]) for row in filled]
@@ -2207,7 +2290,7 @@ class Images:
             if x.dim() == 3:  # grey
                 x = x[:, None]
             if x.dim() == 4 and x.shape[1] not in (1, self.channels) and x.shape[3] in (1, self.channels):
-                x = x.permute(0, 3, 1, 2)  # channels last, as in TensorFlow
+                x = x.permute(0, 3, 1, 2).contiguous()  # channels last, as in TensorFlow
             self.items = as_images(x, [1, self.channels])
         except ValueError as e:
             raise ValueError(f"{self.path}: {e}") from None
@@ -2397,8 +2480,8 @@ def score(args):
     """Scores of --fake against --real, printed.
 
     The floor is the FID of real images against other real ones, which no generator can beat by much: of a data set its
-    training against its test images. A folder has no test images. Where its own network is trained for it, a part is
-    kept from the training and scored against, if that is 1,000 images: images that a network knows have other features."""
+    training against its test images. A folder has none. Where a network is trained on it, a part is kept from that and
+    scored against, if that is 1,000 images: those that a network was trained on have other features."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     of_data_set = args.real in CHANNELS
     judge = args.classifier or (args.real if of_data_set else None)  # the data set whose network gives the features

@@ -90,8 +90,6 @@ def parse_args(argv=None):
     args, given = resolve(p, argv, PAPER, MLP)
     if not args.conditional and (args.d_ignores_label or args.label_embedding_dim):
         fail("--d-ignores-label and --label-embedding-dim need --conditional")
-    if args.arch == "mlp" and given & {"upsample", "ngf", "ndf"}:
-        warn("--upsample, --ngf and --ndf have no effect on --arch mlp")
     if args.optimizer == "rmsprop" and given & {"beta1", "beta2"}:
         warn("--beta1 and --beta2 have no effect on --optimizer rmsprop")
     return args
@@ -475,6 +473,9 @@ def resolve(p, argv, paper, mlp):
         fail("--generate-to needs --generate N")
     if args.reject == "drs" and args.holdout < 2:
         fail("--reject drs needs images that D never saw: --holdout 1000, say")
+    for name in ("ngf", "ndf", "upsample", "init"):
+        if args.arch == "mlp" and name in given:
+            warn(f"--{name} has no effect on --arch mlp")
     resolve_device(args)
     return args, given.keys()
 

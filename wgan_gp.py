@@ -48,6 +48,7 @@ from metrics import (
     sample_z,
     say,
     seeded,
+    warn,
     write_whole,
 )
 
@@ -378,6 +379,9 @@ def resolve(p, argv, paper, mlp):
         fail("--generate-to needs --generate N")
     if args.reject == "drs" and args.holdout < 2:
         fail("--reject drs needs images that D never saw: --holdout 1000, say")
+    for name in ("ngf", "ndf", "upsample", "init"):
+        if args.arch == "mlp" and name in given:
+            warn(f"--{name} has no effect on --arch mlp")
     resolve_device(args)
     return args, given.keys()
 

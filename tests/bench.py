@@ -1,89 +1,107 @@
 """Speed against the textbook loop, and the quality yardstick. Run it on a quiet machine.
 
-    python tests/bench.py                     each script and mode beside a textbook loop, interleaved; Markdown out
+    python tests/bench.py                     each script and mode beside a textbook loop, in turns; Markdown out
     python tests/bench.py --cases dcgan cdcgan          these alone
+    python tests/bench.py --against ../before           beside the same scripts of another checkout, in turns
+    python tests/bench.py --against ../before --modes float32 --cases wgan_gp dcgan bigan
     python tests/bench.py --growth            cost against batch size and width
     python tests/bench.py --big data/animals  report B's full-width networks at 64x64 on a folder: 20 iterations
-    python tests/bench.py --profile mlp       where the time of our iteration goes
-    python tests/bench.py --activation        the critic's activation beside nn.LeakyReLU
+    python tests/bench.py --profile "wgan_gp mlp"       where the time of our iteration goes
     python tests/bench.py --unroll            time and memory of unrolled.py's G update for k = 0, 1, 5, 10
     python tests/bench.py --yardstick 18760   train the textbook loop that long on MNIST, then score its samples
     python tests/bench.py --to 140            seconds until wgan_gp.py, and until the textbook loop, has that FID
 
 The textbook loop is what the common single-file collections do with the same networks. The habits it copies: PIL
-pictures through torchvision transforms in a DataLoader without workers, made anew each epoch; z from numpy; real and
+images through torchvision transforms in a DataLoader without workers, made anew each epoch; z from numpy; real and
 fake in two forward passes; for WGAN-GP fakes with the graph of G attached, so that the critic's backward also runs
 through G (the others detach them); a sigmoid and BCELoss for the vanilla GANs; the optimizer as it comes; .item() on
 both losses each step for the progress line.
 """
+
 import argparse
 import contextlib
 import functools
+import importlib
 import io
 import itertools
 import json
 import math
-import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import nn
+from torch.func import functional_call
 from torchvision import transforms
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import cdcgan
-import dcgan
-import unrolled
-import wgan_clip
-import wgan_gp
-
 ROOT = Path(__file__).parents[1]
-MODES = {"cpu": {"float32": [], "--amp": ["--amp"]},
-         "cuda": {"--no-graph": ["--no-graph"], "--graph": ["--graph"], "--graph --amp": ["--graph", "--amp"]}}
+MODES = {
+    "cpu": {"float32": [], "--amp": ["--amp"]},
+    "cuda": {"--no-graph": ["--no-graph"], "--graph": ["--graph"], "--graph --amp": ["--graph", "--amp"]},
+}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FLOAT32 = ["--graph"] if DEVICE == "cuda" else []  # the fastest mode of it
 QUIET = ["--log-every", "0", "--sample-every", "0", "--eval-every", "0", "--checkpoint-every", "0"]
-CASES = {"wgan_gp mlp": (wgan_gp, ["--arch", "mlp"]), "wgan_gp 28": (wgan_gp, ["--image-size", "28"]),
-         "wgan_gp": (wgan_gp, ["--image-size", "32"]), "dcgan mlp": (dcgan, ["--arch", "mlp"]), "dcgan": (dcgan, []),
-         "cdcgan": (cdcgan, []), "wgan_clip": (wgan_clip, [])}
-
-
-MORE = {"dcgan 64": (dcgan, []), "unrolled 28": (unrolled, ["--image-size", "28"]),
-        "unrolled mlp": (unrolled, ["--arch", "mlp"])}  # not beside a textbook loop
+CASES = {
+    "wgan_gp mlp": ("wgan_gp", ["--arch", "mlp"]),
+    "wgan_gp 28": ("wgan_gp", ["--image-size", "28"]),
+    "wgan_gp": ("wgan_gp", ["--image-size", "32"]),
+    "dcgan mlp": ("dcgan", ["--arch", "mlp"]),
+    "dcgan": ("dcgan", []),
+    "cdcgan": ("cdcgan", []),
+    "wgan_clip": ("wgan_clip", []),
+}
+NO_TEXTBOOK = {  # what other checkouts, or --unroll, are timed on beside these
+    "unrolled 28": ("unrolled", ["--image-size", "28"]),
+    "unrolled mlp": ("unrolled", ["--arch", "mlp"]),
+    "mdgan": ("mdgan", []),
+    "bigan": ("bigan", []),
+}
 
 
 class Pictures(torch.utils.data.Dataset):
     def __init__(self, x, y, size):
-        self.x, self.y = x, y
-        self.transform = transforms.Compose([transforms.Resize(size), transforms.ToTensor(),
-                                             transforms.Normalize([0.5], [0.5])])
+        self.x = x
+        self.y = y
+        steps = [transforms.Resize(size), transforms.ToTensor(), transforms.Normalize([0.5], [0.5])]
+        self.transform = transforms.Compose(steps)
 
     def __len__(self):
         return len(self.x)
 
     def __getitem__(self, i):
-        return self.transform(Image.fromarray(self.x[i, 0].numpy(), mode="L")), int(self.y[i])
+        return self.transform(Image.fromarray(self.x[i, 0].numpy())), int(self.y[i])
 
 
 class Textbook:
     """step() is one update of D, and G's after every d_steps of them."""
 
-    def __init__(self, script, args, G, D, x, y, device="cpu"):
-        self.script, self.args, self.device, self.i = script, args, device, 0
-        self.G, self.D, self.rng, betas = G.to(device), D.to(device), np.random.default_rng(0), (args.beta1, args.beta2)
-        self.opt_g, self.opt_d = (torch.optim.RMSprop(n.parameters(), lr) if script is wgan_clip else
-                                  torch.optim.Adam(n.parameters(), lr, betas)
-                                  for n, lr in ((G, args.lr_g), (D, args.lr_d)))
-        self.loader = torch.utils.data.DataLoader(Pictures(x, y, args.image_size), args.batch_size, shuffle=True,
-                                                  drop_last=True)
-        self.batches, self.bce = iter(()), nn.BCELoss()
+    def __init__(self, name, args, G, D, x, y, device="cpu"):
+        self.name = name
+        self.args = args
+        self.device = device
+        self.i = 0
+        self.G = G.to(device)
+        self.D = D.to(device)
+        self.rng = np.random.default_rng(0)
+        self.opt_g = self.optimizer(G, args.lr_g)
+        self.opt_d = self.optimizer(D, args.lr_d)
+        images = Pictures(x, y, args.image_size)
+        self.loader = torch.utils.data.DataLoader(images, args.batch_size, shuffle=True, drop_last=True)
+        self.batches = iter(())
+        self.bce = nn.BCELoss()
+
+    def optimizer(self, net, lr):
+        if self.name == "wgan_clip":
+            return torch.optim.RMSprop(net.parameters(), lr)
+        return torch.optim.Adam(net.parameters(), lr, (self.args.beta1, self.args.beta2))
 
     def next(self):
         batch = next(self.batches, None)
@@ -92,93 +110,108 @@ class Textbook:
             batch = next(self.batches)
         return batch[0].to(self.device), batch[1].to(self.device)
 
+    def numbers(self, draw, *shape):
+        return torch.tensor(draw(size=shape), dtype=torch.float32).to(self.device)
+
+    def penalty(self, x_real, x_fake):
+        alpha = self.numbers(self.rng.random, len(x_real), 1, 1, 1)
+        x_hat = (alpha * x_real + (1 - alpha) * x_fake).requires_grad_(True)
+        score = self.D(x_hat)
+        grad = torch.autograd.grad(score, x_hat, torch.ones_like(score), create_graph=True)[0]
+        return ((grad.view(len(grad), -1).norm(2, dim=1) - 1) ** 2).mean()
+
     def step(self):
-        a, (x_real, y) = self.args, self.next()
-        y = (y,) if self.script is cdcgan else ()
-        z = torch.tensor(self.rng.normal(0, 1, (len(x_real), a.latent_dim)), dtype=torch.float32).to(self.device)
+        args = self.args
+        x_real, y = self.next()
+        y = (y,) if self.name == "cdcgan" else ()
+        z = self.numbers(self.rng.normal, len(x_real), args.latent_dim)
         self.opt_d.zero_grad()
         x_fake = self.G(z, *y)
-        if self.script is wgan_gp:
-            score_real, score_fake = self.D(x_real), self.D(x_fake)
-            alpha = torch.tensor(self.rng.random((len(x_real), 1, 1, 1)), dtype=torch.float32).to(self.device)
-            x_hat = (alpha * x_real + (1 - alpha) * x_fake).requires_grad_(True)
-            score_hat = self.D(x_hat)
-            grad = torch.autograd.grad(score_hat, x_hat, torch.ones_like(score_hat), create_graph=True)[0]
-            penalty = ((grad.view(len(grad), -1).norm(2, dim=1) - 1) ** 2).mean()
-            d_loss = -score_real.mean() + score_fake.mean() + a.gp_weight * penalty
+        if self.name != "wgan_gp":
+            x_fake = x_fake.detach()
+        real = self.D(x_real, *y)
+        fake = self.D(x_fake, *y)
+        if self.name == "wgan_gp":
+            d_loss = -real.mean() + fake.mean() + args.gp_weight * self.penalty(x_real, x_fake)
+        elif self.name == "wgan_clip":
+            d_loss = -real.mean() + fake.mean()
         else:
-            score_real, score_fake = self.D(x_real, *y), self.D(x_fake.detach(), *y)
-            d_loss = (-score_real.mean() + score_fake.mean() if self.script is wgan_clip else
-                      self.bce(score_real.sigmoid(), torch.ones_like(score_real))
-                      + self.bce(score_fake.sigmoid(), torch.zeros_like(score_fake)))
+            d_loss = self.bce(real.sigmoid(), torch.ones_like(real)) + self.bce(fake.sigmoid(), torch.zeros_like(fake))
         d_loss.backward()
         self.opt_d.step()
-        if self.script is wgan_clip:
+        if self.name == "wgan_clip":
             for p in self.D.parameters():
-                p.data.clamp_(-a.clip, a.clip)
+                p.data.clamp_(-args.clip, args.clip)
         self.i += 1
-        if self.i % a.d_steps == 0:
+        if self.i % args.d_steps == 0:
             self.opt_g.zero_grad()
             score = self.D(self.G(z, *y), *y)  # the same z again, as they do
-            self.g_loss = (-score.mean() if self.script in (wgan_gp, wgan_clip) else
-                           self.bce(score.sigmoid(), torch.ones_like(score)))
+            if self.name in ("wgan_gp", "wgan_clip"):
+                self.g_loss = -score.mean()
+            else:
+                self.g_loss = self.bce(score.sigmoid(), torch.ones_like(score))
             self.g_loss.backward()
             self.opt_g.step()
-        return d_loss.item(), self.g_loss.item() if self.i >= a.d_steps else 0.0
+        return d_loss.item(), self.g_loss.item() if self.i >= args.d_steps else 0.0
 
 
-def networks(script, args):
-    """A script's pair for one channel and ten classes, with torch's own LeakyReLU, in torch's default memory format."""
-    args.classes = 10
-    return plain(script.make_generator(args, 1)), plain(script.make_discriminator(args, 1))
-
-
-def plain(net):
-    layers = [nn.LeakyReLU(m.negative_slope) if isinstance(m, nn.LeakyReLU) else m for m in net]
-    return type(net)(*layers)
+def networks(name, args):
+    """A script's pair for one channel and ten classes, in torch's default memory format."""
+    script = importlib.import_module(name)
+    classes = {"cdcgan": (10,), "wgan_clip": (0,)}.get(name, ())
+    return script.Generator(args, 1, *classes), script.Discriminator(args, 1, *classes)
 
 
 class Done(Exception):
     pass
 
 
-def our_loop(script, flags, on_iteration):
-    """The script's own training loop, with on_iteration(count) after each iteration until it raises Done."""
-    record, count = script.Run.record, [0]
+def our_loop(name, flags, on_iteration):
+    """The script's own training loop, with on_iteration(count) after each iteration until it raises Done.
 
-    def watched(run, values):
-        record(run, values)
-        count[0] += 1
-        on_iteration(count[0])
+    A checkout of before Study had Run.record, called at the same place."""
+    script = importlib.import_module(name)
+    owner, method = (script.Study, "add") if hasattr(script, "Study") else (script.Run, "record")
+    original = getattr(owner, method)
+    count = itertools.count(1)
 
-    script.Run.record = watched
-    try:
-        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-            with contextlib.suppress(Done):
-                script.main([*flags, "--steps", "1000000", "--device", DEVICE, "--run-dir", f"{folder}/run", *QUIET])
-    finally:
-        script.Run.record = record
+    def watched(self, losses):
+        original(self, losses)
+        on_iteration(next(count))
+
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        stack.enter_context(mock.patch.object(owner, method, watched))
+        stack.enter_context(mock.patch("signal.signal"))  # Ctrl-C ends the benchmark, not a loop of it
+        stack.enter_context(contextlib.suppress(Done))
+        script.main([*flags, "--steps", "1000000", "--device", DEVICE, "--run-dir", f"{folder}/run", *QUIET])
 
 
 def now():
-    if DEVICE == "cuda": torch.cuda.synchronize()
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
     return time.perf_counter()
 
 
-def interleaved(script, flags, blocks, iterations):
+def interleaved(name, flags, blocks, iterations):
     """[(ours, textbook) seconds per block of `iterations` iterations], in turns in one process; and the share of the
     threads' time that our blocks used on a CPU."""
+    script = importlib.import_module(name)
     args = script.parse_args(flags)
-    x, y = script.load_data(args.dataset, args.data_dir, args.image_size, "train")
+    x, y, _ = script.load_data(args.dataset, args.data_dir, args.image_size, "train")
     torch.manual_seed(0)
-    textbook = Textbook(script, args, *networks(script, args), x, y, DEVICE)
-    pairs, busy, start = [], [], None
+    textbook = Textbook(name, args, *networks(name, args), x, y, DEVICE)
+    pairs = []
+    busy = []
+    start = None
 
     def hand_over(n):
         nonlocal start
         if n % iterations:
             return
-        end, cpu = now(), time.process_time()
+        end = now()
+        cpu = time.process_time()
         for _ in range(iterations * args.d_steps):
             textbook.step()
         if start:  # the first block of both warms up
@@ -188,22 +221,29 @@ def interleaved(script, flags, blocks, iterations):
             raise Done
         start = now(), time.process_time()
 
-    our_loop(script, flags, hand_over)
+    our_loop(name, flags, hand_over)
     return pairs, statistics.median(busy), args
+
+
+def hidden(mode, name, flags, iterations, root=ROOT):
+    """The command of one of the modes that this program runs itself in, in a process of its own."""
+    command = [sys.executable, __file__, mode, json.dumps([name, flags]), "--iterations", str(iterations)]
+    return [*command, "--root", str(root)]
 
 
 def peak_memory(name, flags, iterations=6):
     """MiB, in a process of its own: on a GPU what the allocator reserved, a graph's pool counted; on a CPU the whole
     process with torch in it."""
-    command = [sys.executable, __file__, "--memory", json.dumps([name, flags]), "--iterations", str(iterations)]
+    command = hidden("--memory", name, flags, iterations)
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
 def print_memory(name, flags, iterations):
     def stop(n):
-        if n == iterations: raise Done
+        if n == iterations:
+            raise Done
 
-    our_loop({**CASES, **MORE}[name][0], flags, stop)
+    our_loop(name, flags, stop)
     if DEVICE == "cuda":
         print(torch.cuda.max_memory_reserved() / 2**20)
     else:  # the process's own peak; getrusage would count the parent's too
@@ -211,7 +251,7 @@ def print_memory(name, flags, iterations):
         print(int(status.split("VmHWM:")[1].split()[0]) / 2**10)
 
 
-def busy_gpu(script, flags, iterations=20):
+def busy_gpu(name, flags, iterations=20):
     """The share of the time in which at least one kernel runs, by the profiler, once all is warm."""
     profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True)
 
@@ -224,12 +264,14 @@ def busy_gpu(script, flags, iterations=20):
             profiler.stop()
             raise Done
 
-    our_loop(script, flags, watch)
-    spans = sorted((e.time_range.start, e.time_range.end) for e in profiler.events()
-                   if e.device_type == torch.autograd.DeviceType.CUDA)
-    covered, reach = 0.0, spans[0][0]
+    our_loop(name, flags, watch)
+    events = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    spans = sorted((e.time_range.start, e.time_range.end) for e in events)
+    covered = 0.0
+    reach = spans[0][0]
     for start, end in spans:
-        covered, reach = covered + max(0.0, end - max(start, reach)), max(reach, end)
+        covered += max(0.0, end - max(start, reach))
+        reach = max(reach, end)
     return covered / (reach - spans[0][0])
 
 
@@ -242,52 +284,127 @@ def where():
     return f"{chip}, torch {torch.__version__}"
 
 
-def speed(cases, blocks, iterations, data):
-    print(f"{where()}, {blocks} blocks of {iterations} iterations, median (min to max)\n\n| networks | mode | "
-          f"ours, images/s | ms an iteration | textbook loop, images/s | ratio | peak memory, MiB | busy |\n"
-          f"|---|---|---|---|---|---|---|---|")
-    for name in cases:
-        script, flags = CASES[name]
-        for mode, more in MODES[DEVICE].items():
-            flags_now = [*flags, *data, *more]
-            pairs, busy, args = interleaved(script, flags_now, blocks, iterations)
+def head(*columns):
+    print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|", flush=True)
+
+
+def speed(cases, modes, blocks, iterations, data):
+    print(f"{where()}, {blocks} blocks of {iterations} iterations, median (min to max)\n")
+    ours = "ours, images/s", "ms an iteration"
+    head("networks", "mode", *ours, "textbook loop, images/s", "ratio", "peak memory, MiB", "busy")
+    for case in cases:
+        name, own_flags = CASES[case]
+        for mode in modes:
+            flags = [*own_flags, *data, *MODES[DEVICE][mode]]
+            pairs, busy, args = interleaved(name, flags, blocks, iterations)
             images = iterations * args.d_steps * args.batch_size
             ours, theirs = zip(*pairs)
-            busy = busy_gpu(script, flags_now) if DEVICE == "cuda" else busy
-            print(f"| {name} | {mode} | {row([images / t for t in ours])} | "
-                  f"{1e3 * statistics.median(ours) / iterations:.4g} | {row([images / t for t in theirs])} | "
-                  f"{row([t / o for o, t in pairs])} | {peak_memory(name, flags_now):.0f} | {busy:.0%} |", flush=True)
+            cells = [
+                row([images / t for t in ours]),
+                f"{1e3 * statistics.median(ours) / iterations:.4g}",
+                row([images / t for t in theirs]),
+                row([t / o for o, t in pairs]),
+                f"{peak_memory(name, flags):.0f}",
+                f"{busy_gpu(name, flags) if DEVICE == 'cuda' else busy:.0%}",
+            ]
+            print(f"| {case} | {mode} | {' | '.join(cells)} |", flush=True)
+
+
+def serve(name, flags, iterations):
+    """Trains a block of iterations for each line on stdin, and prints its seconds: by the clock, and of the CPU."""
+    start = None
+
+    def wait(n):
+        nonlocal start
+        if n % iterations:
+            return
+        if start:
+            wall = now() - start[0]
+            print(json.dumps([wall, time.process_time() - start[1]]), file=sys.__stdout__, flush=True)
+        else:
+            print("warm", file=sys.__stdout__, flush=True)
+        if not sys.stdin.readline():
+            raise Done
+        start = now(), time.process_time()
+
+    our_loop(name, flags, wait)
+
+
+class Checkout:
+    """A script's loop in the checkout at `root`, in a process of its own."""
+
+    def __init__(self, root, name, flags, iterations):
+        command = hidden("--serve", name, flags, iterations, root)
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        if self.process.stdout.readline() != "warm\n":
+            sys.exit(f"{root}: {name}.py {' '.join(flags)} does not train")
+
+    def block(self):
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def against(root, cases, modes, blocks, iterations, data):
+    """Each case here and at `root`, a block at a time in turns. Where other programs share the cores, the ratio of the
+    CPU's seconds tells more than that of the clock's."""
+    print(f"{where()}, {blocks} blocks of {iterations} iterations, median (min to max); ratio: {root} / here\n")
+    head("networks", "mode", "here, ms an iteration", f"{root}, ms an iteration", "ratio", "ratio, CPU seconds")
+    for case in cases:
+        name, own_flags = {**CASES, **NO_TEXTBOOK}[case]
+        for mode in modes:
+            flags = [*own_flags, *data, *MODES[DEVICE][mode]]
+            here, there = (Checkout(path, name, flags, iterations) for path in (ROOT, root))
+            pairs = []
+            for i in range(blocks):
+                turn = (here, there) if i % 2 == 0 else (there, here)
+                seconds = {checkout: checkout.block() for checkout in turn}
+                pairs.append((seconds[here], seconds[there]))
+            here.close()
+            there.close()
+            cells = [row([1e3 * pair[side][0] / iterations for pair in pairs]) for side in (0, 1)]
+            cells += [row([there[kind] / here[kind] for here, there in pairs]) for kind in (0, 1)]
+            print(f"| {case} | {mode} | {' | '.join(cells)} |", flush=True)
 
 
 def big(folder, modes, iterations=20):
     """Report B's networks at full width, 3 updates of D to one of G, batches of 128."""
-    flags = ["--dataset", "folder", "--data-dir", folder, "--image-size", "64", "--ngf", "128", "--ndf", "128",
-             "--d-steps", "3", "--paper"]
-    print(f"{where()}\n\n| networks | mode | ms an iteration | images/s | peak memory, MiB |\n|---|---|---|---|---|")
-    for mode in modes or MODES[DEVICE]:
-        times, more = [], MODES[DEVICE][mode]
+    flags = ["--dataset", "folder", "--data-dir", folder, "--image-size", "64", "--ngf", "128", "--ndf", "128"]
+    flags += ["--d-steps", "3", "--paper"]
+    print(f"{where()}\n")
+    head("networks", "mode", "ms an iteration", "images/s", "peak memory, MiB")
+    for mode in modes:
+        more = MODES[DEVICE][mode]
+        times = []
 
         def mark(n, times=times):
             times.append(now())
-            if n == iterations: raise Done
+            if n == iterations:
+                raise Done
 
-        our_loop(dcgan, [*flags, *more], mark)
+        our_loop("dcgan", [*flags, *more], mark)
         ms = 1e3 * statistics.median(b - a for a, b in itertools.pairwise(times[3:]))
-        print(f"| dcgan 64x64x3, ngf 128, ndf 128, batch 128 | {mode} | {ms:.4g} | {3 * 128e3 / ms:.4g} | "
-              f"{peak_memory('dcgan 64', [*flags, *more], 2):.0f} |", flush=True)
+        memory = peak_memory("dcgan", [*flags, *more], 2)
+        cells = f"{ms:.4g} | {3 * 128e3 / ms:.4g} | {memory:.0f}"
+        print(f"| dcgan 64x64x3, ngf 128, ndf 128, batch 128 | {mode} | {cells} |", flush=True)
 
 
 def unroll(data, turns=15):
     """What looking ahead costs: one update of G at each k in turns, on networks whose D has stepped once; and the peak
     of a process that trains with that k."""
-    print(f"{where()}, {turns} turns, median (min to max)\n\n| networks | inner | k | ms a G update | times k = 0 | "
-          f"peak memory, MiB |\n|---|---|---|---|---|---|")
-    for name, inner in (("unrolled 28", "adam"), ("unrolled 28", "sgd"), ("unrolled mlp", "adam")):
-        flags = [*MORE[name][1], *data, "--inner", inner]
-        args = unrolled.parse_args(flags)
-        G, D = (make(args, 1).to(DEVICE, memory_format=torch.channels_last)
-                for make in (unrolled.make_generator, unrolled.make_discriminator))
-        opt_g, opt_d = (unrolled.adam(net, 1e-4, args) for net in (G, D))
+    script = importlib.import_module("unrolled")
+    print(f"{where()}, {turns} turns, median (min to max)\n")
+    head("networks", "inner", "k", "ms a G update", "times k = 0", "peak memory, MiB")
+    for case, inner in (("unrolled 28", "adam"), ("unrolled 28", "sgd"), ("unrolled mlp", "adam")):
+        name, own_flags = NO_TEXTBOOK[case]
+        flags = [*own_flags, *data, "--inner", inner]
+        args = script.parse_args(flags)
+        G, D = (net.to(DEVICE, memory_format=torch.channels_last) for net in networks(name, args))
+        opt_g, opt_d = (script.adam(net, 1e-4, args) for net in (G, D))
         x_real = torch.rand(args.batch_size, 1, args.image_size, args.image_size, device=DEVICE) * 2 - 1
         D(x_real).square().mean().backward()
         opt_d.step()
@@ -295,188 +412,210 @@ def unroll(data, turns=15):
         for turn in range(turns + 2):  # two to warm up
             for k, taken in times.items():
                 start = now()
-                x_fake = G(unrolled.sample_z(args, args.batch_size, DEVICE))
-                params = unrolled.look_ahead(D, opt_d, x_real, x_fake, k, inner, args.inner_lr)
-                loss = unrolled.generator_loss(unrolled.functional_call(D, params, (x_fake,)), "ns")
+                x_fake = G(script.sample_z(args, args.batch_size, DEVICE))
+                params = script.look_ahead(D, opt_d, x_real, x_fake, k, inner, args.inner_lr)
+                loss = script.generator_loss(functional_call(D, params, (x_fake,)))
                 opt_g.zero_grad(set_to_none=True)
                 loss.backward(inputs=list(G.parameters()))
                 opt_g.step()
-                if turn > 1: taken.append(1e3 * (now() - start))
+                if turn > 1:
+                    taken.append(1e3 * (now() - start))
         for k, taken in times.items():
-            ratios = [a / b for a, b in zip(taken, times[0])]
-            print(f"| {name} | {inner} | {k} | {row(taken)} | {statistics.median(ratios):.3g} | "
-                  f"{peak_memory(name, [*flags, '--k', str(k)]):.0f} |", flush=True)
+            ratio = statistics.median(a / b for a, b in zip(taken, times[0]))
+            memory = peak_memory(name, [*flags, "--k", str(k)])
+            print(f"| {case} | {inner} | {k} | {row(taken)} | {ratio:.3g} | {memory:.0f} |", flush=True)
 
 
 def growth(data):
     """Time and memory of our iteration as the batch and the networks grow, in the fastest mode for the device."""
-    print(f"{where()}\n\n| networks | batch | ngf, ndf | ms an iteration | images/s | peak memory, MiB |\n"
-          f"|---|---|---|---|---|---|")
-    for name, batch, width in [*(("wgan_gp mlp", b, 32) for b in (64, 128, 256, 512, 1024)),
-                               *(("wgan_gp", b, 32) for b in (64, 128, 256, 512, 1024)),
-                               *(("wgan_gp", 64, w) for w in (64, 96, 128))]:
-        flags = [*CASES[name][1], *data, *FLOAT32, "--paper",
-                 "--batch-size", str(batch), "--ngf", str(width), "--ndf", str(width)]
-        times = [0.0]
+    print(f"{where()}\n")
+    head("networks", "batch", "ngf, ndf", "ms an iteration", "images/s", "peak memory, MiB")
+    batches = 64, 128, 256, 512, 1024
+    sizes = [("wgan_gp mlp", b, 32) for b in batches]
+    sizes += [("wgan_gp", b, 32) for b in batches]
+    sizes += [("wgan_gp", 64, w) for w in (64, 96, 128)]
+    for case, batch, width in sizes:
+        flags = [*CASES[case][1], *data, *FLOAT32, "--paper", "--batch-size", str(batch)]
+        flags += ["--ngf", str(width), "--ndf", str(width)]
+        times = []
 
         def mark(n, times=times):
-            if n >= 4: times.append(now())  # 3 eager iterations come before a graph
-            if sum(t > 0 for t in times) > 2 and (len(times) > 200 or times[-1] - times[1] > 6): raise Done
+            if n >= 4:  # 3 eager iterations come before a graph
+                times.append(now())
+            if len(times) > 200 or (len(times) > 2 and times[-1] - times[0] > 6):
+                raise Done
 
-        our_loop(wgan_gp, flags, mark)
-        ms = 1e3 * (times[-1] - times[1]) / (len(times) - 2)
-        print(f"| {name} | {batch} | {width if name == 'wgan_gp' else '-'} | {ms:.4g} | {5e3 * batch / ms:.4g} | "
-              f"{peak_memory(name, flags):.0f} |", flush=True)
+        our_loop("wgan_gp", flags, mark)
+        ms = 1e3 * (times[-1] - times[0]) / (len(times) - 1)
+        shown = width if case == "wgan_gp" else "-"
+        memory = peak_memory("wgan_gp", flags)
+        print(f"| {case} | {batch} | {shown} | {ms:.4g} | {5e3 * batch / ms:.4g} | {memory:.0f} |", flush=True)
 
 
-def profile(name, data):
+def profile(case, data):
     """Self time by operation over ten iterations of our own loop."""
     profiler = torch.profiler.profile()
 
     def watch(n):
-        if n == 5: profiler.start()
+        if n == 5:
+            profiler.start()
         if n == 15:
             now()
             profiler.stop()
             raise Done
 
-    our_loop(CASES[name][0], [*CASES[name][1], *data, *FLOAT32], watch)
+    name, flags = CASES[case]
+    our_loop(name, [*flags, *data, *FLOAT32], watch)
     print(profiler.key_averages().table(sort_by=f"self_{DEVICE}_time_total", row_limit=14, max_name_column_width=40))
-
-
-def activation(data):
-    """One update of D with wgan_gp.py's LeakyReLU beside the same with nn.LeakyReLU, turn by turn; milliseconds."""
-    print("| networks | ours, ms | nn.LeakyReLU, ms | ratio |\n|---|---|---|---|")
-    for name, flags in ((name, flags) for name, (script, flags) in CASES.items() if script is wgan_gp):
-        args = wgan_gp.parse_args([*flags, *data])
-        x_real, x_fake = (torch.rand(args.batch_size, 1, args.image_size, args.image_size) * 2 - 1 for _ in range(2))
-        D = wgan_gp.make_discriminator(args, 1).to(memory_format=torch.channels_last)
-        times = ([], [])
-        for i in range(2 * 40):
-            net = (D, plain(D))[i % 2]
-            start = time.perf_counter()
-            score_real, score_fake = net(torch.cat([x_real, x_fake])).chunk(2)
-            penalty, _ = wgan_gp.gradient_penalty(net, wgan_gp.interpolate(x_real, x_fake))
-            (wgan_gp.discriminator_loss(score_real, score_fake) + 10 * penalty).backward()
-            times[i % 2].append(1e3 * (time.perf_counter() - start))
-            net.zero_grad(set_to_none=True)
-        ours, theirs = (t[5:] for t in times)
-        print(f"| {name} | {row(ours)} | {row(theirs)} | {row([b / a for a, b in zip(ours, theirs)])} |", flush=True)
 
 
 def public_script(data_dir):
     """The most used public script's defaults: its MLP pair (100-128-256-512-1024-784 with batch norm whose 0.8 is eps,
     784-512-256-1), Adam 2e-4 (.5, .999), batch 64, 5 critic updates, lambda 10, no averaging. The loop that trains it,
     and what draws 10,000 samples of it."""
+    script = importlib.import_module("wgan_gp")
     torch.manual_seed(0)
-    args = wgan_gp.parse_args(["--paper", "--dataset", "mnist", "--arch", "mlp", "--data-dir", data_dir,
-                               "--lr-g", "2e-4", "--lr-d", "2e-4", "--beta2", ".999"])
-    layers, width = [nn.Linear(100, 128), nn.LeakyReLU(0.2)], 128
+    flags = ["--paper", "--dataset", "mnist", "--arch", "mlp", "--data-dir", data_dir]
+    args = script.parse_args([*flags, "--lr-g", "2e-4", "--lr-d", "2e-4", "--beta2", ".999"])
+    layers = [nn.Linear(100, 128), nn.LeakyReLU(0.2)]
+    width = 128
     for w in (256, 512, 1024):
         layers += [nn.Linear(width, w), nn.BatchNorm1d(w, eps=0.8), nn.LeakyReLU(0.2)]
         width = w
     G = nn.Sequential(*layers, nn.Linear(1024, 784), nn.Tanh(), nn.Unflatten(1, (1, 28, 28)))
-    D = nn.Sequential(nn.Flatten(), nn.Linear(784, 512), nn.LeakyReLU(0.2), nn.Linear(512, 256), nn.LeakyReLU(0.2),
-                      nn.Linear(256, 1), nn.Flatten(0))
+    layers = [nn.Flatten(), nn.Linear(784, 512), nn.LeakyReLU(0.2), nn.Linear(512, 256), nn.LeakyReLU(0.2)]
+    D = nn.Sequential(*layers, nn.Linear(256, 1), nn.Flatten(0))
 
     @torch.no_grad()
     def samples():
         z = torch.randn(10_000, 100, generator=torch.Generator().manual_seed(1))
-        x = torch.cat([wgan_gp.to_uint8(G.eval()(b)) for b in z.split(500)])
+        x = torch.cat([script.to_uint8(G.eval()(b)) for b in z.split(500)])
         G.train()
         return x
 
-    return Textbook(wgan_gp, args, G, D, *wgan_gp.load_data("mnist", data_dir, 28, "train")), samples
+    x, y, _ = script.load_data("mnist", data_dir, 28, "train")
+    return Textbook("wgan_gp", args, G, D, x, y), samples
 
 
 def judge_of(data_dir):
-    import metrics
-    return metrics.Judge("mnist", functools.partial(wgan_gp.load_data, "mnist", data_dir, 28), data_dir)
+    metrics = importlib.import_module("metrics")
+    return metrics.Judge("mnist", functools.partial(metrics.load_data, "mnist", data_dir, 28), data_dir)
 
 
 def yardstick(steps, data_dir):
     """The public script's loop for that many critic updates, scored by metrics.Judge on the way."""
-    (loop, samples), judge, start = public_script(data_dir), judge_of(data_dir), time.time()
+    loop, samples = public_script(data_dir)
+    judge = judge_of(data_dir)
+    start = time.time()
     for i in range(1, steps + 1):
-        losses = loop.step()
+        d_loss, _ = loop.step()
         if i % 938 == 0:
-            print(f"step {i}: d_loss {losses[0]:.3f}  {time.time() - start:.0f} s", flush=True)
-        if i == steps or i % 4690 == 0: print(f"step {i}: {judge.line(judge(samples()))}", flush=True)
+            print(f"step {i}: d_loss {d_loss:.3f}  {time.time() - start:.0f} s", flush=True)
+        if i == steps or i % 4690 == 0:
+            print(f"step {i}: {judge.line(judge(samples()))}", flush=True)
 
 
 def time_to(target, data_dir):
     """Seconds of training, scoring not counted, until FID[classifier] on MNIST is `target` or less: wgan_gp.py's first
     epochs as it comes, with --arch mlp and --amp beside, and then the public script's loop, up to 25 epochs of it."""
-    judge, table = judge_of(data_dir), [f"{where()}\n\n| to FID {target:g} | D updates | seconds | FID | times |\n"
-                                        "|---|---|---|---|---|"]
-    for name, flags in (("wgan_gp.py", []), ("wgan_gp.py --amp", ["--amp"]),
-                        ("wgan_gp.py --arch mlp --amp", ["--arch", "mlp", "--amp"])):
-        record, spent, got = wgan_gp.Run.record, [0.0, None], []
-
-        def watched(run, values, record=record, spent=spent, got=got):
-            record(run, values)
-            if run.step % 67: return
-            spent[0] += now() - spent[1]
-            fid = judge(run.draw(run.noise(10_000, 2))[0])["fid"]
-            print(f"{run.step} updates, {spent[0]:.1f} s: FID {fid:.1f}", flush=True)
-            if fid <= target:
-                got[:] = run.step, spent[0], fid
-                raise Done
-            spent[1] = now()
-
-        wgan_gp.Run.record = watched
-        spent[1] = now()
-        try:
-            with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Done):
-                wgan_gp.main(["--dataset", "mnist", "--data-dir", data_dir, "--epochs", "5", "--device", DEVICE,
-                              "--run-dir", f"{folder}/run", *QUIET, *flags])
-        finally:
-            wgan_gp.Run.record = record
-        table.append((name, *(got or (4685, spent[0], math.inf))))
-    (loop, samples), spent, i, fid = public_script(data_dir), 0.0, 0, math.inf
+    judge = judge_of(data_dir)
+    table = [
+        (f"wgan_gp.py{more}", *ours_to(target, [*more.split(), "--dataset", "mnist", "--data-dir", data_dir], judge))
+        for more in ("", " --amp", " --arch mlp --amp")
+    ]
+    loop, samples = public_script(data_dir)
+    spent = 0.0
+    i = 0
+    fid = math.inf
     while i < 23_450 and fid > target:
         start = now()
-        for _ in range(938): loop.step()
-        i, spent, fid = i + 938, spent + now() - start, judge(samples())["fid"]
+        for _ in range(938):
+            loop.step()
+        i += 938
+        spent += now() - start
+        fid = judge(samples())["fid"]
         print(f"textbook, {i} updates, {spent:.1f} s: FID {fid:.1f}", flush=True)
-    print(table[0])
-    for name, *got in [*table[1:], ("textbook loop, MLP", i, spent, fid)]:
-        print(f"| {name} | {got[0]} | {got[1]:.1f} | {got[2]:.1f} | {spent / got[1]:.1f} |")
+    print(f"{where()}\n")
+    head(f"to FID {target:g}", "D updates", "seconds", "FID", "times")
+    for name, updates, seconds, reached in [*table, ("textbook loop, MLP", i, spent, fid)]:
+        print(f"| {name} | {updates} | {seconds:.1f} | {reached:.1f} | {spent / seconds:.1f} |")
 
 
-if __name__ == "__main__":
+def ours_to(target, flags, judge, most=4685):
+    """(updates of D, seconds, FID) at the first of every 67 updates whose FID is `target`, or at the last."""
+    metrics = importlib.import_module("metrics")
+    script = importlib.import_module("wgan_gp")
+    add = metrics.Study.add
+    spent = 0.0
+    start = now()
+    fid = math.inf
+    updates = 0
+
+    def watched(study, losses):
+        nonlocal spent, start, fid, updates
+        add(study, losses)
+        updates += 1
+        if updates % 67:
+            return
+        spent += now() - start
+        z = study.noise(judge.n, metrics.SCORING)
+        fid = judge(study.sample(z, study.labels(judge.n)))["fid"]
+        print(f"{updates} updates, {spent:.1f} s: FID {fid:.1f}", flush=True)
+        if fid <= target or updates + 67 > most:
+            raise Done
+        start = now()
+
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(metrics.Study, "add", watched):
+        with contextlib.suppress(Done), mock.patch("signal.signal"):
+            script.main([*flags, "--epochs", "5", "--device", DEVICE, "--run-dir", f"{folder}/run", *QUIET])
+    return updates, spent, fid
+
+
+def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--blocks", type=int, default=9)
     p.add_argument("--iterations", type=int, default=4)
     p.add_argument("--data-dir", default=str(ROOT / "data"))
-    p.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    p.add_argument("--cases", nargs="+", choices=[*CASES, *NO_TEXTBOOK], default=list(CASES))
+    p.add_argument("--against", metavar="CHECKOUT")
     p.add_argument("--growth", action="store_true")
     p.add_argument("--big", metavar="FOLDER")
-    p.add_argument("--memory", help=argparse.SUPPRESS)
-    p.add_argument("--modes", nargs="+", choices=MODES[DEVICE], help="with --big; default: all")
+    p.add_argument("--modes", nargs="+", choices=MODES[DEVICE], default=list(MODES[DEVICE]))
     p.add_argument("--unroll", action="store_true")
     p.add_argument("--profile", choices=CASES)
-    p.add_argument("--activation", action="store_true")
     p.add_argument("--yardstick", type=int, metavar="STEPS")
     p.add_argument("--to", type=float, metavar="FID")
-    a = p.parse_args()
-    has_mnist = os.path.exists(f"{a.data_dir}/MNIST/raw/train-images-idx3-ubyte")
-    data = ["--dataset", "mnist", "--data-dir", a.data_dir] if has_mnist else []
-    if a.memory:
-        print_memory(*json.loads(a.memory), a.iterations)
-    elif a.big:
-        big(a.big, a.modes)
-    elif a.unroll:
+    p.add_argument("--memory", help=argparse.SUPPRESS)
+    p.add_argument("--serve", help=argparse.SUPPRESS)
+    p.add_argument("--root", default=str(ROOT), help=argparse.SUPPRESS)
+    args = p.parse_args()
+    sys.path.insert(0, str(Path(args.root).resolve()))
+    data_dir = str(Path(args.data_dir).resolve())
+    has_mnist = Path(data_dir, "MNIST/raw/train-images-idx3-ubyte").exists()
+    data = ["--dataset", "mnist", "--data-dir", data_dir] if has_mnist else []
+    if args.memory:
+        print_memory(*json.loads(args.memory), args.iterations)
+    elif args.serve:
+        serve(*json.loads(args.serve), args.iterations)
+    elif args.against:
+        against(args.against, args.cases, args.modes, args.blocks, args.iterations, data)
+    elif args.big:
+        big(args.big, args.modes)
+    elif args.unroll:
         unroll(data)
-    elif a.growth:
+    elif args.growth:
         growth(data)
-    elif a.profile:
-        profile(a.profile, data)
-    elif a.activation:
-        activation(data)
-    elif a.yardstick:
-        yardstick(a.yardstick, a.data_dir)
-    elif a.to:
-        time_to(a.to, a.data_dir)
+    elif args.profile:
+        profile(args.profile, data)
+    elif args.yardstick:
+        yardstick(args.yardstick, data_dir)
+    elif args.to:
+        time_to(args.to, data_dir)
+    elif set(args.cases) <= set(CASES):
+        speed(args.cases, args.modes, args.blocks, args.iterations, data)
     else:
-        speed(a.cases, a.blocks, a.iterations, data)
+        p.error(f"there is a textbook loop for {', '.join(CASES)} only")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,8 +1,9 @@
 """The plumbing's one writer: what stands below the ruled line of wgan_gp.py goes into the other six image scripts.
 
-    python tests/sync.py            write it
-    python tests/sync.py --check    compare instead: names the first line that differs, exit code 1
+python tests/sync.py            write it
+python tests/sync.py --check    compare instead: names the first line that differs, exit code 1
 """
+
 import sys
 from itertools import zip_longest
 from pathlib import Path
@@ -17,18 +18,28 @@ def halves(path):
     return method, line + plumbing
 
 
+def first_difference(home, other):
+    """(number of the line, line in home, line in other), None for a line that one of them lacks."""
+    pairs = enumerate(zip_longest(home.split("\n"), other.split("\n")))
+    return next((i, ours, theirs) for i, (ours, theirs) in pairs if ours != theirs)
+
+
 def main(check):
-    home, differs = halves(ROOT / "wgan_gp.py")[1], False
-    for path in (ROOT / name for name in OTHERS):
-        method, plumbing = halves(path)
-        if plumbing != home and not check:
-            path.write_text(method + home)
-        elif plumbing != home:
-            pairs = zip_longest(home.split("\n"), plumbing.split("\n"))
-            i, (ours, theirs) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
-            print(f"{path.name}:{method.count(chr(10)) + i + 1}: {theirs!r} where wgan_gp.py has {ours!r}")
-            differs = True
-    return int(differs)
+    """Returns the exit code."""
+    _, home = halves(ROOT / "wgan_gp.py")
+    code = 0
+    for name in OTHERS:
+        method, plumbing = halves(ROOT / name)
+        if plumbing == home:
+            continue
+        if check:
+            i, ours, theirs = first_difference(home, plumbing)
+            line = method.count("\n") + 1 + i
+            print(f"{name}:{line}: {theirs!r} where wgan_gp.py has {ours!r}")
+            code = 1
+        else:
+            (ROOT / name).write_text(method + home)
+    return code
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""What a script does where no flag says otherwise, --paper, and what came with the new defaults: three levels at 28
-pixels, penalties on a share of the batch, R1 where the paper has none, relativistic pairs."""
+"""What a script does where no flag says otherwise, with --paper and with --arch mlp; and what came with the defaults:
+three levels at 28 pixels, penalties on a share of the batch, R1 where the paper has none, relativistic pairs."""
+
 import argparse
 
 import numpy as np
 import pytest
 import torch
-from test_gan_losses import run
+from test_gan_losses import float64, forwards, run, steps  # noqa: F401  float64: a fixture
 from torch import nn
 
 import bigan
@@ -25,94 +26,135 @@ def flags(module, *argv):
 
 
 @EACH
-def test_a_flag_given_beats_the_best_ones_and_the_papers(module):
-    best, mlp, paper = flags(module), flags(module, "--arch", "mlp"), flags(module, "--paper")
-    assert {k: best[k] for k in module.BEST} == module.BEST
-    assert {k: mlp[k] for k in module.BEST | module.MLP} == module.BEST | module.MLP
-    said = {k: v for k, v in module.PAPER.items() if v is not None}  # None: what follows from other flags
-    assert {k: paper[k] for k in said} == said
-    own = {k for k in module.BEST if k not in module.PAPER}  # what the paper leaves open is as without the best ones
-    assert own == ({"image_size"} if module is cdcgan else set())
+def test_a_flag_given_beats_paper_which_beats_mlp_which_beats_the_default(module):
+    plain, mlp, paper = flags(module), flags(module, "--arch", "mlp"), flags(module, "--paper")
+    both = flags(module, "--arch", "mlp", "--paper")
+    norm = {"d_norm"}  # batch norm in D follows from other flags too: test_flags.py
+    assert {k: mlp[k] for k in module.MLP} == module.MLP
+    assert {k: paper[k] for k in module.PAPER} == module.PAPER
+    assert {k: both[k] for k in module.PAPER.keys() - norm} == {k: module.PAPER[k] for k in module.PAPER.keys() - norm}
+    assert {k: both[k] for k in module.MLP.keys() - module.PAPER.keys()} == {
+        k: v for k, v in module.MLP.items() if k not in module.PAPER
+    }
+    same = plain.keys() - module.MLP.keys() - norm - {"arch", "run_dir", "image_size", "latent_dim"}
+    assert {k: mlp[k] for k in same} == {k: plain[k] for k in same}
     assert (paper["ema"], paper["lr_decay"], paper.get("penalty_share", 1)) == (0.999, "none", 1)
-    assert best["lr_decay"] == "linear" and best["paper"] is False and paper["paper"] is True
+    assert plain["lr_decay"] == "linear" and plain["paper"] is False and paper["paper"] is True
     for more in ([], ["--paper"], ["--arch", "mlp"]):
         given = flags(module, *more, "--lr-g", "3e-3", "--batch-size", "24", "--lr-decay", "none")
         assert (given["lr_g"], given["batch_size"], given["lr_decay"]) == (3e-3, 24, "none")
 
 
 @EACH
-def test_help_shows_what_a_run_would_take(module, capsys):
+def test_help_shows_the_defaults_and_what_paper_and_mlp_set(module, capsys):
     with pytest.raises(SystemExit) as stop:
         module.main(["--help"])
-    shown = capsys.readouterr().out.split("options:")[1].split("\n  --")
-    text = {part.split()[0]: " ".join(part.split()) for part in shown}
+    text = " ".join(capsys.readouterr().out.split())
     assert stop.value.code == 0
-    for flag, value in module.BEST.items():
-        assert f"(default: {value})" in text[flag.replace("_", "-")], flag
-    for flag, value in module.PAPER.items():
-        assert value is None or f"(--paper: {value})" in text[flag.replace("_", "-")], flag
-    assert all(line.count("(default: ") <= 1 and "default: None" not in line for line in text.values())
+    parts = text.split("options: ")[1].split(" --")
+    shown = {part.split()[0]: part for part in reversed(parts)}  # a later part may be another flag's help
+    plain = flags(module)
+    for name in ("lr_g", "lr_d", "batch_size", "ema", "ngf", "epochs", "dataset", "lr_decay"):
+        assert f"(default: {plain[name]})" in shown[name.replace("_", "-")], name
+    assert "default: None" not in text and "default: False" not in text and text.count("(default: ") > 20
+    assert f"--paper sets {module.PAPER}. --arch mlp sets {module.MLP}." in text
 
 
 def test_a_flag_of_ones_own_needs_no_help(capsys):
     """As a copy of a script would add one."""
     p = argparse.ArgumentParser()
     p.add_argument("--mine", type=int, default=3)
+    p.add_argument("--batch-size", type=int, default=64)
     wgan_gp.add_run_flags(p)
-    assert wgan_gp.resolve(p, [], wgan_gp.BEST, wgan_gp.MLP, wgan_gp.PAPER).mine == 3
-    assert "(default: 3)" in p.format_help()
+    args, given = wgan_gp.resolve(p, ["--seed", "0"], {}, {"mine": 4})
+    assert args.mine == 3 and set(given) == {"seed"}
+    assert wgan_gp.resolve(p, ["--arch", "mlp"], {"mine": 5}, {"mine": 4})[0].mine == 4
+    assert "--mine" in p.format_help()
 
 
 def test_the_papers_settings():
     """Gulrajani et al., algorithm 1, but for beta1, .5 in their MNIST code; Arjovsky et al., algorithm 1; Radford et
-    al., section 4; Eghbal-zadeh et al.'s code has 1e-3 in 2-D."""
+    al., section 4; Metz et al.; Eghbal-zadeh et al.'s code has 1e-3 in 2-D."""
     a = flags(wgan_gp, "--paper")
     assert (a["gp_weight"], a["d_steps"], a["lr_g"], a["lr_d"], a["beta1"], a["beta2"]) == (10, 5, 1e-4, 1e-4, 0.5, 0.9)
     a = flags(wgan_clip, "--paper")
-    assert (a["clip"], a["optimizer"], a["d_steps"], a["lr_d"], a["batch_size"]) == (0.01, "rmsprop", 5, 5e-5, 64)
+    assert (a["clip"], a["optimizer"], a["d_steps"], a["lr_g"], a["lr_d"]) == (0.01, "rmsprop", 5, 5e-5, 5e-5)
+    assert (a["batch_size"], a["d_norm"], a["g_norm"], a["d_dropout"]) == (64, "batch", "batch", 0)
+    for module in (dcgan, cdcgan):
+        a = flags(module, "--paper")
+        assert (a["lr_g"], a["lr_d"], a["beta1"], a["beta2"], a["batch_size"]) == (2e-4, 2e-4, 0.5, 0.999, 128)
+        assert (a["d_steps"], a["g_steps"], a["latent_dim"], a["prior"]) == (1, 1, 100, "normal")
+        assert (a["d_norm"], a["r1"]) == ("batch", 0)
     a = flags(dcgan, "--paper")
-    assert (a["lr_g"], a["lr_d"], a["beta1"], a["batch_size"], a["d_norm"]) == (2e-4, 2e-4, 0.5, 128, "batch")
-    assert flags(unrolled, "--paper")["k"] == 5
+    assert (a["loss"], a["gp"], a["r2"], a["upsample"], a["init"], a["norm_first"]) == (
+        *("ns", 0, 0, "deconv", "dcgan"),
+        False,
+    )
+    assert flags(unrolled, "--paper")["k"] == 5 and flags(unrolled, "--paper")["inner"] == "adam"
 
 
 @EACH
 def test_the_side_is_what_suits_the_data_set(module):
-    if module is not cdcgan:
-        sides = {n: flags(module, "--dataset", n)["image_size"] for n in module.DATASETS}
-        assert sides == {"digits": 28, "mnist": 28, "fashion": 28, "stacked_mnist": 28, "cifar10": 32, "celeba": 64,
-                         "folder": 64}
-        assert flags(module, "--arch", "mlp", "--dataset", "folder")["image_size"] == 28
+    sides = {name: flags(module, "--dataset", name)["image_size"] for name in module.CHANNELS}
+    grey = 32 if module is cdcgan else 28  # its networks double from 4
+    small = {"digits": grey, "mnist": grey, "fashion": grey, "stacked_mnist": grey}
+    assert sides == {**small, "cifar10": 32, "celeba": 64, "folder": 64}
+    assert flags(module, "--arch", "mlp", "--dataset", "folder")["image_size"] == 28
     assert flags(module, "--paper", "--dataset", "folder")["image_size"] == 32
+    assert flags(module, "--paper", "--dataset", "folder", "--image-size", "64")["image_size"] == 64
 
 
 @EACH
-def test_the_size_of_z_is_what_suits_the_pictures(module):
+def test_the_size_of_z_is_what_suits_the_images(module):
     def size(*argv):
         return flags(module, *argv)["latent_dim"]
+
     assert size("--paper") == size("--paper", "--arch", "mlp") == size("--dataset", "folder") == 100
     assert size("--arch", "mlp", "--dataset", "mnist") == (50 if module is bigan else 100)
     assert size("--dataset", "mnist") == size() == 16 and size("--latent-dim", "7", "--paper") == 7
 
 
-@pytest.mark.parametrize("module", [m for m in ALL if m is not cdcgan], ids=lambda m: m.__name__)
-@pytest.mark.parametrize("argv, sides", [([], [4, 7, 14, 28]), (["--paper", "--image-size", "28"], [7, 14, 28]),
-                                         (["--image-size", "32"], [4, 8, 16, 32]),
-                                         (["--image-size", "64"], [4, 8, 16, 32, 64])])
-def test_each_level_doubles_the_side(module, argv, sides):
-    """Of G from z to the picture, and of D from the picture back."""
-    args = module.parse_args([*argv, "--ngf", "2", "--ndf", "2"])
-    args.classes = 10
-    G, D = module.make_generator(args, 1), module.make_discriminator(args, 1)
-    seen = {"G": [], "D": []}
-    for name, net in (("G", G), ("D", D)):
+LEVELS = {28: [4, 7, 14, 28], 16: [4, 8, 16], 32: [4, 8, 16, 32], 128: [4, 8, 16, 32, 64, 128]}
+
+
+@pytest.mark.parametrize("module, side", [(m, side) for m in ALL for side in LEVELS if (m, side) != (cdcgan, 28)])
+@pytest.mark.parametrize("paper", [[], ["--paper"]], ids=["", "--paper"])
+def test_each_level_doubles_the_side(module, paper, side):
+    """Of G from z to the image, and of D (and bigan.py's E) from the image back."""
+    args = module.parse_args([*paper, "--ngf", "2", "--ndf", "2", "--image-size", str(side)])
+    classes = {cdcgan: (10,), wgan_clip: (0,)}.get(module, ())
+    nets = {"G": module.Generator(args, 1, *classes), "D": module.Discriminator(args, 1, *classes)}
+    if module is bigan:
+        nets["E"] = module.Encoder(args, 1)
+    seen = {name: [] for name in nets}
+    for name, net in nets.items():
         for m in net.modules():
             if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)):
                 m.register_forward_hook(lambda m, i, o, name=name: seen[name].append(o.shape[-1]))
     z = torch.randn(3, args.latent_dim)
-    x = G.eval()(z)
-    D.eval()(*(x, z) if module is bigan else (x,))
-    assert x.shape == (3, 1, sides[-1], sides[-1]) and [s for s in seen["G"] if s > 1] == sides
-    assert [s for s in seen["D"] if s > 1] == sides[-2::-1]
+    y = [torch.tensor([0, 3, 9])] if module is cdcgan else []
+    x = nets["G"].eval()(z, *y)
+    nets["D"].eval()(x, *([z] if module is bigan else y))
+    sides = LEVELS[side]
+    assert x.shape == (3, 1, side, side)
+    assert sorted({s for s in seen["G"] if s > 1}) == sides
+    assert sorted({s for s in seen["D"] if s > 1}) == sides[:-1]
+    if module is bigan:
+        assert nets["E"].eval()(x).shape == z.shape and sorted({s for s in seen["E"] if s > 1}) == sides[:-1]
+
+
+@EACH
+@pytest.mark.parametrize("side", [8, 20, 48, 100, 512])
+def test_another_side_is_one_line_for_convolutions(module, side, capsys):
+    args = module.parse_args(["--image-size", str(side)])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        module.Discriminator(args, 1, *([10] if module in (cdcgan, wgan_clip) else []))
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1 and f"not --image-size {side}" in err
+
+
+# penalties ------------------------------------------------------------------------------------------------------------
 
 
 class Quadratic(nn.Module):
@@ -129,37 +171,35 @@ class Quadratic(nn.Module):
 @pytest.mark.parametrize("module", [dcgan, cdcgan, mdgan, unrolled], ids=lambda m: m.__name__)
 def test_squared_gradient_of_a_quadratic(module):
     x = torch.randn(5, 3, 4, 4, dtype=torch.float64)
-    D = Quadratic(torch.tensor(1.7, dtype=torch.float64).item()).double()
+    D = Quadratic(1.7).double()
     value = module.squared_gradient(D, x)
-    assert value.item() == pytest.approx(1.7**2 * x.square().sum().item() / 5, rel=1e-6)
+    a = D.a.item()
+    assert value.item() == pytest.approx(a**2 * x.square().sum().item() / 5, rel=1e-9)
     value.backward()  # d/da a^2 m = 2 a m
-    assert D.a.grad.item() == pytest.approx(2 * 1.7 * x.square().sum().item() / 5, rel=1e-6)
+    assert D.a.grad.item() == pytest.approx(2 * a * x.square().sum().item() / 5, rel=1e-9)
 
 
 def test_squared_gradient_of_a_pair_counts_both():
     """f(x, z) = <x, w> + 3 sum z: ||w||^2 + 9 times the numbers of z."""
     w = torch.randn(48, dtype=torch.float64)
-    value = bigan.squared_gradient(lambda x, z: x.flatten(1) @ w + 3 * z.sum(1), torch.randn(4, 3, 4, 4).double(),
-                                   torch.randn(4, 7).double())
+    x, z = torch.randn(4, 3, 4, 4).double(), torch.randn(4, 7).double()
+    value = bigan.squared_gradient(lambda x, z: x.flatten(1) @ w + 3 * z.sum(1), x, z)
     assert value.item() == pytest.approx(w.square().sum().item() + 9 * 7, rel=1e-12)
 
 
-@pytest.fixture
-def float64():
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+TINY = ["--batch-size", "8", "--latent-dim", "5", "--ngf", "4", "--ndf", "4", "--image-size", "16", "--device", "cpu"]
 
 
-@pytest.mark.parametrize("gp, r1, r2, share, k", [(0, 2, 0, 1, 8), (0, 0, 2, 1, 8), (0, 1, 3, 0.25, 2),
-                                                  (0.5, 0, 0, 0.3, 3), (0.25, 1, 1, 0.01, 1)])
-def test_the_penalty_is_of_the_first_share_of_the_batch(monkeypatch, float64, gp, r1, r2, share, k):
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize(
+    "gp, r1, r2, share, k",
+    [(0, 2, 0, 1, 8), (0, 0, 2, 1, 8), (0, 1, 3, 0.25, 2), (0.5, 0, 0, 0.3, 3), (0.25, 1, 1, 0.01, 1)],
+)
+def test_the_penalty_is_of_the_first_share_of_the_batch(monkeypatch, gp, r1, r2, share, k):
     """(gp + r1 / 2) a^2 mean ||x||^2 + (gp + r2 / 2) a^2 mean ||G(z)||^2 over the first k = ceil(share 8) of each."""
-    seen = run(monkeypatch, dcgan, ["--batch-size", "8", "--latent-dim", "5", "--ngf", "4", "--gp", str(gp), "--r1",
-                                    str(r1), "--r2", str(r2), "--penalty-share", str(share), "--device", "cpu"],
-               nets=(None, Quadratic(0.3)))
-    both = next(e for e in seen.events if e.kind == "forward" and e.net == "D").inputs[0]
+    argv = [*TINY, "--gp", str(gp), "--r1", str(r1), "--r2", str(r2), "--penalty-share", str(share)]
+    seen = run(monkeypatch, dcgan, argv, nets=(None, Quadratic(0.3)))
+    both = forwards(seen, "D")[0].inputs[0]
     real, fake = (t[:k].square().sum().item() / k for t in both.chunk(2))
     assert len(both) == 16 and (k == 8 or real != pytest.approx(both[:8].square().sum().item() / 8))
     wanted = 0.09 * ((gp + r1 / 2) * real + (gp + r2 / 2) * fake)
@@ -169,7 +209,7 @@ def test_the_penalty_is_of_the_first_share_of_the_batch(monkeypatch, float64, gp
 REAL, FAKE = np.array([0.3, -2, 7.5, 0, -9]), np.array([1.1, -0.4, 12, -13, 0])
 
 
-def test_the_relativistic_loss_pairs_each_made_picture_with_a_real_one():
+def test_the_relativistic_loss_pairs_each_fake_image_with_a_real_one():
     """E[log(1 + exp(f(G(z)) - f(x)))] for D, the two exchanged for G (Huang et al. 2024, eq. 2); and its gradient."""
     real, fake = (torch.tensor(v, requires_grad=True) for v in (REAL, FAKE))
     loss = dcgan.discriminator_loss(real, fake, "relativistic")
@@ -184,26 +224,30 @@ def test_the_relativistic_loss_pairs_each_made_picture_with_a_real_one():
     assert shifted.item() == pytest.approx(np.logaddexp(0, FAKE - REAL).mean(), abs=1e-12)  # only differences count
 
 
-def test_relativistic_training_gives_both_losses_the_pairs(monkeypatch, float64):
+@pytest.mark.usefixtures("float64")
+def test_relativistic_training_gives_both_losses_the_pairs(monkeypatch):
     """What train() logs is the loss of the scores that D gave; G's update sends no gradient into D."""
-    seen = run(monkeypatch, dcgan, ["--loss", "relativistic", "--batch-size", "6", "--latent-dim", "5", "--ngf", "4",
-                                    "--ndf", "4", "--r1", "0", "--device", "cpu", "--lr-d", "0"])
-    forwards = [e for e in seen.events if e.kind == "forward"]
-    both = next(e for e in forwards if e.net == "D").inputs[0]
-    x, z = both[:6], [e for e in forwards if e.net == "G"][-1].inputs[0]
+    seen = run(monkeypatch, dcgan, [*TINY, "--loss", "relativistic", "--r1", "0", "--lr-d", "0"])
+    both = forwards(seen, "D")[0].inputs[0]
+    x = both[:8]
+    z = forwards(seen, "G")[-1].inputs[0]
+    (event,) = steps(seen, "G")
+    (before,) = steps(seen, "D")
     with torch.no_grad():
         real, fake = (t.numpy() for t in seen.D(both).chunk(2))
-        assert seen.logged[0]["d_loss"] == pytest.approx(np.logaddexp(0, fake - real).mean(), rel=1e-9)
-        G = next(e for e in seen.events if e.kind == "step" and e.net == "G").copies[0]
-        made = seen.D(G(z)).numpy()
-        assert seen.logged[0]["g_loss"] == pytest.approx(np.logaddexp(0, seen.D(x).numpy() - made).mean(), rel=1e-6)
+        made = seen.D(event.copies[0](z)).numpy()
+    assert seen.logged[0]["d_loss"] == pytest.approx(np.logaddexp(0, fake - real).mean(), rel=1e-9)
+    assert seen.logged[0]["g_loss"] == pytest.approx(np.logaddexp(0, real - made).mean(), rel=1e-9)
+    for a, b in zip(before.grads["D"], event.grads["D"]):
+        assert torch.equal(a, b)
+    assert len(x) == 8 and not torch.equal(z, forwards(seen, "G")[0].inputs[0])
 
 
-def test_r1_adds_half_of_gamma_times_the_gradient(monkeypatch, float64):
+@pytest.mark.usefixtures("float64")
+def test_r1_adds_half_of_gamma_times_the_gradient(monkeypatch):
     """cdcgan: d_loss with gamma 2 less that without is E||grad f(x, y)||^2, by autograd on the first quarter."""
-    argv = ["--batch-size", "8", "--latent-dim", "5", "--ngf", "4", "--ndf", "4", "--device", "cpu", "--lr-d", "0"]
-    runs = [run(monkeypatch, cdcgan, [*argv, "--r1", str(r1)]) for r1 in (2, 0)]
-    both = next(e for e in runs[0].events if e.kind == "forward" and e.net == "D")
+    runs = [run(monkeypatch, cdcgan, [*TINY, "--lr-d", "0", "--r1", str(r1)]) for r1 in (2, 0)]
+    both = forwards(runs[0], "D")[0]
     x, y = both.inputs[0][:2].clone().requires_grad_(True), both.inputs[1][:2]
     rows = [torch.autograd.grad(runs[0].D(x, y)[i], x)[0][i].square().sum().item() for i in range(2)]
     difference = runs[0].logged[0]["d_loss"] - runs[1].logged[0]["d_loss"]

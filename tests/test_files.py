@@ -1,173 +1,293 @@
-"""The files themselves: one plumbing, budgets, every flag read, the four packages only, README's commands real."""
+"""The files themselves: one plumbing, every flag read, the four packages only, one direction of imports, the linter's
+settings, and README's commands, which run."""
+
 import ast
-import difflib
 import importlib
+import itertools
+import math
 import re
 import shlex
 import shutil
+import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import sync
+import torch
+from conftest import CASES, EVERY, ROOT, checkpoint, over, rendered, same
+from PIL import Image
 
-ROOT = Path(__file__).parents[1]
+import metrics
+
 IMAGE = [ROOT / f"{n}.py" for n in ("dcgan", "cdcgan", "wgan_clip", "wgan_gp", "bigan", "unrolled", "mdgan")]
 SCRIPTS = sorted(ROOT.glob("*.py"))
-METHOD = {p.name: sync.halves(p)[0] for p in IMAGE}
+NAMES = {path.stem for path in SCRIPTS}
+BY_NAME = pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+RECORD = ROOT / "tests/gallery/README.md"
 
-# lines at most, as `wc -l` counts; what was wished for: 700, 720 each, 780, 740; 5050, 490, 1300, 40
-BUDGET = {"wgan_gp.py": 792, "dcgan.py": 810, "cdcgan.py": 810, "unrolled.py": 814, "mdgan.py": 825,
-          "wgan_clip.py": 857, "bigan.py": 854,
-          "the seven together": 5762, "the plumbing": 598, "metrics.py": 1300, "tests/sync.py": 40}
+
+# the plumbing ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_plumbing_is_one():
     assert sync.main(check=True) == 0
 
 
-@pytest.fixture
-def tree(tmp_path, monkeypatch):
-    for path in IMAGE: shutil.copy(path, tmp_path)
-    monkeypatch.setattr(sync, "ROOT", tmp_path)
-    return tmp_path
-
-
 @pytest.mark.parametrize("cut", [False, True])
-def test_sync_names_the_first_line_that_differs_and_writes_it(tree, capsys, cut):
-    lines = (tree / "mdgan.py").read_text().split("\n")
-    i = next(i for i, line in enumerate(lines) if line.startswith("def write_whole"))
-    was, lines[i] = lines[i], "def write_half(path, write):"
-    (tree / "mdgan.py").write_text("\n".join(lines[:i] if cut else [*lines[:i + 2], "    pass", *lines[i + 2:]]))
-    method = (tree / "mdgan.py").read_text().split("\n# ====")[0]
+def test_sync_names_the_first_line_that_differs_and_writes_it(tmp_path, monkeypatch, capsys, cut):
+    home = sync.halves(ROOT / "wgan_gp.py")[1]
+    for path in IMAGE:
+        (tmp_path / path.name).write_text(sync.halves(path)[0] + home)
+    monkeypatch.setattr(sync, "ROOT", tmp_path)
+    whole = {path.name: (tmp_path / path.name).read_bytes() for path in IMAGE}
+    lines = (tmp_path / "mdgan.py").read_text().split("\n")
+    i = next(i for i, line in enumerate(lines) if line.startswith("def save("))
+    was = lines[i]
+    lines[i] = "def keep(name):"
+    changed = lines[:i] if cut else [*lines[: i + 2], "    pass", *lines[i + 2 :]]
+    (tmp_path / "mdgan.py").write_text("\n".join(changed))
     assert sync.main(check=True) == 1
     said = capsys.readouterr().out
     assert said.count("\n") == 1 and said.startswith(f"mdgan.py:{i + 1}: ") and repr(was) in said, said
     assert cut or repr(lines[i]) in said
     assert sync.main(check=False) == 0 and sync.main(check=True) == 0 and capsys.readouterr().out == ""
-    for path in IMAGE: assert (tree / path.name).read_bytes() == path.read_bytes()
-    assert method == METHOD["mdgan.py"]
+    assert whole == {path.name: (tmp_path / path.name).read_bytes() for path in IMAGE}
 
 
-def test_budgets():
-    lines = {p.name: p.read_text().count("\n") for p in [*IMAGE, ROOT / "metrics.py"]}
-    lines |= {"the seven together": sum(lines[p.name] for p in IMAGE),
-              "tests/sync.py": Path(sync.__file__).read_text().count("\n"),
-              "the plumbing": sync.halves(ROOT / "wgan_gp.py")[1].count("\n") - 1}  # it begins with the line before
-    print("\n".join(f"{name:20} {lines[name]:5} of {limit}" for name, limit in BUDGET.items()))
-    assert (ROOT / "README.md").read_text().count("\n") <= 200
-    over = {name: (lines[name], limit) for name, limit in BUDGET.items() if lines[name] > limit}
-    assert not over, over
+# the code -------------------------------------------------------------------------------------------------------------
 
 
-def test_the_plumbing_is_short_parts():
-    text = (ROOT / "wgan_gp.py").read_text()
-    first = METHOD["wgan_gp.py"].count("\n") + 1
-    for node in ast.walk(ast.parse(text)):
-        limit = {ast.ClassDef: 120, ast.FunctionDef: 50}.get(type(node), 10**6)
-        if getattr(node, "lineno", 0) > first:
-            n = node.end_lineno - node.lineno + 1
-            assert n <= limit, f"{node.name}: {n} lines"
-    for path in [*SCRIPTS, Path(sync.__file__)]:
-        for i, line in enumerate(path.read_text().splitlines()): assert len(line) <= 120, f"{path.name}:{i + 1}"
+def names_in(tree):
+    return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
 
 
-@pytest.mark.parametrize("name", METHOD)
-def test_the_method_says_nothing_of_ranks(name):
-    assert not re.search(r"\b(RANK|WORLD)\b|from_rank_0|torch\.distributed", METHOD[name])
+@pytest.mark.parametrize("path", IMAGE, ids=lambda path: path.name)
+def test_the_method_says_nothing_of_ranks(path):
+    method = ast.parse(sync.halves(path)[0])
+    assert not names_in(method) & {"RANK", "WORLD", "from_rank_0"}
+    attributes = {node.attr for node in ast.walk(method) if isinstance(node, ast.Attribute)}
+    assert "distributed" not in attributes and {"average_gradients", "seed_noise"} <= names_in(method)
 
 
-def test_every_flag_is_read():
-    for path in SCRIPTS:
-        text = path.read_text()
-        read = text + (ROOT / "metrics.py").read_text() if path in IMAGE else text  # some are for metrics.Study
-        flags = re.findall(r"""\ba?(?:\.add_argument)?\("--([a-z0-9-]+)",""", text)
-        assert len(flags) > 3
-        for flag in flags:
-            assert re.search(rf"\ba(?:rgs)?\.{flag.replace('-', '_')}\b", read), f"{path.name}: --{flag} is never read"
+def read_of_args(path):
+    """The names x of every args.x or self.args.x or study.args.x that is read."""
+    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)]
+    nodes = [node for node in nodes if isinstance(node.ctx, ast.Load)]
+    return {node.attr for node in nodes if "args" in (getattr(node.value, "id", ""), getattr(node.value, "attr", ""))}
 
 
-@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)
-def test_imports_are_the_four_packages_and_no_script(path):
+@BY_NAME
+def test_every_flag_is_read(path):
+    """Each is read where it is declared, or by what watches the run."""
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    declared = [call.args for call in calls if getattr(call.func, "attr", "") == "add_argument"]
+    flags = {next(a.value for a in names if a.value.startswith("--")).strip("-") for names in declared}
+    read = read_of_args(path) | read_of_args(ROOT / "metrics.py")
+    assert len(flags) > 3
+    never = {flag for flag in flags - {"help"} if flag.replace("-", "_") not in read}
+    assert not never, f"{path.name} never reads {never}"
+
+
+@BY_NAME
+def test_imports_are_the_four_packages_and_go_one_way(path):
+    """A script imports metrics.py, at its top, and no script; metrics.py imports none. TensorBoard and scikit-learn are
+    imported where a flag asks for them."""
     allowed = set(sys.stdlib_module_names) | {"torch", "torchvision", "numpy", "PIL"}
-    optional = {"bigan.py": {"metrics", "sklearn"}, "metrics.py": {"wgan_gp"}}.get(path.name, {"metrics"})
     tree = ast.parse(path.read_text())
-    top = {id(n) for n in tree.body}
     for node in ast.walk(tree):
-        names = ([a.name for a in node.names] if isinstance(node, ast.Import) else
-                 [node.module] if isinstance(node, ast.ImportFrom) else [])
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module]
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "import_module":
+            names = [node.args[0].value]
+        else:
+            continue
+        at_top = node in tree.body
         for name in names:
-            lazy = optional | {"torch"}  # torch.utils.tensorboard among them
-            assert name.split(".")[0] in (allowed if id(node) in top else allowed | lazy), f"{path.name} imports {name}"
-            assert "tensorboard" not in name or id(node) not in top
+            package = name.split(".")[0]
+            assert package not in NAMES - {"metrics"} and (package != "metrics" or at_top), f"{path.name}: {name}"
+            if not at_top:
+                assert package in {"sklearn", "torch"}, f"{path.name} imports {name} inside a function"
+            elif package != "metrics":
+                assert package in allowed and "tensorboard" not in name, f"{path.name} imports {name}"
 
 
-def test_the_method_is_about_as_long_as_designed(capsys):
-    """The method in about 200 lines; and, printed, what differs between each pair of scripts above the ruled line.
-    wgan_clip.py's eight flags for the ablations of reports A, D and E (labels, norms, dropout, ...) earn it 260,
-    bigan.py's encoder and its --probe 282."""
-    methods = {name: text.splitlines() for name, text in METHOD.items()}
-    for name, lines in methods.items():
-        limit = {"wgan_clip.py": 260, "bigan.py": 282, "mdgan.py": 228}.get(name, 215)
-        assert len(lines) <= limit, f"{name}: the method takes {len(lines)} lines"
-    for a in methods:
-        for b in methods:
-            if a < b:
-                diff = [x for x in difflib.unified_diff(methods[a], methods[b], a, b, n=0, lineterm="")]
-                print(f"{a} -> {b}: {sum(x[0] in '+-' for x in diff)} lines")
+def test_the_linter_has_no_waivers_for_layout_and_comes_before_the_tests():
+    settings = tomllib.loads((ROOT / ".ruff.toml").read_text())
+    assert settings["line-length"] == 120
+    assert {"E", "F", "W", "I", "B", "UP", "NPY", "RUF"} <= set(settings["lint"]["select"])
+    for waived in settings["lint"]["ignore"]:
+        assert not any(rule.startswith(waived) for rule in ("E401", "E402", "E701", "E702", "I001")), waived
+    assert not {"per-file-ignores", "extend-ignore"} & settings["lint"].keys() and "format" not in settings
+    ci = (ROOT / ".ci/run").read_text()
+    order = [ci.index(line) for line in ("\nruff format --check .\n", "\nruff check .\n", '\neval "${tests#* && }"\n')]
+    assert order == sorted(order)
 
 
-@pytest.mark.parametrize("path", IMAGE, ids=lambda p: p.name)
+# commands -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", IMAGE, ids=lambda path: path.name)
 def test_docstrings_commands_parse(path):
     module = importlib.import_module(path.stem)
     commands = re.findall(rf"^    python {path.name}(.*?)(?:  |$)", module.__doc__, re.M)
     assert len(commands) >= 2
-    for flags in (c for c in commands if "--resume" not in c): module.parse_args(shlex.split(flags))
+    for flags in (c for c in commands if "--resume" not in c):
+        module.parse_args(shlex.split(flags))
 
 
-def readme_commands():
-    """Of README.md and of the record."""
-    text = "\n".join((ROOT / f).read_text() for f in ("README.md", "tests/gallery/README.md"))
-    code = "\n".join(re.findall(r"```(?:sh|bash)\n(.*?)```", text, re.S))
-    found = re.findall(r"python ((?:tests/)?\w+\.py[^\n&;|#]*)", code)
-    return sorted({c.strip() for c in found})
+def commands_of(path):
+    """`python SCRIPT.py FLAGS` in the shell blocks and the text of a page."""
+    text = path.read_text()
+    blocks = "\n".join(re.findall(r"```(?:sh|bash)\n(.*?)```", text, re.S))
+    inline = re.findall(r"`([^`\n]*)`", re.sub(r"```.*?```", "", text, flags=re.S))
+    start = r"(?:python|torchrun --nproc-per-node \d+) "
+    found = re.findall(start + r"((?:tests/)?\w+\.py[^\n&;|#]*)", "\n".join([blocks, *inline]))
+    return {command.strip() for command in found}
 
 
-@pytest.mark.parametrize("command", readme_commands())
-def test_readme_commands_parse(command):
-    """Each command in README names a file that is here and flags that it knows; the training ones also run, dry."""
+def ours(command):
+    return command.split()[0] in {path.name for path in IMAGE}
+
+
+README = sorted(commands_of(ROOT / "README.md"))
+ALL = sorted({*README, *commands_of(RECORD)})
+
+
+def test_there_are_commands_of_each_kind():
+    scripts = {command.split()[0] for command in README}
+    assert {"wgan_gp.py", "dcgan.py", "toy2d.py", "metrics.py", "tests/bench.py", "tests/sync.py"} <= scripts
+    assert len([command for command in README if ours(command)]) > 10
+
+
+@pytest.mark.parametrize("command", ALL)
+def test_every_command_of_readme_and_of_the_record_parses(command, capsys):
+    """Of ours and of toy2d.py by their own parser; of the others each flag is one that the file names."""
     script, *flags = shlex.split(command)
     path = ROOT / script
     assert path.exists(), script
+    if (ours(command) and "--resume" not in flags) or script == "toy2d.py":
+        importlib.import_module(path.stem).parse_args(flags)
+        return
     text = path.read_text()
     for flag in (f for f in flags if f.startswith("-")):
         assert f'"{flag.split("=")[0]}"' in text, f"{script} has no {flag}"
 
 
-@pytest.mark.parametrize("command", [c for c in readme_commands() if c.split()[0] in {p.name for p in IMAGE}
-                                     and "--resume" not in c])
-def test_readme_training_commands_run_dry(command, tmp_path, monkeypatch):
+@pytest.fixture
+def run(small, monkeypatch):
+    """runs/NAME, a tiny run of wgan_gp.py of three updates; and data of every name, without a download."""
+    x, y = rendered(300, 1)
+
+    def from_torchvision(name, root, **part):
+        data = {"cifar10": x.expand(-1, 3, -1, -1).permute(0, 2, 3, 1)}.get(name, x[:, 0])
+        return SimpleNamespace(data=data.numpy(), targets=y.tolist(), classes=list("0123456789"))
+
+    monkeypatch.setattr(metrics, "from_torchvision", from_torchvision)
+    flags = [*CASES["wgan_gp"].tiny, "--dataset", "mnist", "--run-dir", "runs/NAME", "--holdout", "100"]
+    CASES["wgan_gp"].main([*flags, "--steps", "3"])
+    shutil.copy("runs/NAME/last.pt", "runs/NAME/best.pt")
+
+
+@pytest.mark.parametrize("command", [command for command in README if ours(command)])
+def test_readmes_commands_of_the_scripts_run(command, run):
+    """Two updates of D each, of small networks, or two images: what is tried are the flags."""
     script, *flags = shlex.split(command)
-    module = importlib.import_module(Path(script).stem)
-    monkeypatch.chdir(tmp_path)
-    name = flags[flags.index("--dataset") + 1] if "--dataset" in flags else "digits"
-    x, y = module.render_digits(300, 1)
-    if name == "folder":  # no test needs a download: the same flags on rendered digits, as a folder of classes
-        for i, picture in enumerate(x):
-            path = Path(flags[flags.index("--data-dir") + 1]) / ("train" if i % 4 else "test") / f"{y[i] % 3}/{i}.png"
+    given = dict(itertools.pairwise(flags))
+    if given.get("--dataset") == "folder":
+        for i, image in enumerate(rendered(300, 1)[0]):
+            path = Path(given["--data-dir"]) / f"{i % 3}/{i}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            module.save_sheet(picture[None], path)
-    elif name in ("mnist", "fashion"):
-        flags[flags.index("--dataset") + 1] = "digits"
-    flags += ["--ngf", "8", "--ndf", "8"]  # what is tried are the flags; the widths would take minutes
-    monkeypatch.setattr(module, "render_digits", lambda n, seed: (x, y))
-    if name == "stacked_mnist":
-        monkeypatch.setattr(module, "from_torchvision", lambda *a, **k: SimpleNamespace(data=x[:, 0], targets=y))
-        monkeypatch.setattr(module, "stack", lambda x, y, n, seed, stack=module.stack: stack(x, y, 300, seed))
-    if name in ("cifar10", "celeba"):
-        monkeypatch.setattr(module, "load_data", lambda name, root, size, split, limit=None: (
-            module.fit(x, size).expand(-1, 3, -1, -1)[:limit], (y if name == "cifar10" else 0 * y - 1)[:limit]))
-    module.main([*flags, "--dry-run", "--device", "cpu", "--run-dir", "run"])
-    made = {p.name for p in (tmp_path / "run").iterdir()}
-    assert {"samples.png", "scores.json", "curves.png", "training.gif", "traversal.png"} <= made
+            metrics.save_sheet(image[None], path)
+    if "--generate" in flags:
+        flags[flags.index("--generate") + 1] = "2"
+    elif "--resume" in flags:
+        flags += ["--steps", "5"]
+    else:
+        flags += ["--steps", "2", "--ngf", "2", "--ndf", "2"]
+    flags += ["--device", "cpu"]
+    if "--resume" not in flags and "--run-dir" not in flags:
+        flags += ["--run-dir", "run"]
+    importlib.import_module(Path(script).stem).main(flags)
+    if "--generate" in flags:
+        folder = Path(given.get("--generate-to", "runs/NAME/generated"))
+        assert {path.name for path in folder.iterdir()} == {"00000.png", "00001.png"}
+        return
+    default = Path(given["--resume"]).parent if "--resume" in flags else "run"
+    folder = Path(given.get("--run-dir", default))
+    made = {path.name for path in folder.iterdir()}
+    assert {"samples.png", "last.pt", "traversal.png", "interpolation_latent.png", "args.json", script} <= made
+    saved = checkpoint(folder / "last.pt")
+    d_steps = saved["args"]["d_steps"]
+    assert saved["step"] == (5 if "--resume" in flags else math.ceil(2 / d_steps) * d_steps)
+
+
+# load -----------------------------------------------------------------------------------------------------------------
+
+
+def images_of(sheet, side):
+    """The images (64, side, side) of a sheet of eight by eight, two pixels apart."""
+    rows = sheet[2:, 2:].reshape(8, side + 2, 8, side + 2)
+    return rows.swapaxes(1, 2)[:, :, :side, :side].reshape(64, side, side)
+
+
+@EVERY
+def test_load_is_the_averaged_generator(w, small):
+    """It draws samples.png again, from that picture's z."""
+    w.main([*w.tiny, "--steps", "2", "--run-dir", "a"])
+    args = SimpleNamespace(**checkpoint("a/last.pt")["args"])
+    G = w.load("a/last.pt")
+    saved = checkpoint("a/last.pt")
+    same(dict(G.state_dict()), dict(saved["ema"]))
+    assert any(not torch.equal(saved["ema"][name], p) for name, p in saved["G"].items())
+    seeded = metrics.seeded(args.seed, metrics.SHEETS)
+    y = [torch.arange(8).repeat_interleave(8)] if w.told else []
+    z = metrics.sample_z(args, 8, "cpu", seeded).repeat(8, 1) if w.told else metrics.sample_z(args, 64, "cpu", seeded)
+    with torch.no_grad():
+        x = w.to_uint8(G(z, *y))[:, 0].numpy()
+    sheet = np.asarray(Image.open("a/samples.png"))
+    if w.told:  # ten rows, of the ten classes
+        sheet = sheet[: -2 * (args.image_size + 2)]
+    assert np.array_equal(images_of(sheet, args.image_size), x)
+    assert not G.training and not any(p.requires_grad for p in G.parameters())
+
+
+@over("dcgan")
+def test_load_in_a_fresh_process_as_in_a_notebook(w, small):
+    w.main([*w.tiny, "--steps", "2", "--run-dir", "runs/NAME"])
+    shutil.copy("runs/NAME/last.pt", "runs/NAME/best.pt")
+    code = """
+import torch
+from dcgan import load
+G = load("runs/NAME/best.pt")
+x = G(torch.randn(4, 6))
+print(tuple(x.shape), x.requires_grad, bool(x.abs().max() <= 1))
+"""
+    env = {"PYTHONPATH": str(ROOT), "PATH": ""}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.stderr == "" and done.stdout == "(4, 1, 28, 28) False True\n"
+
+
+def test_load_of_what_is_no_checkpoint_is_one_line(small, capsys):
+    Path("x.pt").write_bytes(b"PK")
+    torch.save({"step": 3}, "y.pt")
+    for path in ("x.pt", "y.pt", "none.pt"):
+        with pytest.raises(SystemExit) as stop:
+            CASES["wgan_gp"].load(path)
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and err.count("\n") == 1 and path in err
+
+
+def test_readmes_lines_that_load_a_checkpoint_run(run):
+    [code] = re.findall(r"```python\n([^`]*import load\n.*?)```", (ROOT / "README.md").read_text(), re.S)
+    shutil.rmtree("runs")
+    CASES["wgan_gp"].main(["--ngf", "2", "--ndf", "2", "--steps", "1", "--run-dir", "runs/NAME", "--device", "cpu"])
+    shutil.copy("runs/NAME/last.pt", "runs/NAME/best.pt")
+    space = {}
+    exec(code, space)
+    assert space["x"].shape == (64, 1, 28, 28) and space["x"].abs().max() <= 1

@@ -1,5 +1,6 @@
-"""What each method flag of dcgan.py, cdcgan.py and wgan_clip.py promises, and the data sets that come as files. Layers
-that a flag adds or removes: test_networks.py; terms of the losses and clipping: test_gan_losses.py."""
+"""What each method flag of dcgan.py, cdcgan.py and wgan_clip.py promises, flags without effect, and the data sets that
+come as files. Layers that a flag adds or removes: test_networks.py; terms of the losses: test_gan_losses.py."""
+
 import os
 import shutil
 from pathlib import Path
@@ -9,14 +10,20 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_gan_losses import SMALL, float64, run, steps  # noqa: F401  float64: a fixture
+from test_gan_losses import SMALL, float64, forwards, run, steps  # noqa: F401  float64: a fixture
 from test_networks import layers, pair
 
+import bigan
 import cdcgan
 import dcgan
+import mdgan
+import metrics
+import unrolled
 import wgan_clip
+import wgan_gp
 
-ONE = [*SMALL, "--d-steps", "1", "--g-steps", "1"]
+pytestmark = pytest.mark.usefixtures("float64")
+ONE = [*SMALL, "--d-steps", "1", "--g-steps", "1", "--image-size", "16"]
 ALL = [(dcgan, []), (cdcgan, []), (wgan_clip, []), (wgan_clip, ["--conditional", "--optimizer", "adam"])]
 EACH = pytest.mark.parametrize("module, argv", ALL, ids=[f"{m.__name__} {' '.join(a)}" for m, a in ALL])
 
@@ -30,67 +37,132 @@ def test_loss_changes_g_and_leaves_d(monkeypatch):
     for kind, seen in runs.items():
         (event,) = steps(seen, "G")
         G, D = event.copies
-        z = seen.events[event.at - 2].inputs[0]
+        z = forwards(seen, "G")[-1].inputs[0]
         f[kind] = D(G(z)).detach()
     assert torch.equal(f["ns"], f["minimax"])  # the same start, the same noise
-    for a, b in zip(*(steps(seen, "D")[0].grads["D"] for seen in runs.values())): assert torch.equal(a, b)
+    for a, b in zip(*(steps(seen, "D")[0].grads["D"] for seen in runs.values())):
+        assert torch.equal(a, b)
     assert runs["ns"].logged[0]["g_loss"] == pytest.approx(torch.log1p(torch.exp(-f["ns"])).mean().item(), rel=1e-9)
-    assert runs["minimax"].logged[0]["g_loss"] == pytest.approx(-torch.log1p(torch.exp(f["ns"])).mean().item(),
-                                                                rel=1e-9)
+    assert runs["minimax"].logged[0]["g_loss"] == pytest.approx(
+        -torch.log1p(torch.exp(f["ns"])).mean().item(), rel=1e-9
+    )
     assert runs["ns"].logged[0]["d_loss"] == runs["minimax"].logged[0]["d_loss"]
 
 
-@pytest.mark.parametrize("flag", ["--gp", "--r1"])
-def test_a_penalty_takes_batch_norm_out_of_d_and_says_so(flag, capsys):
-    assert dcgan.parse_args([flag, ".5"]).d_norm == "none"
+@pytest.mark.parametrize("flag", ["--gp", "--r1", "--r2"])
+def test_a_penalty_takes_the_papers_batch_norm_out_of_d_and_says_so(flag, capsys):
+    assert dcgan.parse_args(["--paper", flag, ".5"]).d_norm == "none"
     note = capsys.readouterr().err
     assert note.count("\n") == 1 and "--d-norm none" in note
-    assert dcgan.parse_args([flag, ".5", "--d-norm", "batch"]).d_norm == "batch"  # obeyed
+    assert dcgan.parse_args(["--paper", flag, ".5", "--d-norm", "batch"]).d_norm == "batch"  # obeyed
     warning = capsys.readouterr().err
-    assert warning.count("\n") == 1 and "batch norm" in warning and warning != note
+    assert warning.count("\n") == 1 and "batch" in warning and warning != note
     for quiet in ([flag, ".5", "--d-norm", "none"], [flag, "0"], []):
-        assert dcgan.parse_args(quiet).d_norm == ("none" if "none" in quiet else "batch")
+        assert dcgan.parse_args(["--paper", *quiet]).d_norm == ("none" if "none" in quiet else "batch")
         assert capsys.readouterr().err == ""
+    assert dcgan.parse_args(["--paper", "--arch", "mlp"]).d_norm == "none"
+    assert wgan_clip.parse_args(["--paper", "--arch", "mlp"]).d_norm == "none"
 
 
-def test_defaults_are_those_of_the_reports():
-    """B's table 3, C's notebook as EXPERIMENTS reads it, the WGAN paper's algorithm 1."""
-    for module in (dcgan, cdcgan):
-        a = module.parse_args([])
-        assert (a.lr_g, a.lr_d, a.beta1, a.beta2, a.batch_size, a.d_steps, a.g_steps, a.latent_dim, a.prior) == (
-            2e-4, 2e-4, 0.5, 0.999, 128, 1, 1, 100, "normal")
-    a = dcgan.parse_args([])
-    assert (a.loss, a.gp, a.r1, a.upsample, a.init, a.d_norm, a.norm_first) == ("ns", 0, 0, "deconv", "dcgan", "batch",
-                                                                               False)
-    a = wgan_clip.parse_args([])
-    assert (a.clip, a.optimizer, a.lr_g, a.lr_d, a.batch_size, a.d_steps) == (0.01, "rmsprop", 5e-5, 5e-5, 64, 5)
-    assert (a.d_norm, a.g_norm, a.d_dropout, a.conditional) == ("batch", "batch", 0, False)
-    assert wgan_clip.parse_args(["--arch", "mlp"]).d_norm == dcgan.parse_args(["--arch", "mlp"]).d_norm == "none"
+WITHOUT_EFFECT = [
+    (dcgan, "--norm-first", "--norm-first"),
+    (dcgan, "--arch mlp --upsample nearest", "--upsample"),
+    (dcgan, "--arch mlp --ngf 8", "--ngf"),
+    (dcgan, "--r1 0 --penalty-share .5", "--penalty-share"),
+    (wgan_clip, "--optimizer rmsprop --beta1 .9", "--beta1"),
+    (wgan_clip, "--paper --beta2 .9", "--beta2"),
+    (wgan_clip, "--arch mlp --ndf 8", "--ndf"),
+    (unrolled, "--inner adam --inner-lr .5", "--inner-lr"),
+    (unrolled, "--paper --inner-lr .5", "--inner-lr"),
+    (unrolled, "--r1 0 --penalty-share .5", "--penalty-share"),
+    (mdgan, "--r1 0 --penalty-share .5", "--penalty-share"),
+    (bigan, "--r1 0 --penalty-share .5", "--penalty-share"),
+    (cdcgan, "--arch mlp --d-norm batch", "--d-norm"),
+    (cdcgan, "--r1 0 --penalty-share .5", "--penalty-share"),
+    (cdcgan, "--paper --r1 1", "batch norm"),  # R1 through batch norm: an effect, but not R1's
+    (cdcgan, "--d-norm batch", "batch norm"),
+    (dcgan, "--d-norm batch", "--d-norm batch"),
+]
+
+
+@pytest.mark.parametrize("module, argv, named", WITHOUT_EFFECT, ids=[f"{m.__name__} {a}" for m, a, _ in WITHOUT_EFFECT])
+def test_a_flag_without_its_effect_is_one_line(module, argv, named, capsys):
+    module.parse_args(argv.split())
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and named in line, line
+
+
+@pytest.mark.parametrize(
+    "module, argv",
+    [
+        *((m, more) for m in (dcgan, cdcgan, wgan_clip, wgan_gp, bigan, unrolled, mdgan) for more in ("", "--paper")),
+        *((m, "--arch mlp") for m in (dcgan, cdcgan, wgan_clip, wgan_gp, bigan, unrolled, mdgan)),
+        (dcgan, "--paper --norm-first"),
+        (dcgan, "--ngf 8 --upsample nearest --penalty-share .5"),
+        (wgan_clip, "--optimizer adam --beta1 .9"),
+        (unrolled, "--inner sgd --inner-lr .5"),
+        (cdcgan, "--d-norm batch --r1 0"),
+    ],
+)
+def test_flags_that_have_an_effect_are_taken_in_silence(module, argv, capsys):
+    module.parse_args(argv.split())
+    out = capsys.readouterr()
+    assert out.err == out.out == ""
+
+
+@pytest.mark.parametrize(
+    "module", [dcgan, cdcgan, wgan_clip, wgan_gp, bigan, unrolled, mdgan], ids=lambda m: m.__name__
+)
+def test_ranks_with_less_than_two_images_each_are_one_line(module, monkeypatch, capsys):
+    """torchrun --nproc-per-node 2: batch norm needs two rows a rank, and each has as many."""
+    monkeypatch.setattr(module, "WORLD", 2)
+    for size in ("2", "3", "5"):
+        with pytest.raises(SystemExit) as stop:
+            module.parse_args(["--arch", "mlp", "--batch-size", size])
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and err.count("\n") == 1 and f"--batch-size {size}" in err, err
+    assert module.parse_args(["--arch", "mlp", "--batch-size", "4"]).batch_size == 4
 
 
 # networks -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("module, argv", [
-    (dcgan, ["--upsample", "nearest"]), (dcgan, ["--upsample", "bilinear"]), (dcgan, ["--d-norm", "none"]),
-    (dcgan, ["--norm-first"]), (dcgan, ["--gp", "1"]), (dcgan, ["--image-size", "28"]), (dcgan, ["--arch", "mlp"]),
-    (cdcgan, ["--d-ignores-label"]), (wgan_clip, ["--upsample", "nearest"]), (wgan_clip, ["--d-norm", "none"]),
-    (wgan_clip, ["--g-norm", "layer"]), (wgan_clip, ["--g-norm", "none"]), (wgan_clip, ["--d-dropout", ".5"]),
-    (wgan_clip, ["--conditional"]), (wgan_clip, ["--conditional", "--d-ignores-label"])])
+@pytest.mark.parametrize(
+    "module, argv",
+    [
+        (dcgan, ["--upsample", "nearest"]),
+        (dcgan, ["--upsample", "bilinear"]),
+        (dcgan, ["--d-norm", "none"]),
+        (dcgan, ["--norm-first"]),
+        (dcgan, ["--gp", "1"]),
+        (dcgan, ["--image-size", "28"]),
+        (dcgan, ["--arch", "mlp"]),
+        (cdcgan, ["--d-ignores-label"]),
+        (wgan_clip, ["--upsample", "nearest"]),
+        (wgan_clip, ["--d-norm", "none"]),
+        (wgan_clip, ["--g-norm", "layer"]),
+        (wgan_clip, ["--g-norm", "none"]),
+        (wgan_clip, ["--d-dropout", ".5"]),
+        (wgan_clip, ["--conditional"]),
+        (wgan_clip, ["--conditional", "--d-ignores-label"]),
+    ],
+)
 def test_network_flags_reach_the_networks_that_train(monkeypatch, module, argv):
     seen = run(monkeypatch, module, [*ONE, *argv])
-    for trained, built, plain in zip((seen.G, seen.D), pair(module, *ONE, *argv, classes=3),
-                                     pair(module, *ONE, classes=3)):
-        assert [type(m) for m in trained] == [type(m) for m in built] and layers(trained) == layers(built)
-        seen.changed = getattr(seen, "changed", False) or [str(m) for m in trained] != [str(m) for m in plain]
-    assert seen.changed
+    classes = 3 if module is cdcgan or "--conditional" in argv else 0
+    built = pair(module, *ONE, *argv, classes=classes)
+    plain = pair(module, *ONE, classes=3 if module is cdcgan else 0)
+    for ours, theirs in zip((seen.G, seen.D), built):
+        assert layers(ours) == layers(theirs)
+    assert [str(net) for net in (seen.G, seen.D)] != [str(net) for net in plain]
 
 
 def test_init_draws_other_weights(monkeypatch):
     """The first convolution of G, (100, 128, 4, 4): N(0, .02), or U(-b, b) with b = 1 / sqrt(128 16)."""
     std = {}
     for init in ("dcgan", "default"):
-        seen = run(monkeypatch, dcgan, ["--batch-size", "2", "--init", init, "--device", "cpu"])
+        argv = ["--paper", "--ndf", "2", "--batch-size", "2", "--init", init, "--device", "cpu"]
+        seen = run(monkeypatch, dcgan, argv)
         first = next(e for e in seen.events if e.kind == "step").before["G"][0]
         assert first.shape == (100, 128, 4, 4)
         std[init] = first.std().item()
@@ -101,45 +173,50 @@ def test_init_draws_other_weights(monkeypatch):
 def test_dropout_is_off_outside_of_training(monkeypatch):
     seen = run(monkeypatch, wgan_clip, [*ONE, "--d-dropout", ".5"])
     assert all(e.train for e in seen.events if e.kind == "forward")
-    x = torch.randn(6, 1, 32, 32)
+    x = torch.randn(6, 1, 16, 16)
     assert not torch.equal(seen.D.train()(x), seen.D(x)) and torch.equal(seen.D.eval()(x), seen.D(x))
 
 
 # labels ---------------------------------------------------------------------------------------------------------------
 
 
-LABELLED = [(cdcgan, []), (cdcgan, ["--arch", "mlp"]), (wgan_clip, ["--conditional"]),
-            (wgan_clip, ["--conditional", "--arch", "mlp"])]
+LABELLED = [
+    (cdcgan, []),
+    (cdcgan, ["--arch", "mlp"]),
+    (wgan_clip, ["--conditional"]),
+    (wgan_clip, ["--conditional", "--arch", "mlp"]),
+]
 
 
 @pytest.mark.parametrize("ignored", [False, True], ids=["D(x, y)", "D(x)"])
 @pytest.mark.parametrize("module, argv", LABELLED, ids=[f"{m.__name__} {' '.join(a)}" for m, a in LABELLED])
 def test_d_ignores_label(monkeypatch, module, argv, ignored):
-    """D's answer moves with y, or with the flag does not; G's always does. What is drawn is bytes, its score that of
-    the picture before it was rounded to them."""
+    """D's answer moves with y, or with the flag does not; G's always does. What is drawn is bytes."""
     seen = run(monkeypatch, module, [*ONE, *argv, *["--d-ignores-label"] * ignored])
-    for net in (seen.G, seen.D, seen.ema): net.eval()
     x, z = seen.x[:6], torch.randn(6, 5)
     y = torch.tensor([0, 1, 2, 0, 1, 2])
+    another = (y + 1) % 3
     with torch.no_grad():
-        changes = (seen.rate(x, y) - seen.rate(x, (y + 1) % 3)).abs()
-        torch.testing.assert_close(seen.rate(x, y), seen.D(x.double() / 127.5 - 1, *[y] * (not ignored)))
-        (made, score), (other, _) = ((seen.ema(z, v), seen.draw(z, v)[1]) for v in (y, (y + 1) % 3))
-        torch.testing.assert_close(score, seen.D(made, *[y] * (not ignored)))
-        drawn = seen.draw(z, y)[0]
-    assert (changes == 0).all() if ignored else (changes > 1e-9 * seen.rate(x, y).abs()).all(), changes
+        score = seen.score(x, y)
+        assert seen.D.training  # as it was
+        changes = (score - seen.score(x, another)).abs()
+        torch.testing.assert_close(score, seen.D.eval()(x.double() / 127.5 - 1, y))
+        made, other = (seen.ema(z, labels) for labels in (y, another))
+        drawn = seen.sample(z, y)
+    assert (changes == 0).all() if ignored else (changes > 1e-9 * score.abs()).all(), changes
     assert ((made - other).flatten(1).abs().amax(1) > 1e-6).all()
     assert drawn.dtype == torch.uint8 and (drawn.double() - (made + 1) * 127.5).abs().max() <= 0.5 + 1e-9
-    assert seen.labels == 3
+    assert seen.classes == {"0": 20, "1": 20, "2": 20}
 
 
 @pytest.mark.parametrize("module, argv", [(dcgan, []), (wgan_clip, [])], ids=["dcgan", "wgan_clip"])
 def test_without_conditional_nobody_is_told_a_label(monkeypatch, module, argv):
     seen = run(monkeypatch, module, [*ONE, *argv])
-    assert all(len(e.inputs) == 1 for e in seen.events if e.kind == "forward") and seen.labels == 1
-    plain, told = (pair(wgan_clip, *ONE, *more, classes=3) for more in ([], ["--conditional"]))
-    assert [sum(p.numel() for p in net.parameters()) for net in told] > [
-        sum(p.numel() for p in net.parameters()) for net in plain]
+    assert not seen.classes
+    if module is wgan_clip:  # its networks are passed labels, and do not look
+        x, z = torch.randn(6, 1, 16, 16), torch.randn(6, 5)
+        for net, rows in ((seen.G.eval(), z), (seen.D.eval(), x)):
+            assert torch.equal(net(rows), net(rows, torch.arange(6) % 3))
 
 
 @pytest.mark.parametrize("dim", [None, 3, 8])
@@ -157,12 +234,10 @@ def test_label_embedding_dim(monkeypatch, dim):
 @pytest.mark.parametrize("classes", [1, 0])
 def test_unlabelled_data_is_one_line_for_a_conditional_script(monkeypatch, capsys, classes, tmp_path):
     monkeypatch.chdir(tmp_path)
-    y = torch.zeros(60).long() if classes else torch.full((60,), -1)
+    y = torch.full((60,), classes - 1)
     for module, argv in ((cdcgan, []), (wgan_clip, ["--conditional"])):
         with pytest.raises(SystemExit) as stop:
             run(monkeypatch, module, [*ONE, *argv], y=y)
-        monkeypatch.undo()
-        monkeypatch.chdir(tmp_path)
         err = capsys.readouterr().err
         assert stop.value.code == 2 and err.count("\n") == 1 and "label" in err and "Traceback" not in err
         assert list(tmp_path.iterdir()) == []
@@ -181,7 +256,8 @@ def test_d_steps_and_g_steps(monkeypatch, module, argv, d, g):
     assert order == 2 * ("D" * d + "G" * g)
     assert len(seen.logged) == 2
     one = run(monkeypatch, module, [*ONE, *argv], iterations=1)  # the first D update is the same whatever comes after
-    for a, b in zip(steps(seen, "D")[0].grads["D"], steps(one, "D")[0].grads["D"]): assert torch.equal(a, b)
+    for a, b in zip(steps(seen, "D")[0].grads["D"], steps(one, "D")[0].grads["D"]):
+        assert torch.equal(a, b)
 
 
 def test_n_critic_is_another_name_for_d_steps():
@@ -203,15 +279,22 @@ def test_each_network_has_its_own_rate(monkeypatch, module, argv):
     assert not torch.equal(steps(still, "D")[0].before["D"][0], steps(still, "D")[0].after["D"][0])
 
 
-@pytest.mark.parametrize("module, argv, reference", [
-    (wgan_clip, [], lambda p: torch.optim.RMSprop(p, 2e-3)),
-    (wgan_clip, ["--optimizer", "rmsprop", "--arch", "mlp"], lambda p: torch.optim.RMSprop(p, 2e-3, alpha=0.99)),
-    (wgan_clip, ["--optimizer", "adam"], lambda p: torch.optim.Adam(p, 2e-3, (0.5, 0.999))),
-    (wgan_clip, ["--optimizer", "adam", "--beta1", "0", "--beta2", ".9"],
-     lambda p: torch.optim.Adam(p, 2e-3, (0.0, 0.9))),
-    (dcgan, [], lambda p: torch.optim.Adam(p, 2e-3, (0.5, 0.999))),
-    (dcgan, ["--beta1", ".9", "--beta2", ".99"], lambda p: torch.optim.Adam(p, 2e-3, (0.9, 0.99))),
-    (cdcgan, [], lambda p: torch.optim.Adam(p, 2e-3, (0.5, 0.999)))])
+@pytest.mark.parametrize(
+    "module, argv, reference",
+    [
+        (wgan_clip, [], lambda p: torch.optim.RMSprop(p, 2e-3)),
+        (wgan_clip, ["--optimizer", "rmsprop", "--arch", "mlp"], lambda p: torch.optim.RMSprop(p, 2e-3, alpha=0.99)),
+        (wgan_clip, ["--optimizer", "adam"], lambda p: torch.optim.Adam(p, 2e-3, (0.5, 0.999))),
+        (
+            wgan_clip,
+            ["--optimizer", "adam", "--beta1", "0", "--beta2", ".9"],
+            lambda p: torch.optim.Adam(p, 2e-3, (0.0, 0.9)),
+        ),
+        (dcgan, [], lambda p: torch.optim.Adam(p, 2e-3, (0.5, 0.999))),
+        (dcgan, ["--beta1", ".9", "--beta2", ".99"], lambda p: torch.optim.Adam(p, 2e-3, (0.9, 0.99))),
+        (cdcgan, [], lambda p: torch.optim.Adam(p, 2e-3, (0.5, 0.999))),
+    ],
+)
 def test_updates_are_the_named_optimizers(monkeypatch, module, argv, reference):
     """The same gradients through torch's plain single-tensor optimizer: the same weights, over six updates."""
     seen = run(monkeypatch, module, [*ONE, *argv, "--lr-g", "2e-3", "--lr-d", "2e-3"], iterations=6)
@@ -231,7 +314,7 @@ def test_updates_are_the_named_optimizers(monkeypatch, module, argv, reference):
 @pytest.mark.parametrize("prior, bound", [("normal", None), ("uniform", 1)])
 def test_prior(monkeypatch, prior, bound):
     seen = run(monkeypatch, dcgan, [*ONE, "--prior", prior, "--g-steps", "15"])
-    z = torch.cat([e.inputs[0] for e in seen.events if e.kind == "forward" and e.net == "G"])
+    z = torch.cat([e.inputs[0] for e in forwards(seen, "G")])
     assert z.shape == (16 * 6, 5)
     assert (z.abs().max() <= 1) == (bound == 1)
     assert z.var().item() == pytest.approx(1 / 3 if bound else 1, rel=0.25)
@@ -253,8 +336,14 @@ def alone(root):
     return root / "train"
 
 
-def load(root, size=32, split="train", **more):
-    return dcgan.load_data("folder", str(root), size, split, **more)
+def load(root, size=32, split="train"):
+    x, y, _ = metrics.load_data("folder", str(root), size, split)
+    return x, y
+
+
+def warned(capsys, root):
+    """The lines on stderr, but for the one that says what the folder holds."""
+    return [line for line in capsys.readouterr().err.splitlines() if not line.startswith(f"{root}: ")]
 
 
 def colours(x):
@@ -272,7 +361,8 @@ def test_folder_train_and_test(tmp_path):
     root = tmp_path / "pets"
     for split, shade in (("train", 100), ("test", 200)):
         for i, kind in enumerate(("cat", "dog", "wild")):
-            for j in range(2): picture(root / split / kind / f"{j}.png", (shade, i, j))
+            for j in range(2):
+                picture(root / split / kind / f"{j}.png", (shade, i, j))
     for split, shade in (("train", 100), ("test", 200)):
         x, y = load(root, 32, split)
         assert x.dtype == torch.uint8 and x.shape == (6, 3, 32, 32) and y.dtype == torch.int64
@@ -285,14 +375,16 @@ def test_folder_labels_mean_the_same_in_both_splits(tmp_path):
     root = tmp_path / "pets"
     for i, kind in enumerate(("cat", "dog", "wild")):
         picture(root / "train" / kind / "0.png", (0, i, 0))
-        if kind != "dog": picture(root / "test" / kind / "0.png", (9, i, 0))
+        if kind != "dog":
+            picture(root / "test" / kind / "0.png", (9, i, 0))
     x, y = load(root, 32, "test")
     assert [c[1] for c in colours(x)] == y.tolist() and sorted(y.tolist()) == [0, 2]
 
 
 def test_folder_without_a_split_keeps_every_tenth_file_for_testing(tmp_path):
     root = tmp_path / "flat"
-    for i in range(25): picture(root / f"{i:02}.png", (i, 0, 0))
+    for i in range(25):
+        picture(root / f"{i:02}.png", (i, 0, 0))
     (x, y), (test, y_test) = load(root), load(root, split="test")
     assert len(x) == 23 and len(test) == 2 and sorted(shades(x) + shades(test)) == list(range(25))
     assert set(y.tolist()) == set(y_test.tolist()) == {-1}
@@ -302,7 +394,8 @@ def test_folder_without_a_split_keeps_every_tenth_file_for_testing(tmp_path):
 
 @pytest.mark.parametrize("n", [2, 5, 9, 10, 11])
 def test_a_folder_of_a_few_has_one_for_testing(tmp_path, n):
-    for i in range(n): picture(tmp_path / f"few/{i}.png", (i, 0, 0))
+    for i in range(n):
+        picture(tmp_path / f"few/{i}.png", (i, 0, 0))
     x, test = load(tmp_path / "few")[0], load(tmp_path / "few", split="test")[0]
     assert len(x) == n - 1 and len(test) == 1 and sorted(shades(x) + shades(test)) == list(range(n))
 
@@ -310,12 +403,13 @@ def test_a_folder_of_a_few_has_one_for_testing(tmp_path, n):
 def test_folder_of_classes_without_a_split(tmp_path):
     root = tmp_path / "kinds"
     for i, kind in enumerate("ab"):
-        for j in range(30): picture(root / kind / "deep" / f"{j:02}.png", (i, j, 0))
+        for j in range(30):
+            picture(root / kind / "deep" / f"{j:02}.png", (i, j, 0))
     (x, y), (test, y_test) = load(root), load(root, split="test")
     assert len(x) == 54 and len(test) == 6 and len(set(colours(x) + colours(test))) == 60
     assert [c[0] for c in colours(x)] == y.tolist() and [c[0] for c in colours(test)] == y_test.tolist()
-    few, labels = load(root, limit=20)
-    assert len(few) == 20 and 5 <= labels.sum() <= 15 and [c[0] for c in colours(few)] == labels.tolist()
+    assert 5 <= y[:20].sum() <= 15  # any first few are a sample
+    assert metrics.load_data("folder", root, 32, "test")[2] == ["a", "b"]
 
 
 def test_an_empty_class_folder_is_no_class(tmp_path):
@@ -323,18 +417,36 @@ def test_an_empty_class_folder_is_no_class(tmp_path):
     root = tmp_path / "kinds"
     (root / "a").mkdir(parents=True)
     for kind in "bc":
-        for i in range(9): picture(root / kind / f"{i}.png")
+        for i in range(9):
+            picture(root / kind / f"{i}.png")
     assert set(load(root)[1].tolist()) == {0, 1}
 
 
-@pytest.mark.parametrize("mode, suffix, wanted", [
-    ("RGB", "png", (10, 200, 30)), ("RGBA", "png", (10, 200, 30)), ("P", "png", (10, 200, 30)),
-    ("L", "png", (124, 124, 124)), ("RGB", "BMP", (10, 200, 30)), ("1", "png", (255, 255, 255)),
-    ("P", "gif", (10, 200, 30)), ("RGB", "tif", (10, 200, 30)), ("L", "TIFF", (124, 124, 124)),
-    ("RGB", "JPG", None), ("RGB", "jpeg", None), ("L", "jpg", None), ("RGB", "webp", None), ("CMYK", "jpg", None)])
+@pytest.mark.parametrize(
+    "mode, suffix, wanted",
+    [
+        ("RGB", "png", (10, 200, 30)),
+        ("RGBA", "png", (10, 200, 30)),
+        ("P", "png", (10, 200, 30)),
+        ("L", "png", (124, 124, 124)),
+        ("RGB", "BMP", (10, 200, 30)),
+        ("1", "png", (255, 255, 255)),
+        ("P", "gif", (10, 200, 30)),
+        ("RGB", "tif", (10, 200, 30)),
+        ("L", "TIFF", (124, 124, 124)),
+        ("RGB", "JPG", None),
+        ("RGB", "jpeg", None),
+        ("L", "jpg", None),
+        ("RGB", "webp", None),
+        ("CMYK", "jpg", None),
+    ],
+)
 def test_folder_modes_and_formats(tmp_path, capsys, mode, suffix, wanted):
-    picture(alone(tmp_path / "one") / f"0.{suffix}", mode="RGB" if mode == "1" else mode,
-            colour=(255, 255, 255) if mode == "1" else (10, 200, 30))
+    picture(
+        alone(tmp_path / "one") / f"0.{suffix}",
+        mode="RGB" if mode == "1" else mode,
+        colour=(255, 255, 255) if mode == "1" else (10, 200, 30),
+    )
     (tmp_path / "one/train/notes.txt").write_text("not a picture")
     x, _ = load(tmp_path / "one")
     mean = x.double().mean((0, 2, 3))
@@ -343,7 +455,25 @@ def test_folder_modes_and_formats(tmp_path, capsys, mode, suffix, wanted):
     else:  # lossy
         target = torch.tensor((124, 124, 124) if mode == "L" else (10, 200, 30)).double()
         assert (mean - target).abs().max() < 6
-    assert capsys.readouterr().err == ""  # a file of another kind is not worth a line
+    line = f"{tmp_path / 'one'}: 1 images to train, 1 to test; left out: .txt (1)\n"
+    assert capsys.readouterr().err == line
+
+
+def test_what_a_folder_holds_is_one_line_a_run(tmp_path, capsys):
+    root = tmp_path / "kinds"
+    for kind, n in (("b", 9), ("a", 3), (".hidden", 2)):
+        for i in range(n):
+            picture(root / kind / f"{i}.png", (i, 0, 0))
+    (root / "a/notes.txt").write_text("no picture")
+    (root / "LICENSE").write_text("no picture")
+    (root / "gone.png").symlink_to(root / "nowhere.png")
+    for split in ("train", "test", "train"):
+        load(root, split=split)
+    y = [metrics.load_data("folder", root, 32, split)[1].tolist() for split in ("train", "test")]
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and f"{root}: 11 images to train, 1 to test; " in err
+    assert f"classes: a ({y[0].count(0)}), b ({y[0].count(1)}); left out: " in err
+    assert all(f"{what} (1)" in err for what in (".txt", "no suffix", "link to nothing")) and ".hidden" not in err
 
 
 @pytest.mark.parametrize("suffix", ["png", "gif", "webp"])
@@ -363,7 +493,8 @@ def test_folder_transparency_goes_on_white(tmp_path, suffix):
     assert x.shape == (1, 3, 40, 40)
     assert (x[..., :18] == 255).all() and colours(x[..., 22:]) == [(10, 200, 30)]
     Image.new("LA", (40, 40), (0, 128)).save(home / "a.png")
-    for p in home.glob("a.[gw]*"): p.unlink()
+    for p in home.glob("a.[gw]*"):
+        p.unlink()
     assert colours(load(tmp_path / "set", 40)[0]) == [(127, 127, 127)]
 
 
@@ -394,6 +525,17 @@ def test_folder_sixteen_bit_grey_keeps_its_shade(tmp_path):
     assert (load(tmp_path / "deep")[0].double() - 40_000 / 65_535 * 255).abs().max() <= 1
 
 
+@pytest.mark.parametrize("values", [np.float32(0.7), np.int32(40_000), np.uint16(3000)], ids=["float", "32", "12 bits"])
+def test_numbers_of_an_unclear_scale_are_left_out_and_counted(tmp_path, capsys, values):
+    """A float TIFF in 0..1 came out black, and 12 bits of 16 a sixteenth as bright, without a word."""
+    home = alone(tmp_path / "deep")
+    Image.fromarray(np.full((40, 40), values)).save(home / "odd.tif")
+    picture(home / "0.png", (7, 0, 0))
+    assert shades(load(tmp_path / "deep")[0]) == [7]
+    (line,) = warned(capsys, tmp_path / "deep")
+    assert "left out 1 of 2 files" in line and "odd.tif" in line
+
+
 def test_folder_pictures_are_cut_to_the_middle_square(tmp_path):
     bands = np.zeros((30, 90, 3), np.uint8)
     bands[:, :30], bands[:, 30:60], bands[:, 60:] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
@@ -413,7 +555,8 @@ def test_folder_pictures_are_upright_and_unmirrored(tmp_path):
     exif[0x112] = 6  # shown turned by 90 degrees clockwise, as phones write it
     turned.save(home / "b.png", exif=exif)
     x, _ = load(tmp_path / "up")
-    for p in x: assert torch.equal(p, torch.from_numpy(image).permute(2, 0, 1))
+    for p in x:
+        assert torch.equal(p, torch.from_numpy(image).permute(2, 0, 1))
 
 
 def test_folder_pictures_shrink_with_antialiasing(tmp_path):
@@ -430,17 +573,18 @@ def caches(folder):
 def test_folder_cache_is_used_and_follows_every_change(tmp_path, monkeypatch):
     root = tmp_path / "set"
     home = alone(root)
-    for i in range(4): picture(home / f"{i}.bmp", (i, 0, 0))
+    for i in range(4):
+        picture(home / f"{i}.bmp", (i, 0, 0))
     first, _ = load(root)
     assert len(caches(tmp_path)) == 1 and {p.name for p in tmp_path.iterdir()} == {*caches(tmp_path), "set"}
     assert sorted(p.name for p in home.iterdir()) == [f"{i}.bmp" for i in range(4)]  # beside it, not in it
     (name,) = caches(tmp_path)
-    assert name.startswith("set-32-") and len(name) == len("set-32-") + 12 + len(".npz")
+    assert name.startswith("set-32-train-") and len(name) == len("set-32-train-") + 12 + len(".npz")
     with np.load(tmp_path / name) as saved:
-        assert sorted(saved) == ["good", "x"] and np.array_equal(saved["x"], first)
+        assert np.array_equal(saved["x"], first)
         assert saved["good"].tolist() == [0, 1, 2, 3]
     with monkeypatch.context() as m:
-        m.setattr(dcgan.Image, "open", lambda *a: pytest.fail("decoded again"))
+        m.setattr(metrics.Image, "open", lambda *a: pytest.fail("decoded again"))
         again, y = load(root)
         assert torch.equal(first, again) and y.tolist() == [-1] * 4
     before = (home / "2.bmp").stat()
@@ -453,19 +597,20 @@ def test_folder_cache_is_used_and_follows_every_change(tmp_path, monkeypatch):
     (home / "0.bmp").rename(home / "8.bmp")
     made = caches(tmp_path)
     assert shades(load(root)[0]) == [0, 1, 3, 9, 77]  # renamed: another order
-    assert len(caches(tmp_path)) == len(made) + 1
+    assert len(made) == len(caches(tmp_path)) == 1 and caches(tmp_path) != made  # in place of the one before
     (home / "1.bmp").unlink()
     assert shades(load(root)[0]) == [0, 3, 9, 77]  # removed
     assert load(root, 28)[0].shape == (4, 3, 28, 28)  # another size
-    made = len(caches(tmp_path))
-    load(root, limit=2)
-    assert len(caches(tmp_path)) == made == 6  # a few are not worth keeping
+    load(root, split="test")
+    kinds = [name[:-17] for name in caches(tmp_path)]
+    assert kinds == ["set-28-train", "set-32-test", "set-32-train"]
 
 
 def test_two_runs_of_one_folder_started_together_keep_its_cache(tmp_path, monkeypatch, capsys):
     """Two seeds: the first is half done with writing when the second begins and ends."""
     root, savez, nested = tmp_path / "set", np.savez, []
-    for i in range(4): picture(alone(root) / f"{i}.png", (i, 0, 0))
+    for i in range(4):
+        picture(alone(root) / f"{i}.png", (i, 0, 0))
 
     def slow(file, **arrays):
         if not nested:
@@ -477,57 +622,99 @@ def test_two_runs_of_one_folder_started_together_keep_its_cache(tmp_path, monkey
 
     monkeypatch.setattr(os, "getpid", lambda: 1)
     monkeypatch.setattr(np, "savez", slow)
-    for _ in range(2): assert shades(load(root)[0]) == [0, 1, 2, 3]
-    assert nested and capsys.readouterr().err == ""
+    for _ in range(2):
+        assert shades(load(root)[0]) == [0, 1, 2, 3]
+    assert nested and warned(capsys, root) == []
     assert {p.name for p in tmp_path.iterdir()} == {"set", *caches(tmp_path)} and len(caches(tmp_path)) == 1
 
 
-def test_folder_cache_that_is_damaged_is_named(tmp_path, capsys):
+def test_folder_cache_that_is_damaged_is_made_anew(tmp_path, capsys):
     picture(alone(tmp_path / "set") / "0.png")
     load(tmp_path / "set")
     (path,) = (tmp_path / name for name in caches(tmp_path))
-    for data in (b"", path.read_bytes()[:200]):
+    whole = path.read_bytes()
+    for data in (b"", whole[:200], b"PK" + whole[2:-50]):
         path.write_bytes(data)
-        with pytest.raises(SystemExit) as stop: load(tmp_path / "set")
-        err = capsys.readouterr().err
-        assert stop.value.code == 2 and err.count("\n") == 1 and f"delete {path}" in err
+        assert colours(load(tmp_path / "set")[0]) == [(10, 200, 30)] and len(path.read_bytes()) == len(whole)
+    assert warned(capsys, tmp_path / "set") == [] and caches(tmp_path) == [path.name]
 
 
-def test_folder_follows_links_and_one_to_nothing_is_left_out(tmp_path, capsys):
-    """A class folder may lie elsewhere, as for torchvision's ImageFolder."""
-    home = alone(tmp_path / "set")
+def test_folder_follows_links_and_counts_a_file_once(tmp_path, capsys):
+    """A class folder may lie elsewhere, as for torchvision's ImageFolder; and a link may lead around in a circle."""
+    root, home = tmp_path / "set", alone(tmp_path / "set")
     picture(home / "cat/0.png", (1, 0, 0))
     picture(tmp_path / "elsewhere/0.png", (2, 1, 0))
     (home / "dog").symlink_to(tmp_path / "elsewhere")
-    (home / "cat/1.png").symlink_to(tmp_path / "elsewhere/0.png")
+    (home / "cat/1.png").symlink_to(home / "cat/0.png")
     (home / "cat/2.png").symlink_to(tmp_path / "gone.png")
-    x, y = load(tmp_path / "set")
-    assert sorted(zip(shades(x), sorted(y.tolist()))) == [(1, 0), (2, 0), (2, 1)]
+    (home / "cat/round").symlink_to(home)
+    x, y = load(root)
+    assert sorted((c[0], label) for c, label in zip(colours(x), y.tolist())) == [(1, 0), (2, 1)]
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "left out 1 of 4 files" in err and "2.png" in err
+    assert err.count("\n") == 1 and "2 images to train" in err and "link to nothing (1)" in err
     picture(tmp_path / "elsewhere/0.png", (20, 1, 0), (80, 80))
-    assert shades(load(tmp_path / "set")[0]) == [1, 20, 20]  # what a link leads to has changed
+    assert shades(load(root)[0]) == [1, 20]  # what a link leads to has changed
 
 
 def test_folder_with_names_that_are_not_utf8(tmp_path, capsys):
     home = alone(tmp_path / "set")
     picture(home / os.fsdecode(b"caf\xe9.png"), (7, 0, 0))
     picture(home / "0.png", (1, 0, 0))
-    assert shades(load(tmp_path / "set")[0]) == [1, 7] and capsys.readouterr().err == ""
+    assert shades(load(tmp_path / "set")[0]) == [1, 7] and warned(capsys, tmp_path / "set") == []
+
+
+def test_training_images_among_the_test_images_are_counted(tmp_path, capsys):
+    root = tmp_path / "set"
+    for i in range(3):
+        picture(root / f"train/{i}.png", (i, 0, 0))
+    for i in range(2, 5):
+        picture(root / f"test/{i}0.png", (i, 0, 0))
+    assert len(load(root, split="test")[0]) == 3
+    (line,) = warned(capsys, root)
+    assert line.startswith("1 of 3 test images are also training images")
 
 
 def test_a_class_without_training_pictures_comes_last(tmp_path):
     """Else a conditional G would be asked for what it never saw: labels to train on are 0 to K - 1."""
     for split, kinds in (("train", "bd"), ("test", "abcd")):
-        for kind in kinds: picture(tmp_path / "set" / split / kind / "0.png", (ord(kind), 0, 0))
+        for kind in kinds:
+            picture(tmp_path / "set" / split / kind / "0.png", (ord(kind), 0, 0))
     names = {}
     for split in ("train", "test"):
         x, y = load(tmp_path / "set", split=split)
-        for c, label in zip(colours(x), y.tolist()): assert names.setdefault(chr(c[0]), label) == label
+        for c, label in zip(colours(x), y.tolist()):
+            assert names.setdefault(chr(c[0]), label) == label
     assert names == {"b": 0, "d": 1, "a": 2, "c": 3}
 
 
-def test_folder_cache_that_cannot_be_written_is_no_obstacle(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def places(tmp_path, monkeypatch):
+    """Folders of the user's, and of everybody's, for what takes long to make."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    monkeypatch.setattr(metrics.tempfile, "tempdir", str(tmp_path / "everybody"))
+    return [tmp_path / "user", tmp_path / "everybody"]
+
+
+@pytest.mark.parametrize("refused", [1, 2])
+def test_a_folder_beside_which_nothing_can_be_written_has_its_cache_elsewhere(
+    tmp_path, monkeypatch, capsys, places, refused
+):
+    picture(alone(tmp_path / "set") / "0.png")
+    write_whole = metrics.write_whole
+
+    def write(path, *more):
+        if tmp_path == path.parent or (refused == 2 and places[0] in path.parents):
+            raise OSError("read-only file system")
+        write_whole(path, *more)
+
+    monkeypatch.setattr(metrics, "write_whole", write)
+    assert colours(load(tmp_path / "set")[0]) == [(10, 200, 30)]
+    assert caches(tmp_path) == [] and len(list(places[refused - 1].rglob("*.npz"))) == 1
+    monkeypatch.setattr(metrics.Image, "open", lambda *a: pytest.fail("decoded again"))
+    assert colours(load(tmp_path / "set")[0]) == [(10, 200, 30)] and warned(capsys, tmp_path / "set") == []
+
+
+def test_folder_cache_that_cannot_be_written_anywhere_is_no_obstacle(tmp_path, monkeypatch, capsys, places):
     picture(alone(tmp_path / "set") / "0.png")
 
     def full(*a, **k):
@@ -535,48 +722,59 @@ def test_folder_cache_that_cannot_be_written_is_no_obstacle(tmp_path, monkeypatc
 
     monkeypatch.setattr(np, "savez", full)
     assert colours(load(tmp_path / "set")[0]) == [(10, 200, 30)]
-    assert "no space left" in capsys.readouterr().err and caches(tmp_path) == []
+    (line,) = warned(capsys, tmp_path / "set")
+    assert "no space left" in line and list(tmp_path.rglob("*.npz*")) == []
 
 
 def damaged(path, kind):
     """A picture that cannot be read; `kind` of damage."""
     picture(path)
     data, short = path.read_bytes(), 4 if path.suffix == ".jpg" else 30
-    path.write_bytes({"short": data[:-short], "half": data[:len(data) // 2], "empty": b"", "head": data[:8],
-                      "text": b"not a picture\n" * 9}[kind])
+    path.write_bytes(
+        {
+            "short": data[:-short],
+            "half": data[: len(data) // 2],
+            "empty": b"",
+            "head": data[:8],
+            "text": b"not a picture\n" * 9,
+        }[kind]
+    )
 
 
 @pytest.mark.parametrize("kind", ["short", "half", "empty", "head", "text"])
 @pytest.mark.parametrize("suffix", ["jpg", "png"])
 def test_a_picture_that_cannot_be_read_is_left_out_counted_and_named(tmp_path, capsys, kind, suffix):
-    """The others keep their labels; the second run, from the cache, says nothing."""
+    """The others keep their labels. Another run, from the cache, says it too."""
     root, home = tmp_path / "set", alone(tmp_path / "set")
     for i in range(4):
-        for label in "ab": picture(home / label / f"{i}.png", (10 * i, ord(label), 0))
+        for label in "ab":
+            picture(home / label / f"{i}.png", (10 * i, ord(label), 0))
     damaged(home / "a" / f"so bad.{suffix}", kind)
     x, y = load(root)
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "left out 1 of" in err and str(home / "a" / f"so bad.{suffix}") in err
-    assert "Traceback" not in err and len(x) == len(y) == 8 and shades(x) == [0, 0, 10, 10, 20, 20, 30, 30]
+    (line,) = warned(capsys, root)
+    assert line.startswith("left out 1 of 9 files: ") and str(home / "a" / f"so bad.{suffix}") in line
+    assert len(x) == len(y) == 8 and shades(x) == [0, 0, 10, 10, 20, 20, 30, 30]
     assert [c[1] - ord("a") for c in colours(x)] == y.tolist()
-    (name,) = caches(tmp_path)
-    with np.load(tmp_path / name) as saved: assert len(saved["x"]) == len(saved["good"]) == 8
+    metrics.warn_once.cache_clear()
     again, labels = load(root)
-    assert torch.equal(again, x) and torch.equal(labels, y) and capsys.readouterr().err == ""
+    assert torch.equal(again, x) and torch.equal(labels, y) and warned(capsys, root) == [line]
 
 
 def test_many_pictures_that_cannot_be_read_are_one_line(tmp_path, capsys):
     root, home = tmp_path / "set", alone(tmp_path / "set")
-    for i in range(9): picture(home / f"{i}.png", (i, 0, 0))
-    for i in range(7): damaged(home / f"bad {i}.jpg", "short")
+    for i in range(9):
+        picture(home / f"{i}.png", (i, 0, 0))
+    for i in range(7):
+        damaged(home / f"bad {i}.jpg", "short")
     x, y = load(root)
-    err = capsys.readouterr().err
+    (line,) = warned(capsys, root)
     assert len(x) == len(y) == 9 and shades(x) == [*range(9)]
-    assert err.startswith("left out 7 of 16 ") and err.count("\n") == 1 and 1 <= err.count("bad ") <= 7
+    assert line.startswith("left out 7 of 16 ") and 1 <= line.count("bad ") <= 7
 
 
 def test_a_folder_of_which_no_picture_can_be_read_is_an_error(tmp_path, capsys):
-    for i in range(3): damaged(tmp_path / f"set/{i}.png", "half")
+    for i in range(3):
+        damaged(tmp_path / f"set/{i}.png", "half")
     with pytest.raises(SystemExit) as stop:
         load(tmp_path / "set")
     *left_out, last = capsys.readouterr().err.splitlines()
@@ -587,8 +785,10 @@ def test_a_folder_of_which_no_picture_can_be_read_is_an_error(tmp_path, capsys):
 @pytest.mark.parametrize("content", ["none", "empty", "text", "one split empty"])
 def test_a_folder_without_pictures_is_one_line(tmp_path, capsys, content, monkeypatch):
     root = tmp_path / "set"
-    if content != "none": root.mkdir()
-    if content == "text": (root / "a.txt").write_text("a")
+    if content != "none":
+        root.mkdir()
+    if content == "text":
+        (root / "a.txt").write_text("a")
     if content == "one split empty":
         (root / "train").mkdir()
         picture(root / "test/a.png")
@@ -605,16 +805,16 @@ def test_a_folder_without_pictures_is_one_line(tmp_path, capsys, content, monkey
 def test_an_unlabelled_folder_is_one_line_for_conditional_scripts_and_trains_the_others(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.set_default_dtype(torch.float32)
-    for i in range(12): picture(tmp_path / f"set/{i:02}.png", (20 * i, 0, 0))
-    flags = [*ONE, "--dataset", "folder", "--data-dir", "set", "--steps", "1", "--eval-every", "0", "--run-dir", "run"]
+    for i in range(12):
+        picture(tmp_path / f"set/{i:02}.png", (20 * i, 0, 0))
+    flags = [*ONE, "--dataset", "folder", "--data-dir", "set", "--steps", "1", "--eval-every", "0", "--run-dir"]
     for module, argv in ((cdcgan, []), (wgan_clip, ["--conditional"])):
         with pytest.raises(SystemExit) as stop:
-            module.main([*flags, *argv])
-        err = capsys.readouterr().err
-        assert stop.value.code == 2 and err.count("\n") == 1 and "label" in err and not Path("run").exists()
+            module.main([*flags, "run", *argv])
+        (line,) = warned(capsys, "set")
+        assert stop.value.code == 2 and "label" in line and not Path("run").exists()
     for module in (dcgan, wgan_clip):
-        monkeypatch.setattr(module, "SCRIPT", Path(shutil.copy(module.__file__, tmp_path)))  # no metrics beside it
-        module.main([*flags, "--run-dir", module.__name__])
+        module.main([*flags, module.__name__])
         assert Image.open(f"{module.__name__}/samples.png").mode == "RGB"
 
 
@@ -623,22 +823,24 @@ def test_an_unlabelled_folder_is_one_line_for_conditional_scripts_and_trains_the
 
 def test_cifar10_channels_come_first(monkeypatch, tmp_path):
     import torchvision.datasets
+
     rng, asked = np.random.RandomState(0), []
     data = {train: rng.randint(0, 256, (n, 32, 32, 3), np.uint8) for train, n in ((True, 12), (False, 7))}
 
     def cifar10(root, train, download):
         asked.append((root, train))
-        return SimpleNamespace(data=data[train], targets=[i % 10 for i in range(len(data[train]))])
+        return SimpleNamespace(
+            data=data[train], targets=[i % 10 for i in range(len(data[train]))], classes=list("abcdefghij")
+        )
 
     monkeypatch.setattr(torchvision.datasets, "CIFAR10", cifar10)
     for split, train in (("train", True), ("test", False)):
-        x, y = dcgan.load_data("cifar10", str(tmp_path), 32, split)
+        x, y, names = metrics.load_data("cifar10", str(tmp_path), 32, split)
         assert x.dtype == torch.uint8 and y.dtype == torch.int64 and x.shape == (len(data[train]), 3, 32, 32)
         assert np.array_equal(x.numpy(), data[train].transpose(0, 3, 1, 2))
-        assert y.tolist() == [i % 10 for i in range(len(y))]
+        assert y.tolist() == [i % 10 for i in range(len(y))] and names == list("abcdefghij")
     assert asked == [(str(tmp_path), True), (str(tmp_path), False)]
-    wide, _ = dcgan.load_data("cifar10", str(tmp_path), 64, "train", limit=5)
-    assert wide.shape == (5, 3, 64, 64)
+    assert metrics.load_data("cifar10", str(tmp_path), 64, "train")[0].shape == (12, 3, 64, 64)
 
 
 def test_cifar10_without_files_or_network_is_one_line(monkeypatch, tmp_path, capsys):
@@ -649,7 +851,7 @@ def test_cifar10_without_files_or_network_is_one_line(monkeypatch, tmp_path, cap
 
     monkeypatch.setattr(torchvision.datasets, "CIFAR10", refused)
     with pytest.raises(SystemExit) as stop:
-        dcgan.load_data("cifar10", str(tmp_path), 32, "train")
+        metrics.load_data("cifar10", str(tmp_path), 32, "train")
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.count("\n") == 1 and "cifar-10-batches-py" in err and "no network" in err
     assert list(tmp_path.iterdir()) == []
@@ -658,8 +860,10 @@ def test_cifar10_without_files_or_network_is_one_line(monkeypatch, tmp_path, cap
 def test_celeba_is_torchvisions_list_and_the_files_beside_it(tmp_path, capsys, monkeypatch):
     """What is in which split is torchvision's affair; the pictures are those of its list, in its order."""
     import torchvision.datasets
+
     base = tmp_path / "celeba"
-    for i in range(6): picture(base / f"img_align_celeba/{i:06}.jpg", (30 * i,) * 3, (178, 218))
+    for i in range(6):
+        picture(base / f"img_align_celeba/{i:06}.jpg", (30 * i,) * 3, (178, 218))
     splits, asked = {"train": [5, 0, 1], "test": [3, 4]}, []
 
     def celeba(root, split, download):
@@ -668,13 +872,11 @@ def test_celeba_is_torchvisions_list_and_the_files_beside_it(tmp_path, capsys, m
 
     monkeypatch.setattr(torchvision.datasets, "CelebA", celeba)
     for split, wanted in splits.items():
-        x, y = dcgan.load_data("celeba", str(tmp_path), 32, split)
-        assert x.shape == (len(wanted), 3, 32, 32) and y.tolist() == [-1] * len(wanted)
+        x, y, names = metrics.load_data("celeba", str(tmp_path), 32, split)
+        assert x.shape == (len(wanted), 3, 32, 32) and y.tolist() == [-1] * len(wanted) and names == []
         assert [round(p.double().mean().item() / 30) for p in x] == wanted
     assert asked == [(str(tmp_path), "train", True), (str(tmp_path), "test", True)]
     assert len(caches(base)) == 2  # decoded once
-    x, y = dcgan.load_data("celeba", str(tmp_path), 32, "train", limit=2)
-    assert [round(p.double().mean().item() / 30) for p in x] == [5, 0] and len(y) == 2
 
 
 def test_celeba_without_files_or_gdown_is_one_line(tmp_path, capsys, monkeypatch):
@@ -686,7 +888,7 @@ def test_celeba_without_files_or_gdown_is_one_line(tmp_path, capsys, monkeypatch
 
     monkeypatch.setattr(torchvision.datasets, "CelebA", refused)
     with pytest.raises(SystemExit) as stop:
-        dcgan.load_data("celeba", str(tmp_path), 32, "train")
+        metrics.load_data("celeba", str(tmp_path), 32, "train")
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.count("\n") == 1 and str(tmp_path / "celeba") in err and "gdown" in err
     assert list(tmp_path.iterdir()) == []

@@ -1,6 +1,10 @@
-"""Losses, penalties and clipping of dcgan.py, cdcgan.py and wgan_clip.py against closed forms, finite differences and
-the objective written out; and, watching train(), what enters each forward and what each backward reaches."""
+"""Losses, penalties and clipping of dcgan.py, cdcgan.py, wgan_clip.py and their like, against closed forms, finite
+differences and the objective written out; and, watching train(), what enters each forward, what each backward reaches.
+
+run() and steps() serve other files too."""
+
 import copy
+import math
 from types import SimpleNamespace
 from unittest import mock
 
@@ -11,14 +15,18 @@ from torch import nn
 from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+import bigan
 import cdcgan
 import dcgan
+import mdgan
+import unrolled
 import wgan_clip
+import wgan_gp
 
 EXACT = {"rtol": 0, "atol": 1e-12}
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def float64():
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float64)
@@ -26,73 +34,101 @@ def float64():
     torch.set_default_dtype(torch.float32)
 
 
-def run(monkeypatch, module, argv, iterations=1, x=None, y=None, nets=None):
-    """train() for some iterations on CPU without a Run: its events in order, networks, optimizers and logged values.
-    An event is ("forward", "G" or "D", inputs, with or without gradients) or ("step", ...) with .grads and .before."""
-    size = module.parse_args(argv).image_size
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+def run(monkeypatch, module, argv, iterations=1, x=None, y=None, nets=()):
+    """train() on the CPU for some iterations, on 60 random images of 3 classes, with nothing to watch it.
+
+    Returns a namespace: G, D (, E), ema (, ema_e), opts {"g", "d"}, sample, score, held, classes, args, x, y, logged
+    (the dicts of step, as numbers), and events in their order:
+        kind "forward"  net "G", "D" or "E"; inputs; train, graph, slope (its first input wants a gradient); D's weights
+        kind "step"     net "G" or "D"; opt; copies (G, D (, E)) as they were; grads, before and after {net: tensors}
+    `nets` take the places of G, D (, E); None leaves the script's own."""
+    args = module.parse_args(argv)
+    args.steps = iterations * args.d_steps
     if x is None:
-        x = torch.randint(0, 256, (60, 1, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        rng = torch.Generator().manual_seed(0)
+        x = torch.randint(0, 256, (60, 1, args.image_size, args.image_size), dtype=torch.uint8, generator=rng)
     y = torch.arange(len(x)) % 3 if y is None else y
-    seen = SimpleNamespace(events=[], logged=[], x=x, y=y)
+    names = [] if y.min() < 0 else [str(i) for i in range(int(y.max()) + 1)]
+    seen = SimpleNamespace(args=args, x=x, y=y, events=[], logged=[], opts={}, ema=None)
+    made = {}
+    over = False
 
-    def note(**what):
-        seen.events.append(SimpleNamespace(at=len(seen.events), **what))
-
-    made = []
-
-    def watched(make, given):
-        def call(*args):
-            net = given or make(*args)
-            made.append(net)
-            name = "GD"[len(made) - 1]
-            setattr(seen, name, net)
-
-            def noted(m, inputs):
-                if m is net:  # not a copy of it
-                    note(kind="forward", net=name, inputs=[i.detach().clone() for i in inputs], train=m.training,
-                         graph=torch.is_grad_enabled(), slope=inputs[0].requires_grad, d_weights=params(seen.D))
-
-            net.register_forward_pre_hook(noted)
-            return net
-        return call
-
-    def fake_run(args, nets, opts, ema, draw, rate, batch, labels=1):
-        for k, v in locals().items(): setattr(seen, k, v)
-        stand_in = mock.MagicMock()
-        stand_in.training.side_effect = [True] * iterations + [False]
-        stand_in.record.side_effect = lambda values: seen.logged.append({k: v.item() for k, v in values.items()})
-        stand_in.noise.side_effect = lambda n, *key: torch.randn(n, args.latent_dim)
-        return stand_in
-
-    def params(net):
+    def weights(net):
         return [p.detach().clone() for p in net.parameters()]
 
-    def grads(net):
+    def weights_of_all():
+        return {name: weights(net) for name, net in made.items()}
+
+    def gradients(net):
         return [None if p.grad is None else p.grad.clone() for p in net.parameters()]
 
-    def name_of(opt):
-        first = opt.param_groups[0]["params"][0]
-        return "G" if first is next(seen.G.parameters()) else "D"
+    def watch(name, make, given):
+        def call(*how):
+            net = given or make(*how)
+            made[name] = net
+            setattr(seen, name, net)
+
+            def noted(m, inputs, named):
+                if m is not net or over:  # a copy of it, or after the training
+                    return
+                inputs = [*inputs, *named.values()]
+                event = SimpleNamespace(kind="forward", net=name, at=len(seen.events), train=m.training)
+                event.inputs = [i.detach().clone() for i in inputs]
+                event.graph = torch.is_grad_enabled()
+                event.slope = inputs[0].requires_grad
+                if name == "D":
+                    event.weights = weights(net)
+                seen.events.append(event)
+
+            net.register_forward_pre_hook(noted, with_kwargs=True)
+            return net
+
+        return call
 
     def before(opt, *_):
-        nets = {"G": seen.G, "D": seen.D}
-        note(kind="step", net=name_of(opt), opt=opt, grads={k: grads(v) for k, v in nets.items()},
-             before={k: params(v) for k, v in nets.items()}, copies=copy.deepcopy((seen.G, seen.D)))
+        first = opt.param_groups[0]["params"][0]
+        name = "G" if first is next(seen.G.parameters()) else "D"
+        seen.opts[name.lower()] = opt
+        event = SimpleNamespace(kind="step", net=name, at=len(seen.events), opt=opt, before=weights_of_all())
+        event.grads = {name: gradients(net) for name, net in made.items()}
+        event.copies = copy.deepcopy(tuple(made.values()))
+        seen.events.append(event)
 
     def after(opt, *_):
-        seen.events[-1].after = {k: params(getattr(seen, k)) for k in "GD"}
+        seen.events[-1].after = weights_of_all()
 
-    nets = nets or (None, None)
-    for name, fake in (("make_generator", watched(module.make_generator, nets[0])), ("Run", fake_run),
-                       ("make_discriminator", watched(module.make_discriminator, nets[1])),
-                       ("load_data", lambda *a, **k: (x, y)), ("save_sheet", lambda *a: None)):
-        monkeypatch.setattr(module, name, fake)
-    hooks = register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)
-    try:
-        module.train(module.parse_args(argv))
-    finally:
-        for hook in hooks: hook.remove()
-        monkeypatch.undo()
+    def averaged(net, averaged=module.averaged):
+        name = "ema" if seen.ema is None else "ema_e"
+        setattr(seen, name, averaged(net))
+        return getattr(seen, name)
+
+    def study(args, held, sample, score, classes=None, script=None):
+        seen.held, seen.sample, seen.score, seen.classes = held, sample, score, classes
+        stand_in = mock.MagicMock()
+        stand_in.evaluate.return_value = False
+        stand_in.add = lambda losses: seen.logged.append({k: v.item() for k, v in losses.items()})
+        return stand_in
+
+    nets = [*nets, None, None, None]
+    with monkeypatch.context() as m:
+        for name, kind, given in zip("GDE", ("Generator", "Discriminator", "Encoder"), nets):
+            if hasattr(module, kind):
+                m.setattr(module, kind, watch(name, getattr(module, kind), given))
+        m.setattr(module, "Study", study)
+        m.setattr(module, "averaged", averaged)
+        m.setattr(module, "load_data", lambda *a: (x, y, names))
+        m.setattr(module, "save", lambda *a: None)
+        m.setattr(module, "reconstruction_figures", lambda *a: None, raising=False)
+        hooks = register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)
+        try:
+            module.train(args)
+        finally:
+            over = True
+            for hook in hooks:
+                hook.remove()
     return seen
 
 
@@ -100,54 +136,75 @@ def steps(seen, net):
     return [e for e in seen.events if e.kind == "step" and e.net == net]
 
 
+def forwards(seen, net):
+    return [e for e in seen.events if e.kind == "forward" and e.net == net]
+
+
 # the losses -----------------------------------------------------------------------------------------------------------
 
-REAL, FAKE = np.array([0.3, -2, 7.5, 0, -9]), np.array([1.1, -0.4, 12, -13, 0])
+REAL, FAKE = np.array([0.3, -2, 7.5, 0, -9]), np.array([1.1, -0.4, 12, -13])  # means apart: unequal numbers
 
 
 def sigmoid(t):
     return 1 / (1 + np.exp(-t))
 
 
-@pytest.mark.parametrize("module", [dcgan, cdcgan], ids=lambda m: m.__name__)
-def test_discriminator_loss_is_the_cross_entropy(module):
-    real, fake = (torch.tensor(v, requires_grad=True) for v in (REAL, FAKE[:4]))  # means apart: unequal numbers
-    loss = module.discriminator_loss(real, fake)
-    loss.backward()
-    assert loss.item() == pytest.approx(np.logaddexp(0, -REAL).mean() + np.logaddexp(0, FAKE[:4]).mean(), abs=1e-12)
-    wanted = F.binary_cross_entropy(real.sigmoid(), torch.ones(5)) + F.binary_cross_entropy(
-        fake.sigmoid(), torch.zeros(4))
-    assert loss.item() == pytest.approx(wanted.item(), abs=1e-9)  # torch clamps its logarithms
-    torch.testing.assert_close(real.grad, torch.tensor(-sigmoid(-REAL) / 5), **EXACT)
-    torch.testing.assert_close(fake.grad, torch.tensor(sigmoid(FAKE[:4]) / 4), **EXACT)
+def softplus(t):
+    return np.logaddexp(0, t)
 
 
-@pytest.mark.parametrize("loss, value, slope", [
-    (lambda f: dcgan.generator_loss(f, "ns"), np.logaddexp(0, -FAKE), -sigmoid(-FAKE)),
-    (lambda f: dcgan.generator_loss(f, "minimax"), -np.logaddexp(0, FAKE), -sigmoid(FAKE)),  # log(1 - D(G(z)))
-    (cdcgan.generator_loss, np.logaddexp(0, -FAKE), -sigmoid(-FAKE)),
-    (wgan_clip.generator_loss, -FAKE, -np.ones(5))], ids=["ns", "minimax", "cdcgan", "wgan"])
-def test_generator_losses(loss, value, slope):
-    fake = torch.tensor(FAKE, requires_grad=True)
-    out = loss(fake)
-    out.backward()
-    assert out.item() == pytest.approx(value.mean(), abs=1e-12)
-    torch.testing.assert_close(fake.grad, torch.tensor(slope / 5), **EXACT)
+CROSS_ENTROPY = [dcgan, cdcgan, unrolled, bigan]
+D_LOSS = softplus(-REAL).mean() + softplus(FAKE).mean(), -sigmoid(-REAL) / 5, sigmoid(FAKE) / 4
+SCORES = FAKE.mean() - REAL.mean(), -np.ones(5) / 5, np.ones(4) / 4
+NS = softplus(-FAKE).mean(), 0 * REAL, -sigmoid(-FAKE) / 4
+LOSSES = {
+    **{f"{m.__name__} D": (m.discriminator_loss, *D_LOSS) for m in CROSS_ENTROPY},
+    **{f"{m.__name__} D": (m.discriminator_loss, *SCORES) for m in (wgan_clip, wgan_gp)},
+    "dcgan ns": (lambda r, f: dcgan.generator_loss(f, "ns"), *NS),
+    "cdcgan ns": (lambda r, f: cdcgan.generator_loss(f), *NS),
+    "unrolled ns": (lambda r, f: unrolled.generator_loss(f, "ns", r), *NS),
+    "dcgan minimax": (  # log(1 - D(G(z)))
+        lambda r, f: dcgan.generator_loss(f, "minimax"),
+        -softplus(FAKE).mean(),
+        0 * REAL,
+        -sigmoid(FAKE) / 4,
+    ),
+    "unrolled minimax": (lambda r, f: unrolled.generator_loss(f, "minimax", r), *(-v for v in D_LOSS)),
+    "bigan swapped": (
+        bigan.generator_loss,
+        softplus(REAL).mean() + softplus(-FAKE).mean(),
+        sigmoid(REAL) / 5,
+        -sigmoid(-FAKE) / 4,
+    ),
+    "wgan_clip G": (lambda r, f: wgan_clip.generator_loss(f), -FAKE.mean(), 0 * REAL, -np.ones(4) / 4),
+    "wgan_gp G": (lambda r, f: wgan_gp.generator_loss(f), -FAKE.mean(), 0 * REAL, -np.ones(4) / 4),
+}
 
 
-def test_discriminator_loss_of_scores():
-    real, fake = torch.tensor([1.0, 2, 6], requires_grad=True), torch.tensor([0.5, -1], requires_grad=True)
-    loss = wgan_clip.discriminator_loss(real, fake)
-    loss.backward()
-    assert loss.item() == pytest.approx(-0.25 - 3, abs=1e-15)
-    torch.testing.assert_close(real.grad, torch.full((3,), -1 / 3), **EXACT)
-    torch.testing.assert_close(fake.grad, torch.full((2,), 1 / 2), **EXACT)
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_and_their_slopes(name):
+    loss, value, *slopes = LOSSES[name]
+    real, fake = (torch.tensor(v, requires_grad=True) for v in (REAL, FAKE))
+    out = loss(real, fake)
+    assert out.item() == pytest.approx(value, abs=1e-12)
+    grads = torch.autograd.grad(out, [real, fake], allow_unused=True, materialize_grads=True)
+    for grad, slope in zip(grads, slopes):
+        torch.testing.assert_close(grad, torch.tensor(slope), **EXACT)
+
+
+@pytest.mark.parametrize("module", CROSS_ENTROPY, ids=lambda m: m.__name__)
+def test_discriminator_loss_is_torchs_cross_entropy(module):
+    real, fake = torch.tensor(REAL), torch.tensor(FAKE)
+    wanted = F.binary_cross_entropy(real.sigmoid(), torch.ones(5))
+    wanted = wanted + F.binary_cross_entropy(fake.sigmoid(), torch.zeros(4))
+    assert module.discriminator_loss(real, fake).item() == pytest.approx(wanted.item(), abs=1e-9)  # torch clamps logs
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("size", [80, 1e4])
 def test_losses_far_out_are_finite(size, dtype):
     """At +-80 sigmoid rounds to 0 or 1 in float32, and log of it to -inf; a slope is 1 where D is wrong."""
+
     def ends(loss):
         f = torch.tensor([-size, size], dtype=dtype, requires_grad=True)
         value = loss(f)
@@ -156,14 +213,16 @@ def test_losses_far_out_are_finite(size, dtype):
         return [value.item(), *(2 * f.grad).tolist()]
 
     zero = torch.zeros(1, dtype=dtype)
-    for module in (dcgan, cdcgan):
-        assert ends(lambda f, m=module: m.discriminator_loss(f, zero) - m.discriminator_loss(
-            zero, zero) / 2) == pytest.approx([size / 2, -1, 0], abs=1e-5)
-        assert ends(lambda f, m=module: m.discriminator_loss(zero, f) - m.discriminator_loss(
-            zero, zero) / 2) == pytest.approx([size / 2, 0, 1], abs=1e-5)
-    assert ends(lambda f: dcgan.generator_loss(f, "ns")) == pytest.approx([size / 2, -1, 0], abs=1e-5)
-    assert ends(cdcgan.generator_loss) == pytest.approx([size / 2, -1, 0], abs=1e-5)
+    log2 = math.log(2)
+    for module in CROSS_ENTROPY:
+        d_loss = module.discriminator_loss
+        assert ends(lambda f, loss=d_loss: loss(f, zero) - log2) == pytest.approx([size / 2, -1, 0], abs=1e-5)
+        assert ends(lambda f, loss=d_loss: loss(zero, f) - log2) == pytest.approx([size / 2, 0, 1], abs=1e-5)
+    for loss in (dcgan.generator_loss, cdcgan.generator_loss, unrolled.generator_loss):
+        assert ends(loss) == pytest.approx([size / 2, -1, 0], abs=1e-5)
     assert ends(lambda f: dcgan.generator_loss(f, "minimax")) == pytest.approx([-size / 2, 0, -1], abs=1e-5)
+    assert ends(lambda f: unrolled.generator_loss(f, "minimax", f)) == pytest.approx([-size, 1, -1], abs=1e-5)
+    assert ends(lambda f: bigan.generator_loss(f, f)) == pytest.approx([size, -1, 1], abs=1e-5)
 
 
 # the penalties --------------------------------------------------------------------------------------------------------
@@ -179,43 +238,41 @@ def test_squared_slope_of_a_linear_logit(shape):
 
 @pytest.mark.parametrize("a", [0.15, -2.0])
 def test_squared_slope_of_a_quadratic_logit(a):
-    x, a = torch.randn(6, 2, 3, 3), torch.tensor(a, requires_grad=True)
+    x = torch.randn(6, 2, 3, 3)
+    a = torch.tensor(a, requires_grad=True)
     value = dcgan.squared_gradient(lambda x: a / 2 * x.square().flatten(1).sum(1), x)
     mean = x.flatten(1).square().sum(1).mean()
     torch.testing.assert_close(value, a.detach() ** 2 * mean, rtol=1e-13, atol=1e-12)
     torch.testing.assert_close(torch.autograd.grad(value, a)[0], 2 * a.detach() * mean, rtol=1e-13, atol=1e-12)
 
 
+@torch.no_grad()
 def numeric_squared_slope(D, x, h=1e-4):
     """Without autograd: central differences in every pixel."""
-    total = 0.0
-    with torch.no_grad():
-        for i in range(x[0].numel()):
-            e = torch.zeros_like(x[0]).flatten()
-            e[i] = h
-            total = total + ((D(x + e.view_as(x[0])) - D(x - e.view_as(x[0]))) / (2 * h)).square().mean()
-    return total
+    pixels = h * torch.eye(x[0].numel()).view(-1, 1, *x.shape[1:])
+    ahead, behind = (D((x + e).flatten(0, 1)).view(-1, len(x)) for e in (pixels, -pixels))
+    return ((ahead - behind) / (2 * h)).square().sum(0).mean()
 
 
 def test_squared_slope_differentiates_to_every_weight():
-    D = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(12, 4), nn.Softplus(), nn.Linear(4, 1),
-                      nn.Flatten(0))
+    layers = [nn.Conv2d(2, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(12, 4), nn.Softplus(), nn.Linear(4, 1)]
+    D = nn.Sequential(*layers, nn.Flatten(0))
     x, h = torch.randn(4, 2, 4, 4), 1e-4
     value = dcgan.squared_gradient(D, x)
     assert value.item() == pytest.approx(numeric_squared_slope(D, x).item(), rel=1e-6)
     *grads, last_bias = torch.autograd.grad(value, list(D.parameters()), allow_unused=True, materialize_grads=True)
     assert last_bias.abs().max() == 0  # a constant added to the logit has no slope
     for p, grad in zip(D.parameters(), grads):
-        numeric = torch.empty_like(p)
+        assert grad.abs().max() > 1e-3
+        numeric = torch.empty(p.numel())
         for i in range(p.numel()):
             ends = []
             for step in (h, -2 * h):
                 p.data.view(-1)[i] += step
                 ends.append(numeric_squared_slope(D, x).item())
             p.data.view(-1)[i] += h
-            numeric.view(-1)[i] = (ends[0] - ends[1]) / (2 * h)
-        assert grad.abs().max() > 1e-3
-        torch.testing.assert_close(grad, numeric, rtol=1e-5, atol=1e-6)
+            numeric[i] = (ends[0] - ends[1]) / (2 * h)
+        torch.testing.assert_close(grad.flatten(), numeric, rtol=1e-5, atol=1e-6)
 
 
 def test_squared_slope_sends_no_gradient_to_the_pictures():
@@ -226,12 +283,13 @@ def test_squared_slope_sends_no_gradient_to_the_pictures():
 
 @pytest.mark.parametrize("argv", [["--image-size", "28"], ["--image-size", "32"], ["--arch", "mlp"]])
 def test_penalised_logit_looks_at_one_picture_at_a_time(argv):
-    """Perturbing one leaves the others' slopes alone under --gp; batch norm, obeyed when asked for, breaks that."""
+    """Perturbing one leaves the others' slopes alone by default; batch norm, obeyed when asked for, breaks that."""
     changes = []
-    for flags in (["--gp", "1"], ["--gp", "1", "--d-norm", "batch"]):
-        args = dcgan.parse_args([*argv, "--ndf", "4", *flags])
-        D = dcgan.make_discriminator(args, 1)
-        for p in D.parameters(): p.data.mul_(3)  # away from the start, where everything is nearly linear
+    for norm in ("none", "batch"):
+        args = dcgan.parse_args([*argv, "--ndf", "4", "--d-norm", norm])
+        D = dcgan.Discriminator(args, 1)
+        for p in D.parameters():
+            p.data.mul_(3)  # away from the start, where everything is nearly linear
         x = torch.randn(4, 1, args.image_size, args.image_size, requires_grad=True)
         other = x.detach().clone()
         other[2] = 3 * torch.randn_like(other[2])
@@ -242,47 +300,46 @@ def test_penalised_logit_looks_at_one_picture_at_a_time(argv):
     assert changes[0] < 1e-10 and changes[1] > 1e-4
 
 
-def polynomial(kind, channels=1, side=28):
-    """f(x) = w.x + b, or a/2 ||x||^2 + b, as a network."""
-    class Quadratic(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = nn.Parameter(torch.tensor(0.3)), nn.Parameter(torch.tensor(-0.1))
+class Quadratic(nn.Module):
+    """f(x) = a/2 ||x||^2 + b."""
 
-        def forward(self, x):
-            return self.a / 2 * x.flatten(1).square().sum(1) + self.b
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Parameter(torch.tensor(0.3))
+        self.b = nn.Parameter(torch.tensor(-0.1))
 
-    return Quadratic() if kind == "quadratic" else nn.Sequential(nn.Flatten(), nn.Linear(side * side, 1), nn.Flatten(0))
+    def forward(self, x):
+        return self.a / 2 * x.flatten(1).square().sum(1) + self.b
 
 
-@pytest.mark.parametrize("gp, r1", [(0, 0), (0.5, 0), (0, 3.0), (0.7, 2.0)])
-def test_training_adds_the_sum_of_both_terms_for_gp_and_half_of_gamma_on_real_for_r1(monkeypatch, gp, r1):
+@pytest.mark.parametrize("gp, r1, r2", [(0, 0, 0), (0.5, 0, 0), (0, 3.0, 0), (0, 0, 3.0), (0.7, 2.0, 1.0)])
+@pytest.mark.parametrize("kind", ["linear", "quadratic"])
+def test_training_adds_both_terms_for_gp_and_half_of_gamma_for_r1_and_r2(monkeypatch, kind, gp, r1, r2):
     """The columns d_loss and penalty, and the gradient D steps along, for logits whose slope is known."""
-    argv = ["--arch", "mlp", "--batch-size", "6", "--gp", str(gp), "--r1", str(r1), "--device", "cpu"]
-    for kind in ("linear", "quadratic"):
-        seen = run(monkeypatch, dcgan, argv, nets=(None, net := polynomial(kind).double()))
-        first = steps(seen, "D")[0]
-        both = next(e for e in seen.events if e.kind == "forward" and e.net == "D").inputs[0]
-        real, fake = both.flatten(1).chunk(2)
-        p, bias = (v.flatten() for v in first.before["D"])
-        if kind == "linear":
-            f_real, f_fake = real @ p + bias, fake @ p + bias
-            terms, slope_terms = (p @ p, p @ p), (2 * p, 2 * p)
-            d_real, d_fake = real, fake
-        else:
-            f_real, f_fake = p / 2 * real.square().sum(1) + bias, p / 2 * fake.square().sum(1) + bias
-            means = [v.square().sum(1).mean() for v in (real, fake)]
-            terms, slope_terms = [(p * p * m).squeeze() for m in means], [2 * p * m for m in means]
-            d_real, d_fake = (v.square().sum(1, keepdim=True) / 2 for v in (real, fake))
-            assert abs(means[0] - means[1]) > 1
-        penalty = gp * (terms[0] + terms[1]) + r1 / 2 * terms[0]
-        bce = torch.log1p(torch.exp(-f_real)).mean() + torch.log1p(torch.exp(f_fake)).mean()
-        assert seen.logged[0]["penalty"] == pytest.approx(penalty.item(), rel=1e-12, abs=1e-12)
-        assert seen.logged[0]["d_loss"] == pytest.approx((bce + penalty).item(), rel=1e-9)
-        wanted = (torch.sigmoid(f_fake)[:, None] * d_fake - torch.sigmoid(-f_real)[:, None] * d_real).mean(0)
-        wanted = wanted + gp * (slope_terms[0] + slope_terms[1]) + r1 / 2 * slope_terms[0]
-        torch.testing.assert_close(first.grads["D"][0].flatten(), wanted, rtol=1e-9, atol=1e-9)
-        assert net is seen.D
+    argv = ["--paper", "--image-size", "16", "--ngf", "2", "--batch-size", "6", "--device", "cpu"]
+    argv += ["--gp", str(gp), "--r1", str(r1), "--r2", str(r2), "--d-norm", "none"]
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(256, 1), nn.Flatten(0))
+    seen = run(monkeypatch, dcgan, argv, nets=(None, linear if kind == "linear" else Quadratic()))
+    first = steps(seen, "D")[0]
+    real, fake = forwards(seen, "D")[0].inputs[0].flatten(1).chunk(2)
+    p, bias = (v.flatten() for v in first.before["D"])
+    if kind == "linear":  # w.x + b
+        f_real, f_fake = real @ p + bias, fake @ p + bias
+        terms, slope_terms = (p @ p, p @ p), (2 * p, 2 * p)
+        d_real, d_fake = real, fake
+    else:
+        f_real, f_fake = p / 2 * real.square().sum(1) + bias, p / 2 * fake.square().sum(1) + bias
+        means = [v.square().sum(1).mean() for v in (real, fake)]
+        terms, slope_terms = [(p * p * m).squeeze() for m in means], [2 * p * m for m in means]
+        d_real, d_fake = (v.square().sum(1, keepdim=True) / 2 for v in (real, fake))
+        assert abs(means[0] - means[1]) > 1
+    penalty = (gp + r1 / 2) * terms[0] + (gp + r2 / 2) * terms[1]
+    bce = torch.log1p(torch.exp(-f_real)).mean() + torch.log1p(torch.exp(f_fake)).mean()
+    assert seen.logged[0]["penalty"] == pytest.approx(penalty.item(), rel=1e-12, abs=1e-12)
+    assert seen.logged[0]["d_loss"] == pytest.approx((bce + penalty).item(), rel=1e-9)
+    wanted = (torch.sigmoid(f_fake)[:, None] * d_fake - torch.sigmoid(-f_real)[:, None] * d_real).mean(0)
+    wanted = wanted + (gp + r1 / 2) * slope_terms[0] + (gp + r2 / 2) * slope_terms[1]
+    torch.testing.assert_close(first.grads["D"][0].flatten(), wanted, rtol=1e-9, atol=1e-9)
 
 
 # clipping -------------------------------------------------------------------------------------------------------------
@@ -290,14 +347,16 @@ def test_training_adds_the_sum_of_both_terms_for_gp_and_half_of_gamma_on_real_fo
 
 def test_clip_weights_bounds_every_parameter_and_returns_the_share_at_the_bound():
     D = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2), nn.Linear(2, 1))
-    values = [[[0.005, -0.5, 0.02], [0.0, 0.01, -0.01]], [-0.0099, 3.0], [1.0, -1.0], [0.002, 0.0], [[9.0, -0.001]],
-              [-0.01000001]]
-    for p, v in zip(D.parameters(), values): p.data = torch.tensor(v)
-    D[1].running_mean.fill_(5), D[1].running_var.fill_(7)
+    values = [[[0.005, -0.5, 0.02], [0.0, 0.01, -0.01]], [-0.0099, 3.0], [1.0, -1.0], [0.002, 0.0], [[9.0, -0.001]]]
+    values += [[-0.01000001]]
+    for p, v in zip(D.parameters(), values):
+        p.data = torch.tensor(v)
+    D[1].running_mean.fill_(5)
+    D[1].running_var.fill_(7)
     share = wgan_clip.clip_weights(D, 0.01)
-    flat = torch.cat([p.detach().flatten() for p in D.parameters()])
-    assert flat.tolist() == [0.005, -0.01, 0.01, 0, 0.01, -0.01, -0.0099, 0.01, 0.01, -0.01, 0.002, 0, 0.01, -0.001,
-                             -0.01]
+    flat = torch.cat([p.detach().flatten() for p in D.parameters()]).tolist()
+    assert flat[:6] == [0.005, -0.01, 0.01, 0, 0.01, -0.01]
+    assert flat[6:] == [-0.0099, 0.01, 0.01, -0.01, 0.002, 0, 0.01, -0.001, -0.01]
     assert share.item() == pytest.approx(9 / 15, abs=1e-6)  # batch norm's scale (both) and shift (none) among them
     assert D[1].running_mean.tolist() == [5, 5] and D[1].running_var.tolist() == [7, 7]
     assert all(p.requires_grad and p.grad is None for p in D.parameters()) and not share.requires_grad
@@ -311,71 +370,123 @@ def test_share_at_the_bound_is_exact_in_float32(c):
     assert wgan_clip.clip_weights(D, c).item() == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize("argv", [["--d-steps", "3"], ["--d-steps", "1", "--clip", ".05"], ["--d-norm", "none"],
-                                  ["--conditional", "--optimizer", "adam"], ["--arch", "mlp", "--g-norm", "layer"]])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--paper", "--d-steps", "3"],
+        ["--d-norm", "none", "--clip", ".02"],
+        ["--paper", "--conditional", "--optimizer", "adam"],
+        ["--arch", "mlp", "--g-norm", "layer"],
+    ],
+)
 def test_training_clips_after_every_update_of_the_critic(monkeypatch, argv):
-    flags = ["--batch-size", "4", "--ngf", "4", "--ndf", "4", "--lr-d", ".02", "--device", "cpu", *argv]
-    c = float(argv[argv.index("--clip") + 1]) if "--clip" in argv else 0.01
-    seen = run(monkeypatch, wgan_clip, flags, iterations=2)
+    flags = ["--image-size", "16", "--batch-size", "4", "--ngf", "4", "--ndf", "4", "--lr-d", ".02", "--device", "cpu"]
+    seen = run(monkeypatch, wgan_clip, [*flags, *argv], iterations=2)
+    c = seen.args.clip
     updates = steps(seen, "D")
-    assert len(updates) == 2 * wgan_clip.parse_args(flags).d_steps
+    assert len(updates) == 2 * seen.args.d_steps
     for this in updates:
         assert max(p.abs().max() for p in this.after["D"]) > c  # RMSprop and Adam went past it
-        for p, free in zip(seen.events[this.at + 1].d_weights, this.after["D"]):  # before the next forward
+        following = next(e for e in forwards(seen, "D") if e.at > this.at)
+        for p, free in zip(following.weights, this.after["D"]):
             assert torch.equal(p, free.clamp(-c, c))
     flat = torch.cat([p.clamp(-c, c).flatten() for p in updates[-1].after["D"]])
-    assert seen.logged[-1]["clipped"] == pytest.approx((flat.abs() == c).double().mean().item(), abs=1e-6)
-    assert 0 < seen.logged[-1]["clipped"] < 1
-    assert seen.logged[-1]["w_dist"] == pytest.approx(-seen.logged[-1]["d_loss"], abs=1e-15)
+    last = seen.logged[-1]
+    assert last["clipped"] == pytest.approx((flat.abs() == c).double().mean().item(), abs=1e-6)
+    assert 0 < last["clipped"] < 1
+    assert last["w_dist"] == pytest.approx(-last["d_loss"], abs=1e-15)
 
 
 # what each backward reaches -------------------------------------------------------------------------------------------
 
-SMALL = ["--batch-size", "6", "--ngf", "4", "--ndf", "4", "--latent-dim", "5", "--device", "cpu", "--d-steps", "2",
-         "--g-steps", "2"]
-LOOPS = [(dcgan, []), (dcgan, ["--loss", "minimax"]), (dcgan, ["--norm-first"]), (dcgan, ["--d-norm", "none"]),
-         (dcgan, ["--gp", ".5"]), (dcgan, ["--r1", "2"]), (dcgan, ["--gp", ".5", "--d-norm", "batch"]),
-         (dcgan, ["--arch", "mlp"]), (cdcgan, []), (cdcgan, ["--d-ignores-label"]), (cdcgan, ["--arch", "mlp"]),
-         (wgan_clip, []), (wgan_clip, ["--d-norm", "none"]), (wgan_clip, ["--arch", "mlp"]),
-         (wgan_clip, ["--arch", "mlp", "--d-norm", "batch"]), (wgan_clip, ["--conditional"]),
-         (wgan_clip, ["--conditional", "--d-norm", "none"]), (wgan_clip, ["--conditional", "--d-ignores-label"])]
-LOOP = pytest.mark.parametrize("module, argv", LOOPS, ids=[f"{m.__name__} {' '.join(a)}" for m, a in LOOPS])
+SMALL = ["--paper", "--batch-size", "6", "--ngf", "4", "--ndf", "4", "--latent-dim", "5", "--device", "cpu"]
+SMALL += ["--d-steps", "2", "--g-steps", "2"]
+LOOPS = [
+    (dcgan, ""),  # of the paper: batch norm in D
+    (dcgan, "--loss minimax"),
+    (dcgan, "--norm-first"),
+    (dcgan, "--d-norm none --r1 2 --penalty-share .25"),  # the default method
+    (dcgan, "--gp .5"),
+    (dcgan, "--gp .5 --r1 2 --r2 1 --d-norm batch"),
+    (dcgan, "--r2 2 --d-norm batch --penalty-share .01"),  # of two images at least
+    (dcgan, "--loss relativistic --r1 1 --arch mlp"),
+    (cdcgan, ""),
+    (cdcgan, "--d-ignores-label"),
+    (cdcgan, "--d-norm none --r1 2 --penalty-share .3"),
+    (cdcgan, "--arch mlp"),
+    (wgan_clip, ""),
+    (wgan_clip, "--d-norm none"),
+    (wgan_clip, "--arch mlp --d-norm batch"),
+    (wgan_clip, "--conditional"),
+    (wgan_clip, "--conditional --d-norm none"),
+    (wgan_clip, "--conditional --d-ignores-label"),
+]
+LOOP = pytest.mark.parametrize("module, flags", LOOPS, ids=[f"{m.__name__} {flags}" for m, flags in LOOPS])
 
 
-def batch_norm_in_d(module, argv):
-    if "--d-norm" in argv:
-        return argv[argv.index("--d-norm") + 1] == "batch"
-    return not {"mlp", "--gp", "--r1"} & set(argv)
+def small_run(monkeypatch, module, flags, iterations=1):
+    return run(monkeypatch, module, [*SMALL, "--image-size", "16", *flags.split()], iterations)
 
 
-def objective(module, argv, D, real, fake, y):
-    """D's objective, term by term, from copies: each kind of picture through D on its own."""
-    def f(x):
-        return D(x, y) if y is not None else D(x)
+def weights_of_penalties(args):
+    """What stands before E||grad f||^2 on real images, and on fake ones."""
+    gp, r1, r2 = (getattr(args, name, 0) for name in ("gp", "r1", "r2"))
+    return gp + r1 / 2, gp + r2 / 2
 
-    def slope(x):
-        x = x.clone().requires_grad_()
-        if batch_norm_in_d(module, argv):  # one logit moves with every picture: what is meant is the slope of the sum
-            return torch.autograd.grad(f(x).sum(), x, create_graph=True)[0].pow(2).sum() / len(x)
-        return sum(torch.autograd.grad(f(x)[i], x, create_graph=True)[0].pow(2).sum() for i in range(len(x))) / len(x)
 
-    if module is wgan_clip:
-        return f(fake).sum() / 6 - f(real).sum() / 6
-    loss = torch.log1p(torch.exp(-f(real))).sum() / 6 + torch.log1p(torch.exp(f(fake))).sum() / 6
-    if "--gp" in argv: loss = loss + 0.5 * slope(real) + 0.5 * slope(fake)
-    if "--r1" in argv: loss = loss + 1.0 * slope(real)
+def penalized(args):
+    """How many images of the six a penalty is of. Batch norm needs two."""
+    return max(math.ceil(args.penalty_share * 6), 2 if args.d_norm == "batch" else 1)
+
+
+def d_objective(args, D, real, fake, y=()):
+    """D's objective, term by term: each kind of picture through D on its own."""
+
+    def mean_squared_slope(x):
+        k = penalized(args)
+        x, label = x[:k].clone().requires_grad_(), [v[:k] for v in y]
+        if args.d_norm == "batch":  # one logit moves with every picture: what is meant is the slope of the sum
+            (slope,) = torch.autograd.grad(D(x, *label).sum(), x, create_graph=True)
+            return slope.pow(2).sum() / k
+        slopes = [torch.autograd.grad(D(x, *label)[i], x, create_graph=True)[0] for i in range(k)]
+        return sum(slope.pow(2).sum() for slope in slopes) / k
+
+    f_real, f_fake = D(real, *y), D(fake, *y)
+    if hasattr(args, "clip"):
+        return f_fake.sum() / 6 - f_real.sum() / 6
+    if getattr(args, "loss", "ns") == "relativistic":
+        loss = torch.log1p(torch.exp(f_fake - f_real)).sum() / 6
+    else:
+        loss = torch.log1p(torch.exp(-f_real)).sum() / 6 + torch.log1p(torch.exp(f_fake)).sum() / 6
+    for weight, x in zip(weights_of_penalties(args), (real, fake)):
+        if weight:
+            loss = loss + weight * mean_squared_slope(x)
     return loss
 
 
+def g_objective(args, D, real, fake, y=()):
+    f = D(fake, *y)
+    if hasattr(args, "clip"):
+        return -f.sum() / 6
+    loss = getattr(args, "loss", "ns")
+    if loss == "relativistic":
+        f = f - D(real, *y)
+    return -torch.log1p(torch.exp(f)).sum() / 6 if loss == "minimax" else torch.log1p(torch.exp(-f)).sum() / 6
+
+
+def close_gradients(grads, loss, net):
+    wanted = torch.autograd.grad(loss, list(net.parameters()), allow_unused=True, materialize_grads=True)
+    for grad, value in zip(grads, wanted):
+        torch.testing.assert_close(grad, value, rtol=1e-8, atol=1e-11)
+
+
 @LOOP
-def test_gradients_are_those_of_the_objective_and_flow_only_where_they_should(monkeypatch, module, argv):
-    seen = run(monkeypatch, module, [*SMALL, *argv], iterations=2)
-    told = module is cdcgan or "--conditional" in argv  # G takes a label
-    asks = told and "--d-ignores-label" not in argv  # so does D
-    normed = batch_norm_in_d(module, argv)
-    pictures = {tuple(p.flatten().tolist()) for p in seen.x.double() / 127.5 - 1}
+def test_gradients_are_those_of_the_objective_and_flow_only_where_they_should(monkeypatch, module, flags):
+    seen = small_run(monkeypatch, module, flags, iterations=2)
+    args = seen.args
     label_of = {tuple(p.flatten().tolist()): int(c) for p, c in zip(seen.x.double() / 127.5 - 1, seen.y)}
-    order, last, since = [], {"G": None, "D": None}, []
+    order, since = [], []
+    last = {"G": None, "D": None}
     for event in seen.events:
         if event.kind == "forward":
             since.append(event)
@@ -385,65 +496,64 @@ def test_gradients_are_those_of_the_objective_and_flow_only_where_they_should(mo
         g_calls, d_calls = ([e for e in since if e.net == k] for k in "GD")
         assert len(g_calls) == 1 and all(e.train for e in since)
         z, *y = g_calls[0].inputs
-        assert z.shape == (6, 5) and len(y) == told and all(len(e.inputs) == 1 + asks for e in d_calls)
-        y = y[0] if told else None
-        fake = G(z, y) if told else G(z)
+        assert z.shape == (6, 5) and len(y) == (module is not dcgan)
+        fake = G(z, *y)
+        sizes = [len(e.inputs[0]) for e in d_calls]
         if event.net == "D":
             assert not g_calls[0].graph  # the fakes carry no graph
-            sizes = [len(e.inputs[0]) for e in d_calls]
-            terms = [6] * (2 * ("--gp" in argv) + ("--r1" in argv))
-            assert sizes == ([6, 6] if normed else [12]) + terms
-            real, made = (e.inputs[0] for e in d_calls[:2]) if normed else d_calls[0].inputs[0].chunk(2)
+            terms = [penalized(args) for weight in weights_of_penalties(args) if weight]
+            assert sizes == ([6, 6] if args.d_norm == "batch" else [12]) + terms
+            real, made = torch.cat([e.inputs[0] for e in d_calls])[:12].chunk(2)
             torch.testing.assert_close(made, fake.detach(), rtol=1e-12, atol=1e-12)
-            keys = [tuple(p.flatten().tolist()) for p in real]
-            assert set(keys) <= pictures
-            if told: assert [label_of[k] for k in keys] == y.tolist()
-            if asks:
-                assert torch.cat([e.inputs[1] for e in d_calls]).tolist() == y.tolist() * 2
-            loss = objective(module, argv, D, real, fake.detach(), y if asks else None)
-            wanted = torch.autograd.grad(loss, list(D.parameters()), allow_unused=True, materialize_grads=True)
-            for grad, value in zip(event.grads["D"], wanted):
-                torch.testing.assert_close(grad, value, rtol=1e-8, atol=1e-11)
-            untouched = "G"
+            labels = [label_of[tuple(p.flatten().tolist())] for p in real]  # each is one of the training images
+            for label in y:
+                assert label.tolist() == labels
+            for e in d_calls:
+                for label in e.inputs[1:]:
+                    assert label.tolist() == (labels * 2)[: len(e.inputs[0])]
+            close_gradients(event.grads["D"], d_objective(args, D, real, fake.detach(), y), D)
+            other = "G"
         else:
-            assert g_calls[0].graph and [len(e.inputs[0]) for e in d_calls] == [6] and d_calls[0].slope
-            f = D(fake, y) if asks else D(fake)
-            loss = (-f.sum() if module is wgan_clip else -torch.log1p(torch.exp(f)).sum() if "minimax" in argv
-                    else torch.log1p(torch.exp(-f)).sum()) / 6
-            for grad, value in zip(event.grads["G"], torch.autograd.grad(loss, list(G.parameters()))):
-                torch.testing.assert_close(grad, value, rtol=1e-8, atol=1e-11)
-            if told: assert y.tolist() == seen.last_y  # the data's labels of the last D update
-            if asks: assert d_calls[0].inputs[1].tolist() == y.tolist()
-            untouched = "D"
-        if event.net == "D" and told: seen.last_y = y.tolist()
-        for now, then in zip(event.grads[untouched], last[untouched] or [None] * 999):
+            assert g_calls[0].graph and d_calls[-1].slope
+            assert sizes == ([6, 6] if "relativistic" in flags else [6])
+            close_gradients(event.grads["G"], g_objective(args, D, real, fake, y), G)
+            for e in [*g_calls, *d_calls]:
+                for label in e.inputs[1:]:
+                    assert label.tolist() == labels  # of the last D update
+            other = "D"
+        for now, then in zip(event.grads[other], last[other] or [None] * 999):
             assert now is None or torch.equal(now, then)  # nothing was added since its own step
-        for now, then in zip(event.after[untouched], event.before[untouched]): assert torch.equal(now, then)
+        for now, then in zip(event.after[other], event.before[other]):
+            assert torch.equal(now, then)
         last[event.net], since = event.grads[event.net], []
     assert order == ["D", "D", "G", "G"] * 2
     assert all(p.requires_grad for net in (seen.G, seen.D) for p in net.parameters())
+    told = module is cdcgan or "--conditional" in flags
+    assert (seen.classes or {}) == ({"0": 20, "1": 20, "2": 20} if told else {})
 
 
 @LOOP
-def test_logged_values_are_those_of_the_last_updates(monkeypatch, module, argv):
-    seen = run(monkeypatch, module, [*SMALL, *argv])
-    asks = (module is cdcgan or "--conditional" in argv) and "--d-ignores-label" not in argv
-    event = steps(seen, "D")[-1]
-    calls = [e for e in seen.events[steps(seen, "D")[0].at:event.at] if e.kind == "forward" and e.net == "D"]
+def test_logged_values_are_those_of_the_last_updates(monkeypatch, module, flags):
+    seen = small_run(monkeypatch, module, flags)
+    first, event = steps(seen, "D")
+    calls = [e for e in seen.events[first.at : event.at] if e.kind == "forward" and e.net == "D"]
     real, fake = torch.cat([e.inputs[0] for e in calls])[:12].chunk(2)
-    D, y = event.copies[1], calls[0].inputs[1][:6] if asks else None
-    loss = objective(module, argv, D, real, fake, y)
-    assert seen.logged[0]["d_loss"] == pytest.approx(loss.item(), rel=1e-9)
-    f_real, f_fake = (D(v, y) if asks else D(v) for v in (real, fake))
-    wins = sum(float(a > b) for a in f_real for b in f_fake) / 36
-    assert seen.logged[0]["d_acc"] == pytest.approx(wins, abs=1e-6)
+    D, y = event.copies[1], [label[:6] for label in calls[0].inputs[1:]]
+    (row,) = seen.logged
+    assert row["d_loss"] == pytest.approx(d_objective(seen.args, D, real, fake, y).item(), rel=1e-9)
+    wins = [float(a > b) for a in D(real, *y) for b in D(fake, *y)]
+    assert row["d_acc"] == pytest.approx(sum(wins) / 36, abs=1e-6)
+    G, D = steps(seen, "G")[-1].copies
+    z, *y = forwards(seen, "G")[-1].inputs
+    assert row["g_loss"] == pytest.approx(g_objective(seen.args, D, real, G(z, *y), y).item(), rel=1e-9)
 
 
-def test_every_noise_is_fresh_and_every_batch_the_next(monkeypatch):
-    for module, argv in ((dcgan, []), (cdcgan, []), (wgan_clip, ["--conditional"])):
-        seen = run(monkeypatch, module, [*SMALL, *argv], iterations=2)
-        zs = [tuple(row.tolist()) for e in seen.events if e.kind == "forward" and e.net == "G" for row in e.inputs[0]]
-        assert len(zs) == len(set(zs)) == 8 * 6
-        real = [e.inputs[0] for e in seen.events if e.kind == "forward" and e.net == "D" and not e.slope][::2]
-        rows = [tuple(p.flatten().tolist()) for x in real for p in x]
-        assert len(rows) == len(set(rows)) == 4 * 6  # within an epoch none comes twice
+@pytest.mark.parametrize("module", [dcgan, cdcgan, wgan_clip, unrolled, mdgan], ids=lambda m: m.__name__)
+def test_every_noise_is_fresh_and_every_batch_the_next(monkeypatch, module):
+    seen = small_run(monkeypatch, module, "", iterations=2)
+    zs = [tuple(row.tolist()) for e in forwards(seen, "G") for row in e.inputs[0]]
+    assert len(zs) == len(set(zs)) == 8 * 6
+    pairs = 6 if getattr(seen.args, "d_norm", "none") == "batch" else 12  # D's own forwards, but for those of fakes
+    real = [e.inputs[0][:6] for e in forwards(seen, "D") if not e.slope and len(e.inputs[0]) == pairs]
+    rows = [tuple(p.flatten().tolist()) for x in real[:: 2 if pairs == 6 else 1] for p in x]
+    assert len(rows) == len(set(rows)) == 4 * 6  # within an epoch none comes twice

@@ -15,7 +15,6 @@ from torch_fidelity import metric_fid, metric_isc, metric_kid, metric_prc
 from torch_fidelity.defaults import DEFAULTS
 
 import metrics
-import wgan_gp
 
 F64 = torch.float64
 SURE = 2000.0  # a logit so large that the other classes' probabilities are 0
@@ -69,7 +68,7 @@ def test_is_of_two_answers_in_closed_form():
     """Half the pictures (p, 1 - p), half (1 - p, p): the marginal is (1/2, 1/2), so log IS = log 2 - H(p)."""
     p = torch.tensor([0.9, 0.1], dtype=F64)
     score, _ = metrics.inception_score(torch.stack([p, p.flip(0)] * 50).log(), splits=1)
-    assert score == pytest.approx(2 * 0.9 ** 0.9 * 0.1 ** 0.1, abs=1e-12)
+    assert score == pytest.approx(2 * 0.9**0.9 * 0.1**0.1, abs=1e-12)
 
 
 def test_splitting_biases_is_downwards():
@@ -224,12 +223,13 @@ def exact_rank_deficient(x, y):
     """Tr (C1 C2)^(1/2) from the few non-zero eigenvalues of C1 C2: those of B C1 B', C2 = B'B."""
     (m1, c1), (m2, c2) = numpy_statistics(x), numpy_statistics(y)
     b = (y.numpy() - m2) / math.sqrt(len(y) - 1)
-    values = np.sort(np.linalg.eigvalsh(b @ c1 @ b.T))[::-1][:min(len(x), len(y)) - 1]
+    values = np.sort(np.linalg.eigvalsh(b @ c1 @ b.T))[::-1][: min(len(x), len(y)) - 1]
     return ((m1 - m2) ** 2).sum() + np.trace(c1 + c2) - 2 * np.sqrt(values.clip(0)).sum()
 
 
-@pytest.mark.parametrize("n, m", [(10, 10), (10, 20), (31, 31), (32, 32), (33, 33), (31, 32), (31, 33), (200, 10),
-                                  (2, 200)])
+@pytest.mark.parametrize(
+    "n, m", [(10, 10), (10, 20), (31, 31), (32, 32), (33, 33), (31, 32), (31, 33), (200, 10), (2, 200)]
+)
 def test_fid_with_fewer_pictures_than_dimensions(n, m):
     """d = 32: well below it, around it, and on one side only."""
     x, y = mixed(n, 32), mixed(m, 32, 1.3, 0.3)
@@ -379,12 +379,17 @@ def test_distances_survive_a_large_offset():
 
 # a function of tables (N, 40), how many of them, and the rows it needs of each
 TABLES = {
-    "fid": (metrics.fid, (2, 2)), "kid": (metrics.kid, (4, 4)), "coverage": (metrics.coverage, (6, 1)),
-    "precision_recall": (metrics.precision_recall, (4, 4)), "density_coverage": (metrics.density_coverage, (6, 1)),
-    "ball_radius": (lambda x: metrics.ball_radius(x, 5), (6,)), "mode_score": (metrics.mode_score, (1, 1)),
+    "fid": (metrics.fid, (2, 2)),
+    "kid": (metrics.kid, (4, 4)),
+    "coverage": (metrics.coverage, (6, 1)),
+    "precision_recall": (metrics.precision_recall, (4, 4)),
+    "density_coverage": (metrics.density_coverage, (6, 1)),
+    "ball_radius": (lambda x: metrics.ball_radius(x, 5), (6,)),
+    "mode_score": (metrics.mode_score, (1, 1)),
     "inception_score": (metrics.inception_score, (10,)),
     "inception_score, one split": (lambda x: metrics.inception_score(x, 1), (1,)),
-    "class_shares": (metrics.class_shares, (1,)), "mean_and_covariance": (metrics.mean_and_covariance, (2,)),
+    "class_shares": (metrics.class_shares, (1,)),
+    "mean_and_covariance": (metrics.mean_and_covariance, (2,)),
     "Moments": (lambda x: fed(x).mean_and_covariance(), (2,)),
     "Moments.fid": (lambda x, y: fed(x).fid(fed(y)), (2, 2)),
 }
@@ -399,10 +404,11 @@ def fed(x):
 
 @pytest.mark.parametrize("name", TABLES)
 def test_one_number_that_is_not_finite_is_refused(name):
-    """One of 40 numbers of one of 40 rows: a comparison with NaN is False, so that a count would look like a score."""
+    """One of 40 numbers of one of 40 rows: a comparison with NaN is False, so that a count would look like a score.
+    Beyond 1e50 the sixth power, which KID takes, is infinite."""
     function, least = TABLES[name]
     function(*(randn(40, 40) for _ in least))
-    for bad in (math.nan, math.inf, -math.inf):
+    for bad in (math.nan, math.inf, -math.inf, 1e60):
         for side in range(len(least)):
             sets = [randn(40, 40) for _ in least]
             sets[side][17, 23] = bad
@@ -426,10 +432,16 @@ def test_fewer_rows_than_needed_are_refused_and_that_many_are_not(name):
 @pytest.mark.parametrize("name", [name for name in TABLES if "Moments" not in name])
 def test_what_is_no_table_or_of_another_width_is_refused(name):
     function, least = TABLES[name]
-    wrong = [[randn(40)] * len(least), [randn(40, 4, 2)] * len(least), [randn(40, 5).numpy()] * len(least)]
+    wrong = [[randn(40)] * len(least), [randn(40, 4, 2)] * len(least), [randn(40, 5).tolist()] * len(least)]
     for sets in wrong + ([[randn(40, 5), randn(40, 6)]] if len(least) == 2 else []):
         with pytest.raises(ValueError, match="of one width"):
             function(*sets)
+
+
+def test_arrays_are_taken_as_tensors():
+    x, y = randn(40, 5), randn(40, 5)
+    for function in (metrics.fid, metrics.kid, metrics.mode_score, metrics.density_coverage):
+        assert function(x.numpy(), y.numpy()) == function(x, y)
 
 
 def test_radii_labels_and_scores_without_an_answer_are_refused():
@@ -437,16 +449,22 @@ def test_radii_labels_and_scores_without_an_answer_are_refused():
     broken = radius.clone()
     broken[7] = math.nan
     for wrong in (broken, radius[:30]):
-        for function in (lambda r: metrics.coverage(x, x, radius=r), lambda r: metrics.density_coverage(x, x, radius=r),
-                         lambda r: metrics.precision_recall(x, x, radii=(radius, r))):
+        for function in (
+            lambda r: metrics.coverage(x, x, radius=r),
+            lambda r: metrics.density_coverage(x, x, radius=r),
+            lambda r: metrics.precision_recall(x, x, radii=(radius, r)),
+        ):
             with pytest.raises(ValueError):
                 function(wrong)
     spoiled = x.clone()
     spoiled[3, 1] = math.nan
     for sets in ((x, spoiled), (spoiled, x)):  # the radii known, so that no neighbours are looked for
-        for function in (lambda *s: metrics.coverage(*s, radius=radius), lambda *s: metrics.density_coverage(
-                *s, radius=radius), lambda *s: metrics.precision_recall(*s, radii=(radius, radius)),
-                lambda *s: list(metrics.inside(*s, radius, True))):
+        for function in (
+            lambda *s: metrics.coverage(*s, radius=radius),
+            lambda *s: metrics.density_coverage(*s, radius=radius),
+            lambda *s: metrics.precision_recall(*s, radii=(radius, radius)),
+            lambda *s: list(metrics.inside(*s, radius, True)),
+        ):
             with pytest.raises(ValueError, match="not finite"):
                 function(*sets)
     for labels in ([], [-1, 2], [3, 10]):
@@ -469,17 +487,6 @@ def test_class_shares_in_numpy():
     assert metrics.class_shares(logits) == wanted and share.max() > 0.5 and 2 < wanted["classes"] < 8
 
 
-@pytest.mark.parametrize("n, m", [(30, 50), (1, 1)])
-def test_pair_accuracy_is_the_share_of_all_pairs(n, m):
-    """The area under the ROC curve, 0 to 1; a tie is not right."""
-    real, fake = randn(n) + 0.5, randn(m)
-    wanted = np.mean([[r > f for f in fake.tolist()] for r in real.tolist()])
-    assert wgan_gp.pair_accuracy(real, fake).item() == pytest.approx(wanted, abs=1e-6)
-    assert wgan_gp.pair_accuracy(fake - 100, real) == 0 and wgan_gp.pair_accuracy(fake + 100, real) == 1
-    assert wgan_gp.pair_accuracy(fake, fake[:1].expand(m)) == (fake > fake[0]).float().mean()
-    assert "0 to 1" in wgan_gp.pair_accuracy.__doc__
-
-
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_the_library_needs_no_run_and_no_scripts(tmp_path):
     """README's lines on tensors, in a fresh process, with metrics.py alone in a folder: no files, no download."""
@@ -494,7 +501,7 @@ numbers = [fid(x, y), *kid(x, y), *inception_score(x), *mode_score(x, y), *preci
            *density_coverage(x, y), coverage(x, y)]
 numbers += embed(Classifier(1, 5), (x > 0).byte().view(50, 1, 8, 8)).features.shape
 import os, sys
-assert sorted(os.listdir()) == ["metrics.py"] and not {"wgan_gp", "torchvision"} & set(sys.modules)
+assert sorted(os.listdir()) == ["metrics.py"] and "wgan_gp" not in sys.modules
 print(*numbers)
 """
     done = subprocess.run([sys.executable, "-Bc", code], cwd=tmp_path, capture_output=True, text=True)
@@ -530,8 +537,8 @@ def test_embedding_one_by_one_or_together(net, training):
     features, logits = net.train(training).embed(x)
     assert features.shape == (1003, 128) and logits.shape == (1003, 7) and not features.requires_grad
     for i in (0, 500, 999, 1000, 1002):
-        one = net.train(training).embed(x[i:i + 1])
-        torch.testing.assert_close(one, (features[i:i + 1], logits[i:i + 1]), rtol=1e-4, atol=1e-5)
+        one = net.train(training).embed(x[i : i + 1])
+        torch.testing.assert_close(one, (features[i : i + 1], logits[i : i + 1]), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(logits, features @ net.head.weight.T + net.head.bias, rtol=1e-4, atol=1e-5)
 
 
@@ -549,14 +556,26 @@ def test_embedding_looks_at_32_pixels(net, size):
     torch.testing.assert_close(net.embed(x), net.embed(same), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("x", [
-    pictures(4).float(), pictures(4)[0], pictures(4)[:, 0], pictures(4, channels=1), pictures(4, channels=4),
-    pictures(4)[..., :0], pictures(4).numpy(), pictures(4).bool(), pictures(4).to(torch.int16), None])
+@pytest.mark.parametrize(
+    "x",
+    [
+        pictures(4).float(),
+        pictures(4)[0],
+        pictures(4)[:, 0],
+        pictures(4, channels=1),
+        pictures(4, channels=4),
+        pictures(4)[..., :0],
+        pictures(4).numpy(),
+        pictures(4).bool(),
+        pictures(4).to(torch.int16),
+        None,
+    ],
+)
 def test_embedding_refuses_what_is_no_picture(net, x):
     """Floats are on a scale unknown: 0..1, -1..1 or 0..255, a score of each would look like one."""
     net.name = "x"
     for embed in (net.embed, lambda x: metrics.embed(net, x)):
-        with pytest.raises(ValueError, match="pictures are uint8"):
+        with pytest.raises(ValueError, match="images are uint8"):
             embed(x)
 
 
@@ -616,9 +635,16 @@ def test_kid_of_point_masses():
     assert metrics.kid(a.expand(20, 6), a.expand(30, 6)) == pytest.approx((0, 0), abs=1e-11)
 
 
-@pytest.mark.parametrize("n, m, d, size, of", [
-    (300, 300, 20, 100, 100), (150, 400, 64, 1000, 75), (150, 400, 64, 75, 75), (500, 501, 16, 1000, 250),
-    (2100, 2000, 8, 1000, 1000)])
+@pytest.mark.parametrize(
+    "n, m, d, size, of",
+    [
+        (300, 300, 20, 100, 100),
+        (150, 400, 64, 1000, 75),
+        (150, 400, 64, 75, 75),
+        (500, 501, 16, 1000, 250),
+        (2100, 2000, 8, 1000, 1000),
+    ],
+)
 def test_kid_agrees_with_torch_fidelity(n, m, d, size, of):
     """Subsets of `size`, but of half the rows at most: as large as all of them they would be all the same."""
     x, y = mixed(n, d), mixed(m, d, 1.2, 0.2)
@@ -714,9 +740,9 @@ def test_radii_as_given():
 
 def test_a_table_cut_into_blocks_is_the_whole_table(monkeypatch):
     """The matrix of distances is made in shares whose memory is used again."""
-    real, fake = randn(5000, 2), randn(2600, 2) * 1.1
+    real, fake = randn(3000, 2), randn(2000, 2) * 1.1
     shares = [len(p) for p, _ in metrics.nearness(real, fake, fake.square().sum(1))]
-    assert len(shares) > 5 and sum(shares) == 5000
+    assert len(shares) == 3 and sum(shares) == 3000
     other = compute_prdc(real.numpy(), fake.numpy(), 5)
     assert metrics.precision_recall(real, fake, 5) == pytest.approx((other["precision"], other["recall"]), abs=1e-12)
     got = metrics.density_coverage(real, fake)
@@ -750,7 +776,7 @@ def test_stacked_reads_red_as_hundreds_green_as_tens_and_blue_as_ones():
     for i in range(40):
         v = x[i, :, 0, 0].double().numpy() / 20
         p = [np.exp(-3 * (c - np.arange(10.0)) ** 2) / np.exp(-3 * (c - np.arange(10.0)) ** 2).sum() for c in v]
-        assert features[i].tolist() == pytest.approx([v[0], v[0]**2, v[1], v[1]**2, v[2], v[2]**2])
+        assert features[i].tolist() == pytest.approx([v[0], v[0] ** 2, v[1], v[1] ** 2, v[2], v[2] ** 2])
         for r, g, b in ((0, 0, 0), (7, 1, 3), (9, 9, 9), rng.randint(0, 10, 3)):
             assert joint[i, 100 * r + 10 * g + b].item() == pytest.approx(np.log(p[0][r] * p[1][g] * p[2][b]), rel=1e-9)
     np.testing.assert_allclose(joint.exp().sum(1), 1, rtol=1e-12)
@@ -795,8 +821,11 @@ def stacked_judge(monkeypatch):
     """A Judge of 200 stacked digits: real ones 25 triples, eight times each."""
     real = torch.tensor([[c // 100, c // 10 % 10, c % 10] for c in range(0, 1000, 40)]).repeat(8, 1)
     monkeypatch.setattr(metrics, "classifier", lambda *a: metrics.Stacked(Reader()))
-    return metrics.Judge("stacked_mnist", lambda split: (
-        painted(real if split == "test" else torch.randint(10, (300, 3)), 28), None), say=lambda text: None)
+    return metrics.Judge(
+        "stacked_mnist",
+        lambda split: (painted(real if split == "test" else torch.randint(10, (300, 3)), 28), None),
+        say=lambda text: None,
+    )
 
 
 def test_judge_of_stacked_digits_counts_modes(stacked_judge):
@@ -805,11 +834,14 @@ def test_judge_of_stacked_digits_counts_modes(stacked_judge):
     extra = torch.zeros(30, 3, dtype=torch.int64)  # more than were asked for: not looked at
     scores = stacked_judge(painted(torch.cat([made, extra]), 28))
     assert {k: v for k, v in scores.items() if "modes" in k} == {
-        "modes": 50, "modes_kl": pytest.approx(math.log(20), abs=1e-12), "modes_real": 25,
-        "modes_kl_real": pytest.approx(math.log(40), abs=1e-12)}
+        "modes": 50,
+        "modes_kl": pytest.approx(math.log(20), abs=1e-12),
+        "modes_real": 25,
+        "modes_kl_real": pytest.approx(math.log(40), abs=1e-12),
+    }
     assert scores["features"] == "classifier-mnist on each of 3 channels/384 abcdef12" and scores["n_real"] == 200
     assert "50 of 1000 modes, KL 2.996 (real 25, 3.689)" in stacked_judge.line(scores)
-    assert "n 200 + 200) few pictures: compare at this n only" in stacked_judge.line(scores)
+    assert "n 200 + 200) few images: compare at this n only" in stacked_judge.line(scores)
     assert scores["class_max"] == 0.02 and scores["class_min"] == 0
 
 
@@ -824,7 +856,9 @@ def test_judge_of_other_data_counts_no_modes(monkeypatch):
 def test_judge_compares_as_many_as_the_papers_do(monkeypatch, name, n):
     monkeypatch.setattr(Reader, "batch", 30_000)
     monkeypatch.setattr(metrics, "classifier", lambda *a: Reader())
+
     def load(split):
         return painted(torch.randint(10, (26_100, 1)), 1), None
+
     assert metrics.Judge(name, load, say=lambda text: None).n == n
     assert metrics.Judge(name, load, n=60, say=lambda text: None).n == 60

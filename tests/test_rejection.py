@@ -12,7 +12,6 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
 import metrics
-import wgan_gp
 
 F64 = torch.float64
 P_G, P_D = np.array([0.5, 0.3, 0.2]), np.array([0.2, 0.3, 0.5])
@@ -32,7 +31,13 @@ def discrete(seed=1, shift=0.0, scale=1.0):
     def more(k):
         x = torch.multinomial(torch.from_numpy(P_G), k, True, generator=rng)
         return x[:, None].byte(), (LOGIT[x] * scale + shift).float()
+
     return more
+
+
+def plain(told):
+    """rejected's dict, for a comparison."""
+    return {**told, "index": told["index"].tolist()}
 
 
 def counts(x):
@@ -91,14 +96,23 @@ def test_naive_is_the_sigmoid():
 
 def test_a_constant_on_all_scores_changes_nothing_in_drs():
     """The scores are whole numbers: adding 100 rounds nothing."""
-    def more(shift, rng):
-        return lambda k: (lambda s: (s[:, None], s + shift))(torch.randint(-6, 3, (k,), generator=rng).float())
-    same = [metrics.rejected("drs", more(c, seeded(3)), 5000, seeded(4), percentile=q)
-            for q in (60, None) for c in (0, 100, -100)]
-    for group in (same[:3], same[3:]):
-        assert all(torch.equal(x, group[0][0]) and told == group[0][1] for x, told in group)
-    assert same[0][1] != same[3][1]
-    naive = [metrics.rejected("naive", more(c, seeded(3)), 5000, seeded(4))[1]["attempts"] for c in (0, 3)]
+
+    def more(shift):
+        rng = seeded(3)
+
+        def draw(k):
+            score = torch.randint(-6, 3, (k,), generator=rng).float()
+            return score[:, None], score + shift
+
+        return draw
+
+    tolds = []
+    for q in (60, None):
+        same = [metrics.rejected("drs", more(c), 5000, seeded(4), percentile=q) for c in (0, 100, -100)]
+        tolds.append(plain(same[0][1]))
+        assert all(torch.equal(x, same[0][0]) and plain(told) == tolds[-1] for x, told in same)
+    assert tolds[0] != tolds[1]
+    naive = [metrics.rejected("naive", more(c), 5000, seeded(4))[1]["attempts"] for c in (0, 3)]
     assert naive[0] > 1.3 * naive[1]
 
 
@@ -119,8 +133,9 @@ def test_gamma_by_percentile_halves_the_chance_there(q):
         s = torch.randn(k, generator=rng, dtype=F64)
         seen.append(s)
         return s[:, None], s
+
     x, told = metrics.rejected("drs", more, 20_000, seeded(6), percentile=q, burn_in=20_000)
-    cut, tried = stats.norm.ppf(q / 100), torch.cat(seen)[20_000:][:told["attempts"]]
+    cut, tried = stats.norm.ppf(q / 100), torch.cat(seen)[20_000:][: told["attempts"]]
     assert (x > cut).sum() / (tried > cut).sum() > 0.5 > (x < cut).sum() / (tried < cut).sum()
     s, top = np.linspace(-9, 4, 20_001), torch.cat(seen)[:20_000].max().item()
     f = s - top - np.log(-np.expm1(np.minimum(s - top, -1e-8)))
@@ -148,6 +163,7 @@ def counter(score=0.0):
     def more(k):
         drawn[0] += k
         return torch.arange(drawn[0] - k, drawn[0])[:, None], torch.full((k,), score)
+
     return more
 
 
@@ -158,7 +174,7 @@ def test_attempts_end_with_the_last_one_kept(monkeypatch, batch, n, kept, attemp
     uniforms = [0.9, 0.7, 0.1, 0.49, 0.51, 0.5, 0.0, 0.8, 0.99, 0.3] + [0.2] * 100
     monkeypatch.setattr(metrics.torch, "rand", Scripted(uniforms))
     x, told = metrics.rejected("naive", counter(), n, None, batch=batch)
-    assert x.flatten().tolist() == kept and told["attempts"] == attempts
+    assert x.flatten().tolist() == told["index"].tolist() == kept and told["attempts"] == attempts
     assert told["acceptance"] == n / attempts and told["attempts_per_10000"] == pytest.approx(10_000 * attempts / n)
 
 
@@ -170,14 +186,20 @@ def test_the_choice_does_not_depend_on_the_batch_and_repeats(kind):
         def draw(k):
             nonlocal at
             at += k
-            return torch.arange(at - k, at)[:, None], scores[at - k:at]
+            return torch.arange(at - k, at)[:, None], scores[at - k : at]
+
         return draw
+
     for percentile in (60, None):  # a burn-in so short that the maximum rises later
-        results = [metrics.rejected(kind, more(), 800, seeded(8), batch=b, burn_in=20, percentile=percentile)
-                   for b in (1000, 1000, 250, 20, 1)]
-        assert all(torch.equal(x, results[0][0]) and told == results[0][1] for x, told in results)
+        results = [
+            metrics.rejected(kind, more(), 300, seeded(8), batch=b, burn_in=20, percentile=percentile)
+            for b in (300, 300, 70, 20, 1)
+        ]
+        first = results[0][0], plain(results[0][1])
+        assert all(torch.equal(x, first[0]) and plain(told) == first[1] for x, told in results)
+        assert torch.equal(first[0].flatten(), torch.tensor(first[1]["index"]) + first[1]["burn_in"])
         assert results[0][0].min() >= (20 if kind == "drs" else 0)  # the burn-in is dropped
-        other = metrics.rejected(kind, more(), 800, seeded(9), burn_in=20, percentile=percentile)
+        other = metrics.rejected(kind, more(), 300, seeded(9), burn_in=20, percentile=percentile)
         assert not torch.equal(other[0], results[0][0])
 
 
@@ -188,9 +210,12 @@ def test_the_maximum_rises_while_sampling():
 
     def more(k):
         x, score = draw(k)
-        if first.pop() if first else False:
-            x[:], score[:] = 0, LOGIT[0]
+        if first:
+            first.pop()
+            x.zero_()
+            score.fill_(LOGIT[0])
         return x, score
+
     x, told = metrics.rejected("drs", more, N, seeded(2), percentile=None, burn_in=1)
     assert same_law(x[100:], P_D) > 1e-3 and told["burn_in"] == 1
 
@@ -203,19 +228,23 @@ def test_a_later_maximum_has_no_say_over_earlier_pictures():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(metrics, "drs", lambda *a, **k: chances.append(drs(*a, **k)) or chances[-1])
         patch.setattr(metrics.torch, "rand", Scripted([0.9] * 6))
-        x, _ = metrics.rejected("drs", lambda k: (torch.arange(k)[:, None], scores[:k]), 4, None, percentile=None,
-                                burn_in=1, batch=6)
+        x, _ = metrics.rejected(
+            "drs", lambda k: (torch.arange(k)[:, None], scores[:k]), 4, None, percentile=None, burn_in=1, batch=6
+        )
     assert x.flatten().tolist() == [0, 1, 2, 4]
     np.testing.assert_allclose(chances[0][[3, 5]], [math.exp(-4), math.exp(-1)], rtol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["naive", "drs"])
 def test_nothing_kept_is_an_error_after_patience(kind):
+    first = [kind == "drs"]
+
     def more(k):
         score = torch.full((k,), -2000.0)
-        if kind == "drs" and calls.pop() if calls else False: score[0] = 0
+        if first and first.pop():
+            score[0] = 0
         return torch.zeros(k, 1), score
-    calls = [True]
+
     with pytest.raises(ValueError, match=r"not one of 500 .* was kept .*: 0 of 10"):
         metrics.rejected(kind, more, 10, seeded(0), percentile=None, batch=10, patience=50)
 
@@ -232,16 +261,20 @@ def test_scores_that_are_not_finite_are_an_error(kind, bad):
         score = torch.zeros(k)
         score[-1] = bad
         return torch.zeros(k, 1), score
+
     with pytest.raises(ValueError, match="not finite"):
         metrics.rejected(kind, more, 10, seeded(0))
 
 
-@pytest.mark.parametrize("burn_in, percentile, refused", [
-    (0, 60, True), (0, 0, True), (0, None, False), (1, 60, False)])
+@pytest.mark.parametrize(
+    "burn_in, percentile, refused", [(0, 60, True), (0, 0, True), (0, None, False), (1, 60, False)]
+)
 def test_a_percentile_of_no_scores_is_refused(burn_in, percentile, refused):
     """Without a burn-in there is nothing to take a percentile of; once it was ignored, and nothing said so."""
+
     def call(kind, n=100):
         return metrics.rejected(kind, discrete(), n, seeded(2), percentile=percentile, burn_in=burn_in)
+
     if refused:
         with pytest.raises(ValueError, match=r"percentile .* burn_in"):
             call("drs")
@@ -262,8 +295,10 @@ def test_scores_come_in_any_shape_and_with_gradients():
 # Platt ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("n, m, centre, scale", [(1000, 1000, 0, 1), (300, 2000, 0, 1), (2000, 300, 500, 40),
-                                                 (500, 500, -3, 1e-3), (40, 40, 0, 1e4)])
+@pytest.mark.parametrize(
+    "n, m, centre, scale",
+    [(1000, 1000, 0, 1), (300, 2000, 0, 1), (2000, 300, 500, 40), (500, 500, -3, 1e-3), (40, 40, 0, 1e4)],
+)
 def test_platt_agrees_with_scikit_learn(n, m, centre, scale):
     """Its equal-weight fit of the standardised scores, the scale put back."""
     rng = np.random.RandomState(0)
@@ -289,25 +324,35 @@ def test_platt_finds_the_exact_ratio():
 def test_platt_counts_ties_by_half():
     real, fake = torch.tensor([0.0, 1, 1, 2]), torch.tensor([0.0, 0, 1, 3])
     assert metrics.platt(torch.cat([real, real + 1]), fake)[2] == pytest.approx(
-        roc_auc_score([1] * 8 + [0] * 4, torch.cat([real, real + 1, fake])), abs=1e-12)
+        roc_auc_score([1] * 8 + [0] * 4, torch.cat([real, real + 1, fake])), abs=1e-12
+    )
 
 
-@pytest.mark.parametrize("real, fake, match", [
-    ([1.0, 2, 3], [4.0, 5, 6], "rate"), ([1.0, 2, 3], [1.5, 2.5, 3.5], "rate"), ([1.0, 1], [1.0, 1], "rate"),
-    ([4.0, 5, 6], [1.0, 2, 3], "above every"), ([3.0, 5, 6], [1.0, 2, 3], "above every"),
-    ([1.0], [0.0, 1], "two"), ([1.0, math.nan], [0.0, 1], "finite"), ([1.0, 2], [0.0, math.inf], "finite")])
+@pytest.mark.parametrize(
+    "real, fake, match",
+    [
+        ([1.0, 2, 3], [4.0, 5, 6], "rate"),
+        ([1.0, 2, 3], [1.5, 2.5, 3.5], "rate"),
+        ([1.0, 1], [1.0, 1], "rate"),
+        ([4.0, 5, 6], [1.0, 2, 3], "above every"),
+        ([3.0, 5, 6], [1.0, 2, 3], "above every"),
+        ([1.0], [0.0, 1], "two"),
+        ([1.0, math.nan], [0.0, 1], "finite"),
+        ([1.0, 2], [0.0, math.inf], "finite"),
+    ],
+)
 def test_platt_refuses(real, fake, match):
     with pytest.raises(ValueError, match=match):
         metrics.platt(torch.tensor(real), torch.tensor(fake))
 
 
 def test_a_head_takes_the_place_of_the_score():
-    plain = metrics.rejected("drs", discrete(), 2000, seeded(3), percentile=None)
+    bare = metrics.rejected("drs", discrete(), 2000, seeded(3), percentile=None)
     headed = metrics.rejected("drs", discrete(scale=4, shift=32), 2000, seeded(3), (0.25, -8.0, 0.7), percentile=None)
-    assert torch.equal(plain[0], headed[0]) and headed[1] == {**plain[1], "auc": 0.7}
-    naive = [metrics.rejected("naive", discrete(**how), 2000, seeded(3), head)[1]["attempts"]
-             for how, head in (({}, None), ({"scale": 4, "shift": 32}, (0.25, -8.0, 0.7)))]
-    assert naive[0] == naive[1]
+    assert torch.equal(bare[0], headed[0]) and plain(headed[1]) == {**plain(bare[1]), "auc": 0.7}
+    bare = metrics.rejected("naive", discrete(), 2000, seeded(3))[1]
+    headed = metrics.rejected("naive", discrete(scale=4, shift=32), 2000, seeded(3), (0.25, -8.0, 0.7))[1]
+    assert bare["attempts"] == headed["attempts"]
 
 
 def test_a_blind_head_keeps_nearly_all_and_says_so():
@@ -315,8 +360,12 @@ def test_a_blind_head_keeps_nearly_all_and_says_so():
     x = torch.randn(2, 3000, generator=seeded(11), dtype=F64)
     head = metrics.platt(x[0] + 0.02, x[1])
     rng = seeded(12)
-    _, told = metrics.rejected("drs", lambda k: (lambda s: (s[:, None], s))(torch.randn(k, generator=rng)), 2000,
-                               seeded(3), head, percentile=None)
+
+    def more(k):
+        score = torch.randn(k, generator=rng)
+        return score[:, None], score
+
+    _, told = metrics.rejected("drs", more, 2000, seeded(3), head, percentile=None)
     assert head[2] < 0.55 and told["acceptance"] > 0.8 and "hardly" in told["warning"]
 
 
@@ -359,6 +408,7 @@ def test_a_critic_with_a_platt_head_cleans_a_grid_of_25(percentile, share):
     def more(k):
         x = mixture(k, rng, SHARE)
         return x, critic(x)
+
     after, told = metrics.rejected("drs", more, 10_000, seeded(21), head, percentile=percentile)
     assert high_quality(after) > share
     modes = torch.bincount(torch.cdist(after, CENTRES).argmin(1), minlength=25)
@@ -374,6 +424,7 @@ def test_the_mixtures_exact_ratio_is_undone_exactly():
     def more(k):
         x = mixture(k, rng, SHARE)
         return x, (critic(x) - 400) / 5
+
     after, told = metrics.rejected("drs", more, 20_000, seeded(23), percentile=None)
     radius = torch.cdist(after, CENTRES).amin(1).numpy() / STD
     assert stats.kstest(radius, stats.rayleigh.cdf).pvalue > 1e-3
@@ -385,104 +436,123 @@ def test_the_mixtures_exact_ratio_is_undone_exactly():
 # a run's choice -------------------------------------------------------------------------------------------------------
 
 
-def study(draw, kind, rate=None, held=None, labels=1, **flags):
-    said, keys = [], []
+def study(kind, sample, score, held=None, classes=None, **flags):
+    """A Study of nothing but z (n, 2), and the keys that its noise is asked for."""
+    data = {"dataset": "digits", "data_dir": "data", "image_size": 28, "run_dir": "run", "device": "cpu"}
+    how = {"reject": kind, "seed": 11, "drs_percentile": None, "latent_dim": 2, "prior": "normal"}
+    made = metrics.Study(SimpleNamespace(**data, **(how | flags)), held, sample, score, classes)
+    keys, noise = [], made.noise
 
-    def noise(n, *key):
+    def noted(n, *key):
         keys.append((n, *key))
-        return torch.randn(n, 2, generator=wgan_gp.seeded(5, *key), dtype=F64)
-    args = SimpleNamespace(reject=kind, seed=11, drs_percentile=None, **flags)
-    made = metrics.Study(args, "run", None, draw, rate, noise, held, labels, said.append)
-    return made, said, keys
+        return noise(n, *key)
+
+    made.noise = noted
+    return made, keys
 
 
-def test_kept_naive_keeps_what_the_rule_keeps():
-    """In numpy: the pictures of noise(1000, *key, 2, 1), (.., 2, 2) and so on in turn, each with its uniform."""
-    def draw(z, y):
-        return (z[:, :1] * 1e6).long(), 3 * z[:, 0] - 1
-    made, said, keys = study(draw, "naive")
-    x, took = made.kept(700, 6, 4)
-    z = np.concatenate([torch.randn(1000, 2, generator=wgan_gp.seeded(5, 6, 4, 2, i), dtype=F64) for i in (1, 2)])
-    rng = wgan_gp.seeded(11, 6, 4, 1)
+def noise(n, *key):
+    return torch.randn(n, 2, generator=metrics.seeded(11, *key))
+
+
+def as_it_is(z, y):
+    return z
+
+
+def first_number(x, y):
+    return x[:, 0]
+
+
+def test_chosen_naive_keeps_what_the_rule_keeps():
+    """In numpy: the images of noise(1000, *key, 2, 1), (.., 2, 2) and so on in turn, each with its uniform."""
+    made, keys = study("naive", as_it_is, lambda x, y: 3 * x[:, 0] - 1)
+    x, y, took = made.chosen(700, 6, 4)
+    z = torch.cat([noise(1000, 6, 4, 2, i) for i in (1, 2)])
+    rng = metrics.seeded(11, 6, 4, 1)
     u = np.concatenate([torch.rand(1000, generator=rng, dtype=F64) for _ in range(2)])
-    kept = np.nonzero(u < 1 / (1 + np.exp(1 - 3 * z[:, 0])))[0][:700]
-    assert x[:, 0].tolist() == (z[kept, 0] * 1e6).astype(int).tolist()
+    score = (3 * z[:, 0] - 1).double().numpy()
+    kept = np.nonzero(u < 1 / (1 + np.exp(-score)))[0][:700]
+    assert torch.equal(x, z[kept]) and torch.equal(y, torch.zeros(700, dtype=torch.long))
     assert took["attempts"] == kept[-1] + 1 and keys == [(1000, 6, 4, 2, 1), (1000, 6, 4, 2, 2)]
-    assert took["acceptance"] == 700 / took["attempts"] and not said
+    assert took["acceptance"] == 700 / took["attempts"]
     assert took["line"] == f"{took['attempts']} attempts, {took['acceptance']:.1%} kept"
-    assert torch.equal(made.kept(700, 6, 4)[0], x) and not torch.equal(made.kept(700, 6, 5)[0], x)
+    assert torch.equal(made.chosen(700, 6, 4)[0], x) and not torch.equal(made.chosen(700, 6, 5)[0], x)
 
 
 def classes_of(z):
     """The three-valued generator from z: N(0, 1) cut at P_G's quantiles."""
-    return torch.bucketize(z[:, 0].contiguous(), torch.from_numpy(stats.norm.ppf(P_G.cumsum()[:2])))
+    return torch.bucketize(z[:, 0].contiguous(), torch.from_numpy(stats.norm.ppf(P_G.cumsum()[:2])).float())
 
 
-def test_kept_drs_calibrates_a_critic_on_held_pictures_and_keeps_the_datas_law():
-    """The critic's scores are 7 times the log-ratio, plus 40: only held-out pictures and fresh fakes can tell."""
-    held = torch.multinomial(torch.from_numpy(P_D), 60_000, True, generator=seeded(1)), torch.arange(60_000)
+def test_chosen_drs_calibrates_a_critic_on_held_images_and_keeps_the_datas_law():
+    """The critic's scores are 7 times the log-ratio, plus 40: only held-out images and fresh fakes can tell."""
+    held = torch.multinomial(torch.from_numpy(P_D), 60_000, True, generator=seeded(1))[:, None], torch.arange(60_000)
     rated = []
 
-    def rate(x, y):
+    def score(x, y):
         rated.append((x, y))
-        return 7 * LOGIT[x] + 40
+        return 7 * LOGIT[x[:, 0].long()] + 40
 
-    def draw(z, y):
-        c = classes_of(z)
-        return c[:, None].byte(), 7 * LOGIT[c] + 40
-    made, _, keys = study(draw, "drs", rate, held)
-    x, took = made.kept(5000, 8)
-    assert len(rated) == 1 and rated[0][0] is held[0] and rated[0][1] is held[1]
+    made, keys = study("drs", lambda z, y: classes_of(z)[:, None].byte(), score, held)
+    x, _, took = made.chosen(5000, 8)
+    for part in (0, 1):
+        of_held = [r[part] for r in rated if r[0].dtype == torch.int64]
+        assert torch.equal(torch.cat(of_held), held[part])  # once, with their labels
     assert sum(k[0] for k in keys[:120]) == 60_000 and len({k[1:] for k in keys}) == len(keys)  # as many fakes, fresh z
     assert same_law(x, P_D) > 1e-3 and same_law(x, P_G) < 1e-9 and same_law(x, NAIVE) < 1e-9
-    fakes = torch.cat([classes_of(torch.randn(500, 2, generator=wgan_gp.seeded(5, 8, 2, i), dtype=F64))
-                       for i in range(1, 121)])
-    auc = roc_auc_score(np.arange(120_000) < 60_000, torch.cat([LOGIT[held[0]], LOGIT[fakes]]).numpy())
+    fakes = torch.cat([classes_of(noise(500, 8, 2, i)) for i in range(1, 121)])
+    auc = roc_auc_score(np.arange(120_000) < 60_000, torch.cat([LOGIT[held[0][:, 0]], LOGIT[fakes]]).numpy())
     assert took["auc"] == pytest.approx(auc, abs=1e-12) and f"AUC {auc:.3f}" in took["line"]
-    naive = study(draw, "naive", rate, held)[0].kept(20_000, 8)[1]
+    naive = study("naive", made.sample, made.score, held)[0].chosen(20_000, 8)[2]
     assert naive["attempts"] < 20_010 and naive["auc"] is None  # its sigmoid says yes to nearly all
 
 
-def test_kept_passes_the_percentile_on():
-    held = torch.randn(2000, 1, generator=seeded(3), dtype=F64) + 1, torch.zeros(2000)
-
-    def draw(z, y):
-        return z[:, :1], z[:, 0]
+def test_chosen_passes_the_percentile_on():
+    held = torch.randn(2000, 1, generator=seeded(3)) + 1, torch.zeros(2000)
     attempts = []
     for q in (10.0, 60.0, 95.0):
-        made = study(draw, "drs", lambda x, y: x[:, 0], held)[0]
-        made.args.drs_percentile = q
-        attempts.append(made.kept(1000, 6)[1]["attempts"])
+        made, _ = study("drs", as_it_is, first_number, held, drs_percentile=q)
+        attempts.append(made.chosen(1000, 6)[2]["attempts"])
     assert attempts[0] < attempts[1] < attempts[2]
 
 
-def test_kept_asks_for_labels_in_turn_or_with_the_datas_shares():
-    asked = []
-
-    def draw(z, y):
-        asked.append(y)
-        return z[:, :1], z[:, 0] * 0 + 60
-    made, _, _ = study(draw, "naive", labels=3)
-    made.judge = SimpleNamespace(labels=torch.tensor([0] * 8 + [1, 2]))
-    made.kept(2500, 6)
-    assert asked == [None] * 3  # the scripts take that for in turn
-    asked.clear()
-    made.kept(2500, 8, shares=True)
-    share = np.bincount(torch.cat(asked), minlength=3) / 3000
-    assert np.abs(share - [0.8, 0.1, 0.1]).max() < 0.04 and not torch.equal(asked[0], asked[1])
+CLASSES = {"many": 80, "few": 10, "rare": 10}
 
 
-def test_kept_refuses_a_d_that_tells_nothing_and_warns_of_batch_norm():
-    def draw(z, y):
-        return z[:, :1], z[:, 0] + 5
-    held = torch.zeros(500, 1, dtype=F64), None
+@pytest.mark.parametrize("kind", ["naive", "drs"])
+def test_chosen_asks_for_the_datas_shares_and_returns_what_each_image_was_asked_for(kind):
+    """The image is its label, which the score must not see; two runs of one key ask alike, another key otherwise."""
+    held = torch.randn(700, 2, generator=seeded(3)) + 1, torch.zeros(700, dtype=torch.long)
+
+    def sample(z, y):
+        return torch.stack([z[:, 0], y.float()], 1)
+
+    made, _ = study(kind, sample, first_number, held, CLASSES)
+    x, y, _ = made.chosen(3000, 6)
+    assert torch.equal(x[:, 1], y.float())
+    assert np.abs(np.bincount(y, minlength=3) / 3000 - [0.8, 0.1, 0.1]).max() < 0.02
+    assert torch.equal(made.chosen(3000, 6)[1], y) and not torch.equal(made.chosen(3000, 7)[1], y)
+    x, y, _ = made.chosen(3000, 6, labels=lambda n, *key: torch.arange(n) % 3)
+    assert torch.equal(x[:, 1], y.float())
+    assert np.abs(np.bincount(y, minlength=3) / 3000 - 1 / 3).max() < 0.04
+
+
+def test_chosen_refuses_a_d_that_tells_nothing_and_warns_of_batch_norm(capsys):
+    held = torch.zeros(500, 1), torch.zeros(500)
+    low = torch.rand(500, generator=seeded(1))
+    real = torch.randn(500, generator=seeded(1))
+
+    def blind(x, y):
+        return -low if x.shape[1] == 1 else x[:, 0] + 5
+
     with pytest.raises(ValueError, match="nothing to select by"):
-        study(draw, "drs", lambda x, y: x[:, 0] - torch.rand(500, generator=seeded(1)), held)[0].kept(10, 6)
+        study("drs", as_it_is, blind, held)[0].chosen(10, 6)
     for norm, warned in (("batch", True), ("none", False), ("layer", False)):
-        made, said, _ = study(draw, "naive", d_norm=norm)
-        made.kept(10, 6)
-        assert ("batch norm" in "".join(said)) == warned
-    made, said, _ = study(draw, "drs", lambda x, y: x[:, 0] + 6 + torch.randn(500, generator=seeded(1)), held,
-                          d_norm="batch")
-    made.kept(10, 6)
-    assert not said  # calibrated as it is: what it says in eval mode is what counts
+        study("naive", as_it_is, first_number, d_norm=norm)[0].chosen(10, 6)
+        assert ("batch norm" in capsys.readouterr().out) == warned
+
+    def seeing(x, y):
+        return real + 1 if x.shape[1] == 1 else x[:, 0]
+
+    study("drs", as_it_is, seeing, held, d_norm="batch")[0].chosen(10, 6)
+    assert capsys.readouterr().out == ""  # calibrated as it is: what it says in eval mode is what counts

@@ -1,6 +1,7 @@
 """What makes the step fast must not change what it computes: graphs, bfloat16, several ranks. On the CPU; the same on a
 GPU in test_cuda.py."""
-import csv
+
+import json
 import os
 import signal
 import subprocess
@@ -10,265 +11,370 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_run import CASES, EVERY, ROOT, TINY, losses, same, scripted_judge, small, tensors, w  # noqa: F401  fixtures
+from conftest import CASES, EVERY, ROOT, TINY, checkpoint, leaves, over, same, tensors, timeless
+from torch.nn.modules.module import register_module_forward_hook
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-import wgan_gp
+import metrics
 
-# a driver for torchrun: float64, no batch norm (it would see a rank's rows only), random pictures, and mishaps
-DRIVER = """
-import os, signal, sys
-from pathlib import Path
+pytestmark = pytest.mark.usefixtures("small")
+
+# ranks ----------------------------------------------------------------------------------------------------------------
+
+START = """
+import hashlib, importlib, json, os, signal, sys, time
 sys.path.insert(0, {root!r})
 import torch
-import {name} as w
-torch.set_default_dtype(torch.float64)
-noise = lambda n, seed: torch.randint(0, 256, (300, 1, 28, 28), dtype=torch.uint8,
-                                      generator=torch.Generator().manual_seed(seed))
-w.render_digits = lambda n, seed: (noise(n, seed), torch.arange(300) % 10)
-w.nn.BatchNorm1d = lambda n: torch.nn.Identity()
-w.SCRIPT = Path({alone!r})
-{more}
-record, mishaps = w.Run.record, [tuple(map(int, m.split(","))) for m in sys.argv.pop(1).split()]
-def mishap(run, values):
-    record(run, values)
-    for step, rank, number in mishaps:
-        if run.step == step and w.RANK == rank: os.kill(os.getpid(), number)
-w.Run.record = mishap
-w.main(sys.argv[1:])
-"""
-FLAGS = ["--paper", "--arch", "mlp", "--batch-size", "16", "--d-steps", "2", "--device", "cpu", "--log-every", "20",
-         "--sample-every", "0", "--eval-every", "0", "--checkpoint-every", "2"]
-
-
-def ranks(n, mishaps, *flags, name="wgan_gp", more=""):
-    """(exit code, output, seconds) of the driver under torchrun with n ranks, or on its own. Mishaps: STEP,RANK,SIGNAL
-    with spaces between; more: lines of code."""
-    Path("driver.py").write_text(DRIVER.format(root=str(ROOT), name=name, alone=str(CASES[name].SCRIPT), more=more))
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(n)] if n > 1 else []
-    start, env = time.time(), {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launch, "driver.py", mishaps, *flags]
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
-    return done.returncode, done.stdout + done.stderr, time.time() - start
-
-
-def test_two_ranks_train_as_one_process_through_a_signal_and_a_resume():
-    """30 iterations in float64. Both ranks are told to stop, as by Ctrl-C, but not in the same iteration, the second or
-    third: both leave after the tenth. Resumed, a signal that reaches the second rank alone does not part them."""
-    flags = [*FLAGS, "--penalty-share", ".25", "--steps", "60"]
-    assert ranks(1, "", *flags, "--run-dir", "one")[0] == 0
-    number = signal.SIGTERM.value
-    code, out, _ = ranks(2, f"4,1,{number} 6,0,{number}", *flags, "--run-dir", "two")
-    assert code != 0 and torch.load("two/last.pt", weights_only=True)["step"] == 20, out
-    assert "stopped at step 20" in out and "Error" not in out.split("ChildFailedError")[0], out
-    code, out, _ = ranks(2, f"24,1,{number}", "--resume", "two/last.pt")
-    assert code == 0, out
-    rows = equal_but_for_rounding("one", "two")
-    assert [r["step"] for r in rows[0]] == [r["step"] for r in rows[1]] == ["20", "40", "60"]
-    for a, b in zip(*rows):  # d_acc is over pairs within a rank, so not the same
-        assert all(float(a[k]) == pytest.approx(float(b[k]), rel=1e-5) for k in ("d_loss", "g_loss", "grad_norm"))
-
-
-def equal_but_for_rounding(*runs):
-    """The rows of both logs."""
-    one, two = (tensors(f"{d}/last.pt") for d in runs)
-    assert torch.equal(one["rng"]["cpu"], two["rng"]["cpu"])
-    for key in ("nets", "opts"):
-        for name in one[key]:
-            a, b = (leaves(c[key][name]) for c in (one, two))
-            assert len(a) == len(b) >= 5
-            for x, y in zip(a, b):
-                assert x.dtype == torch.float64 or x.dim() == 0
-                torch.testing.assert_close(x, y, rtol=0, atol=1e-9)
-    return [list(csv.DictReader(open(f"{d}/log.csv"))) for d in runs]
-
-
-def test_two_ranks_go_back_to_the_best_checkpoint_as_one_process():
-    """Only rank 0 scores; the others must hear of it. Best at step 10, given up at 30."""
-    judge = f"""
 import metrics
-class Study:
-    fids = [50, 60, 70, 40]
-    def __init__(self, *a): pass
-    def evaluate(self, step): return {{"fid_train": self.fids.pop(0)}}
-    def figures(self): pass
-    def last_scores(self, restore): pass
-metrics.Study, w.SCRIPT = Study, Path({str(ROOT)!r}) / "wgan_gp.py"
+images = torch.randint(256, (300, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+metrics.render_digits = lambda n, seed: (images, torch.arange(300) % 10)
+metrics.FEWEST = 301
 """
-    flags = [*FLAGS, "--steps", "40", "--eval-every", "10", "--lr-decay", "best-fid", "--patience", "2"]
-    for n, run in ((1, "one"), (2, "two")):
-        code, out, _ = ranks(n, "", *flags, "--run-dir", run, more=judge)
+
+
+def torchrun(code, *argv):
+    """(exit code, output) of two ranks, each in one thread."""
+    Path("driver.py").write_text(START.format(root=str(ROOT)) + code)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "driver.py", *argv]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return done.returncode, done.stdout + done.stderr
+
+
+ALL_SEVEN = """
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+rank = metrics.RANK
+torch.distributed.init_process_group("gloo")
+torch.distributed.init_process_group = torch.distributed.destroy_process_group = lambda *args, **kwargs: None
+seen = {}
+loads = []
+load_data = metrics.load_data
+
+
+def slow(*args):
+    began = time.time()
+    if rank == 0 and not loads:
+        time.sleep(1)
+    result = load_data(*args)
+    loads.append((began, time.time()))
+    return result
+
+
+def key(tensors):
+    return hashlib.sha256(b"".join(t.detach().numpy().tobytes() for t in tensors)).hexdigest()[:16]
+
+
+def run(script, *flags):
+    # the weights after every update, and every z
+    weights, noise = [], []
+    hook = register_optimizer_step_post_hook(
+        lambda opt, *args: weights.append(key(p for group in opt.param_groups for p in group["params"]))
+    )
+    sample_z = script.sample_z
+
+    def watched(args, n, device, generator=None):
+        z = sample_z(args, n, device, generator)
+        noise.append(key([z]))
+        return z
+
+    script.sample_z = watched
+    script.main([*flags])
+    script.sample_z = sample_z
+    hook.remove()
+    return {"weights": weights, "noise": noise}
+
+
+def gradients(script, *flags):
+    kept = []
+
+    def keep(opt, *args):
+        kept.append(torch.cat([p.grad.flatten() for group in opt.param_groups for p in group["params"]]))
+
+    hook = register_optimizer_step_pre_hook(keep)
+    script.main([*flags])
+    hook.remove()
+    return kept
+
+
+cases = json.loads(sys.argv[1])
+for name, (module, flags) in cases.items():
+    script = importlib.import_module(module)
+    script.load_data = slow
+    first = run(script, *flags, "--steps", "3", "--run-dir", name)
+    rest = run(script, "--resume", f"{name}/last.pt", "--steps", "5")
+    seen[name] = {"first": first, "rest": rest}
+
+# n ranks and one process have the same gradients where they have the same noise and no batch norm, which sees a rank's
+# rows alone. float64, so that only rounding can differ
+torch.set_default_dtype(torch.float64)
+torch.nn.BatchNorm1d = torch.nn.Identity
+real = {"rand": torch.rand, "randn": torch.randn}
+
+
+def shared(name):
+    def rows(*shape, generator=None, **more):
+        if generator is not None:
+            return real[name](*shape, generator=generator, **more)
+        n, *rest = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
+        return real[name](n * metrics.WORLD, *rest, **more)[metrics.RANK :: metrics.WORLD]
+
+    return rows
+
+
+torch.rand, torch.randn = shared("rand"), shared("randn")
+for name, (module, flags) in cases.items():
+    script = importlib.import_module(module)
+    script.seed_noise = lambda seed: None
+    flags = [*flags, "--arch", "mlp", "--d-norm", "none"] if "--d-norm" in flags else [*flags, "--arch", "mlp"]
+    flags += ["--k", "0"] if module == "unrolled" else []  # a rank looks ahead on its own rows
+    flags += ["--steps", "4"]
+    both = gradients(script, *flags, "--run-dir", f"{name}-two")
+    if rank:
+        continue
+    metrics.WORLD = script.WORLD = 1
+    one = gradients(script, *flags, "--run-dir", f"{name}-one")
+    metrics.WORLD = script.WORLD = 2
+    assert len(one) == len(both) >= 5 and one[0].dtype == torch.float64
+    seen[name]["errors"] = [((a - b).norm() / a.norm()).item() for a, b in zip(one, both)]
+    seen[name]["norm"] = one[0].norm().item()
+seen["loads"] = loads
+open(f"rank{rank}.json", "w").write(json.dumps(seen))
+"""
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    """What two ranks saw of all scripts."""
+    folder = tmp_path_factory.mktemp("ranks")
+    tiny = [*TINY, "--batch-size", "16", "--d-steps", "1"]
+    cases = {name: (case.module.__name__, [*tiny, *case.tiny[len(TINY) :]]) for name, case in CASES.items()}
+    cases["published"] = ("wgan_gp", [*tiny, "--paper", "--d-steps", "2", "--g-steps", "2", "--prior", "uniform"])
+    with pytest.MonkeyPatch.context() as m:
+        m.chdir(folder)
+        code, out = torchrun(ALL_SEVEN, json.dumps(cases))
         assert code == 0, out
-    for rows in equal_but_for_rounding("one", "two"):
-        assert [(r["step"], r["lr_g"]) for r in rows if r["lr_g"]] == [("20", "0.0001"), ("40", "5e-05")]
+        return [json.loads(Path(f"rank{rank}.json").read_text()) for rank in range(2)]
 
 
-@pytest.mark.parametrize("name, flags", [("unrolled", ["--k", "0", "--loss", "minimax"]), ("mdgan", [])])
-def test_two_ranks_of_the_other_methods(name, flags):
-    """With --k above 0 each rank looks ahead on its own rows, so that two ranks are another method than one."""
-    flags = [*FLAGS, *flags, "--steps", "8", "--log-every", "4", "--ema", "0.5"]
-    for n, run in ((1, "one"), (2, "two")):
-        code, out, _ = ranks(n, "", *flags, "--run-dir", run, name=name)
-        assert code == 0, out
-    one, two = equal_but_for_rounding("one", "two")
-    assert len(one) == len(two) == 2
-    for a, b in zip(one, two):
-        assert all(float(a[k]) == pytest.approx(float(b[k]), rel=1e-5) for k in ("d_loss", "g_loss"))
+RUNS = pytest.mark.parametrize("name", [*CASES, "published"])
 
 
-def leaves(tree):
-    if torch.is_tensor(tree):
-        return [tree]
-    values = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ()
-    return [leaf for v in values for leaf in leaves(v)]
+@RUNS
+def test_two_ranks_hold_equal_weights_at_every_step(two_ranks, name):
+    one, other = (seen[name] for seen in two_ranks)
+    for part, updates in (("first", 3), ("rest", 2)):
+        weights = one[part]["weights"]
+        assert weights == other[part]["weights"]
+        assert len(set(weights)) == len(weights) >= 2 * updates
+
+
+@RUNS
+@pytest.mark.parametrize("part", ["first", "rest"])
+def test_each_rank_has_noise_of_its_own(two_ranks, name, part):
+    """After a resume too, and not the noise of before once more."""
+    one, other = (seen[name] for seen in two_ranks)
+    noise = [*one[part]["noise"], *other[part]["noise"]]
+    assert len(set(noise)) == len(noise) >= 8
+    if part == "rest":
+        assert not set(noise) & {*one["first"]["noise"], *other["first"]["noise"]}
+
+
+@RUNS
+def test_the_ranks_mean_gradient_is_that_of_one_process(two_ranks, name):
+    assert max(two_ranks[0][name]["errors"]) < 1e-9 < two_ranks[0][name]["norm"]
+
+
+def test_the_other_ranks_wait_while_rank_0_loads(two_ranks):
+    """It may have to download or to decode; then they find what it left."""
+    (_, end), (begin, _) = (seen["loads"][0] for seen in two_ranks)
+    assert begin >= end
+
+
+MISHAPS = """
+import wgan_gp
+mishaps = [[int(n) for n in mishap.split(",")] for mishap in sys.argv[1].split()]
+add = metrics.Study.add
+iterations = 0
+
+
+def mishap(study, losses):
+    global iterations
+    add(study, losses)
+    iterations += 1
+    for iteration, rank, number in mishaps:
+        if iterations == iteration and metrics.RANK == rank:
+            os.kill(os.getpid(), number)
+
+
+metrics.Study.add = mishap
+wgan_gp.main(sys.argv[2:])
+"""
+MLP = [*TINY, "--arch", "mlp", "--checkpoint-every", "2"]
+
+
+def test_ranks_leave_together():
+    """A signal that reaches rank 1 alone, in the third iteration, does not part them. One of rank 0, in the twelfth,
+    ends both at its next word to the others: before the twentieth. A last one, after all words, parts them neither."""
+    number = signal.SIGTERM.value
+    code, out = torchrun(MISHAPS, f"3,1,{number} 12,0,{number}", *MLP, "--steps", "25", "--run-dir", "a")
+    assert code != 0 and "stopped at step 19" in out and "Traceback" not in out.split("ChildFailedError")[0], out
+    assert checkpoint("a/last.pt")["step"] == 19
+    code, out = torchrun(MISHAPS, f"5,1,{number}", "--resume", "a/last.pt")
+    assert code == 0, out
+    assert checkpoint("a/last.pt")["step"] == 25 and Path("a/traversal.png").exists()
 
 
 def test_a_killed_rank_ends_the_others_within_a_minute():
-    code, out, seconds = ranks(2, f"6,1,{signal.SIGKILL.value}", *FLAGS, "--steps", "1000000", "--run-dir", "two")
-    assert code != 0 and seconds < 60, out
-    assert torch.load("two/last.pt", weights_only=True)["step"] >= 4
+    start = time.time()
+    code, out = torchrun(MISHAPS, f"6,1,{signal.SIGKILL.value}", *MLP, "--steps", "1000000", "--run-dir", "a")
+    assert code != 0 and time.time() - start < 60, out
+    assert checkpoint("a/last.pt")["step"] >= 4
 
 
-@pytest.mark.parametrize("prior", ["normal", "uniform"])
-def test_ranks_share_the_noise_and_the_batch_of_one_process(prior, monkeypatch):
-    """z, the numbers of rand() and the batch of three ranks are those of one process, every third row to each: so the
-    first rows of all, which --penalty-share takes, are the first rows of one."""
-    args = wgan_gp.parse_args([*TINY, "--batch-size", "6", "--prior", prior, "--flip"])
+def as_rank(monkeypatch, w, rank, world):
+    for module in (w.module, metrics):
+        monkeypatch.setattr(module, "RANK", rank)
+        monkeypatch.setattr(module, "WORLD", world)
 
-    def seen(rows):
-        torch.manual_seed(0)
-        z, u = wgan_gp.sample_z(args, rows, "cpu"), wgan_gp.rand(rows, 1, 2, like=torch.zeros(1, dtype=torch.float64))
-        batch = wgan_gp.Batches(args, torch.device("cpu"))
-        assert batch.buffer.shape == (5, rows, 1, 28, 28) and batch.per_epoch == 50
-        batch.step = 49
-        return z, u, *batch(), *batch()
 
-    whole, parts = seen(6), []
-    monkeypatch.setattr(wgan_gp, "from_rank_0", lambda value=None: value)
-    monkeypatch.setattr(wgan_gp, "WORLD", 3)
+def test_a_batch_is_dealt_out_to_the_ranks(w, monkeypatch):
+    """Every third row to each of three."""
+    args = w.parse_args([*TINY, "--batch-size", "6", "--flip"])
+
+    def seen():
+        return w.Batches(args, torch.device("cpu"))(49, 2)  # the last of an epoch, and the first of the next
+
+    whole = seen()
+    monkeypatch.setattr(w.module, "from_rank_0", lambda value=None: value)
+    parts = []
     for rank in range(3):
-        monkeypatch.setattr(wgan_gp, "RANK", rank)
-        parts.append(seen(2))
-    assert whole[0].shape == (6, 6) and whole[1].dtype == torch.float64 and whole[1].shape == (6, 1, 2)
+        as_rank(monkeypatch, w, rank, 3)
+        parts.append(seen())
+    assert whole[0].shape == (2, 6, 1, 28, 28)
     for one, three in zip(whole, zip(*parts)):
-        assert all(len(p) == 2 for p in three) and torch.equal(torch.stack(three, 1).flatten(0, 1), one)
-    args = wgan_gp.parse_args([*TINY, "--seed", "9"])
-    z = wgan_gp.sample_z(args, 5, "cpu", wgan_gp.seeded(9, 1))  # of figures and scores: whole on every rank
-    assert z.shape == (5, 6)
+        assert all(part.shape[1] == 2 for part in three)
+        assert torch.equal(torch.stack(three, 2).flatten(1, 2), one)
 
 
-WAITING = """
-import sys, time
-sys.path.insert(0, {root!r})
-import torch
-import wgan_gp as w
-def load_data(*a):
-    began = time.time()
-    if not w.RANK: time.sleep(2)
-    open(f"rank{{w.RANK}}", "w").write(f"{{began}} {{time.time()}}")
-    return torch.zeros(64, 1, 28, 28, dtype=torch.uint8), torch.arange(64) % 10
-w.load_data = load_data
-args = w.parse_args(sys.argv[1:])
-w.Batches(args, w.pick_device(args))
-torch.distributed.destroy_process_group()
-"""
-
-
-def test_the_other_ranks_wait_while_rank_0_loads():
-    """It may have to download or to decode; then they find what it left."""
-    Path("waiting.py").write_text(WAITING.format(root=str(ROOT)))
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "waiting.py", *TINY],
-                          capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    (_, end), (began, _) = (map(float, Path(f"rank{r}").read_text().split()) for r in (0, 1))
-    assert began >= end
-
-
-def test_ranks_may_wait_for_hours(monkeypatch):
+def test_ranks_may_wait_for_hours(w, monkeypatch):
     """NCCL's own limit of ten minutes would end them while rank 0 decodes or scores."""
     asked = []
-    monkeypatch.setattr(wgan_gp, "WORLD", 2)
-    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *a, **k: asked.append((a, k)))
-    wgan_gp.pick_device(wgan_gp.parse_args(TINY))
-    ((backend,), more), = asked
+    monkeypatch.setattr(w.module, "WORLD", 2)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *args, **more: asked.append((args, more)))
+    w.start(w.parse_args(TINY))
+    (((backend,), more),) = asked
     assert backend == "gloo" and more["timeout"].total_seconds() >= 6 * 3600
 
 
-def test_a_batch_that_does_not_divide_is_refused(monkeypatch, capsys):
-    monkeypatch.setattr(wgan_gp, "WORLD", 3)
+@pytest.mark.parametrize("size", ["8", "3"])
+def test_a_batch_that_does_not_divide_is_refused(w, monkeypatch, capsys, size):
+    """Nor is one image a rank a batch."""
+    monkeypatch.setattr(w.module, "WORLD", 3)
     with pytest.raises(SystemExit) as stop:
-        wgan_gp.main([*TINY, "--steps", "5"])
+        w.main([*TINY, "--steps", "5", "--batch-size", size])
     assert stop.value.code == 2 and "3 ranks" in capsys.readouterr().err and not Path("runs").exists()
 
 
 # bfloat16 -------------------------------------------------------------------------------------------------------------
 
-
-@pytest.mark.parametrize("arch", ["mlp", "dcgan"])
-def test_amp_rounds_products_and_nothing_else(arch):
-    args = wgan_gp.parse_args([*TINY, "--arch", arch])
-    torch.manual_seed(0)
-    D, x = wgan_gp.make_discriminator(args, 1), torch.rand(8, 1, 28, 28) * 2 - 1
-    seen = []
-    for layer in D:
-        layer.register_forward_hook(lambda m, i, o: seen.append(o.dtype))
-    exact = D(x)
-    assert set(seen) == {torch.float32}
-    seen.clear()
-    D.amp = True
-    rounded = D(x)
-    assert torch.bfloat16 in seen and rounded.dtype == torch.float32  # losses are float32
-    error = ((rounded - exact).norm() / exact.norm()).item()
-    assert 1e-5 < error < 0.03, error
-    D.eval()
-    assert torch.equal(D(x), exact)  # scores and samples are float32
+HEAVY = {
+    "wgan_gp": "--gp-weight",
+    "dcgan": "--r1",
+    "cdcgan": "--r1",
+    "unrolled": "--r1",
+    "mdgan": "--r1",
+    "bigan": "--r1",
+}
+PENALIZED = over(*HEAVY)
 
 
-@pytest.mark.parametrize("arch", ["mlp", "dcgan"])
-def test_amp_keeps_gradients_and_the_penaltys_second_derivative(arch):
-    """Against float32, by direction; with a forward under no_grad first, after which a cache of cast weights would have
-    no gradient."""
-    args = wgan_gp.parse_args([*TINY, "--arch", arch])
-    torch.manual_seed(0)
-    D, x = wgan_gp.make_discriminator(args, 1), torch.rand(8, 1, 28, 28) * 2 - 1
-    grads = []
-    for D.amp in (False, True):
-        with torch.no_grad():
-            D(x)
-        D.zero_grad()
-        penalty, norm = wgan_gp.gradient_penalty(D, x)
-        assert penalty.dtype == norm.dtype == torch.float32
-        (wgan_gp.discriminator_loss(D(x), D(-x)) + 10 * penalty).backward()
-        # the last layer's bias has slope 0 here and nothing but rounding in it
-        grads.append(torch.cat([p.grad.flatten() for p in D.parameters() if p.dim() > 1]))
-    cosine = torch.nn.functional.cosine_similarity(*grads, dim=0).item()
-    assert 0.995 < cosine < 1 - 1e-9, cosine
+def watched_run(w, *flags):
+    """The gradients of every update, the dtypes of what layers give while training and while sampling, and of what the
+    losses are computed from, of a run."""
+    gradients = []
+    dtypes = {"layers": set(), "sampling": set(), "losses": set()}
+    sampling = False
+
+    def keep(opt, *args):
+        parameters = [p for group in opt.param_groups for p in group["params"]]
+        gradients.append(torch.cat([p.grad.flatten() for p in parameters if p.dim() > 1]))
+
+    def look(module, args, out):
+        if isinstance(module, (torch.nn.Conv2d, torch.nn.ConvTranspose2d, torch.nn.Linear)):
+            dtypes["sampling" if sampling else "layers"].add(out.dtype)
+
+    def sheet(study, i):
+        nonlocal sampling
+        sampling = True
+        study.save_samples(study.folder / "samples" / "seen.png")
+        sampling = False
+
+    def losses_of(f):
+        def watched(*scores):
+            dtypes["losses"].update(score.dtype for score in scores if torch.is_tensor(score))
+            result = f(*scores)
+            dtypes["losses"].add(result.dtype)
+            return result
+
+        return watched
+
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(metrics.Study, "sheet", sheet)
+        m.setattr(metrics.Study, "finish", lambda *args, **more: None)
+        for name in ("discriminator_loss", "generator_loss"):
+            m.setattr(w.module, name, losses_of(getattr(w, name)))
+        hooks = [register_optimizer_step_pre_hook(keep), register_module_forward_hook(look)]
+        try:
+            w.main([*w.tiny, *flags, "--sample-every", "1"])
+        finally:
+            for hook in hooks:
+                hook.remove()
+    return gradients, dtypes
 
 
-def test_amp_resumes_bit_for_bit_and_saves_float32():
-    wgan_gp.main([*TINY, "--amp", "--steps", "20", "--run-dir", "whole"])
-    wgan_gp.main([*TINY, "--amp", "--steps", "10", "--run-dir", "half"])
-    wgan_gp.main(["--resume", "half/last.pt", "--steps", "20"])
-    whole = tensors("whole/last.pt")
-    same(tensors("half/last.pt"), whole)
-    assert all(v.dtype in (torch.float32, torch.int64) for net in whole["nets"].values() for v in net.values())
-    wgan_gp.main([*TINY, "--steps", "20", "--run-dir", "exact"])
-    assert not torch.equal(tensors("exact/last.pt")["nets"]["D"]["0.weight"], whole["nets"]["D"]["0.weight"])
+def cosine(a, b):
+    return torch.nn.functional.cosine_similarity(a, b, dim=0).item()
+
+
+@EVERY
+@pytest.mark.parametrize("arch", ["dcgan", "mlp"])
+def test_amp_rounds_products_and_nothing_else(w, arch):
+    """Losses, gradients, weights, moments and averages are float32, and images are made in it."""
+    flags = ["--arch", arch, "--batch-size", "32", "--steps", "1"]
+    exact, dtypes = watched_run(w, *flags, "--run-dir", "exact")
+    assert dtypes == {"layers": {torch.float32}, "sampling": {torch.float32}, "losses": {torch.float32}}
+    rounded, dtypes = watched_run(w, *flags, "--run-dir", "rounded", "--amp")
+    assert dtypes == {"layers": {torch.bfloat16}, "sampling": {torch.float32}, "losses": {torch.float32}}
+    assert len(exact) == len(rounded) == 2
+    assert 0.98 < cosine(exact[0], rounded[0]) < 1 - 1e-9
+    saved = checkpoint("rounded/last.pt")
+    floats = [t for t in leaves(saved) if t.is_floating_point()]
+    assert len(floats) > 20 and {t.dtype for t in floats} == {torch.float32}
+
+
+@PENALIZED
+@pytest.mark.parametrize("arch", ["dcgan", "mlp"])
+def test_amp_keeps_the_penaltys_second_derivative(w, arch):
+    """A penalty of weight 1000 is nearly all of D's gradient, which differs from float32's by rounding only."""
+    flags = ["--arch", arch, "--batch-size", "32", "--steps", "1", HEAVY[w.name]]
+    without = watched_run(w, *flags, "0", "--run-dir", "without")[0][0]
+    exact = watched_run(w, *flags, "1000", "--run-dir", "exact")[0][0] - without
+    plain = watched_run(w, *flags, "0", "--run-dir", "plain", "--amp")[0][0]
+    rounded = watched_run(w, *flags, "1000", "--run-dir", "rounded", "--amp")[0][0] - plain
+    assert cosine(exact, rounded) > 0.98
+    assert (rounded.norm() / exact.norm()).item() == pytest.approx(1, abs=0.05)
 
 
 @pytest.mark.parametrize("own", [True, False])
-def test_amp_asks_for_bfloat16_that_is_not_emulated(own, monkeypatch, capsys):
+def test_amp_asks_for_bfloat16_that_is_not_emulated(w, own, monkeypatch, capsys):
     """is_bf16_supported() alone says yes to every GPU: before Ampere it is emulated, and slower than float32."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or own)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda i: None)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    wgan_gp.pick_device(wgan_gp.parse_args([*TINY, "--device", "cuda"]))
-    amp = wgan_gp.parse_args([*TINY, "--device", "cuda", "--amp"])
+    assert w.parse_args([*TINY, "--device", "cuda"]).device == "cuda"
     if own:
-        assert wgan_gp.pick_device(amp) == torch.device("cuda", 0)
+        assert w.parse_args([*TINY, "--device", "cuda", "--amp"]).amp
         return
     with pytest.raises(SystemExit) as stop:
-        wgan_gp.pick_device(amp)
+        w.parse_args([*TINY, "--device", "cuda", "--amp"])
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.count("\n") == 1 and "--amp" in err
 
@@ -278,33 +384,40 @@ def test_amp_asks_for_bfloat16_that_is_not_emulated(own, monkeypatch, capsys):
 
 class FakeCuda:
     """Stands in for torch.cuda's graphs on the CPU. As with the real ones, a capture changes no tensor and no random
-    state, and a replay reads and writes the memory that the tensors of step() had when it was captured."""
+    state, and a replay reads and writes the memory that step's tensors had when it was captured, its arguments too."""
 
     def __init__(self, monkeypatch, script):
-        self.step = self.values = self.memory = None
-        self.replays = self.eager = 0
-        outer, real, pick = self, script.captured, script.pick_device
+        self.step = self.args = self.losses = self.memory = None
+        self.replays = 0
+        self.eager = 0
+        self.capturing = False
+        outer = self
+        real = script.captured
+        resolve_device = script.resolve_device
 
         class Graph:
             def replay(self):
-                now = [t.data_ptr() for t in outer.tensors()]
-                assert now == outer.memory, "a tensor of step() was replaced after capture"
+                assert outer.memory == [t.data_ptr() for t in outer.tensors()], "a tensor was replaced after a capture"
                 outer.replays += 1
-                for k, v in outer.step().items(): outer.values[k].copy_(v.detach())
+                for name, value in outer.step(*outer.args).items():
+                    outer.losses[name].copy_(value.detach())
 
         class Capture:
             def __init__(self, graph, stream=None):
                 assert isinstance(graph, Graph) and stream is outer.stream
 
             def __enter__(self):
-                self.before = [t.clone() for t in outer.tensors()], torch.get_rng_state()
-                outer.eager -= 1  # a call that executes nothing
+                self.before = [t.clone() for t in outer.tensors()]
+                self.noise = torch.get_rng_state()
+                outer.capturing = True
 
             def __exit__(self, *error):
+                outer.capturing = False
                 with torch.no_grad():
-                    for t, old in zip(outer.tensors(), self.before[0]): t.copy_(old)
+                    for t, before in zip(outer.tensors(), self.before):
+                        t.copy_(before)
+                torch.set_rng_state(self.noise)
                 outer.memory = [t.data_ptr() for t in outer.tensors()]
-                torch.set_rng_state(self.before[1])
 
         class Stream:
             def wait_stream(self, other):
@@ -316,148 +429,152 @@ class FakeCuda:
             def __exit__(self, *error):
                 pass
 
-        def captured(step, args):
-            def traced():
-                self.eager += 1
-                values = step()
-                self.values = {k: v.detach() for k, v in values.items()}
-                return self.values
+        def captured(step):
+            def traced(*args):
+                outer.eager += not outer.capturing
+                outer.args = args
+                outer.losses = {name: value.detach() for name, value in step(*args).items()}
+                return outer.losses
 
-            self.step, self.closure = step, step.__closure__
-            return real(traced, args)
+            outer.step = step
+            return real(traced)
 
-        def pick_as_if_cuda(args):
-            wanted, args.graph = args.graph, False
-            device = pick(args)
-            args.graph = wanted
-            return device
+        def resolve_as_if_cuda(args):
+            wanted = args.graph
+            args.graph = False
+            resolve_device(args)
+            args.graph = bool(wanted)
 
         self.stream = Stream()
-        for name, value in {"Stream": lambda: self.stream, "CUDAGraph": Graph, "graph": Capture,
-                            "current_stream": Stream, "stream": lambda s: s}.items():
+        stand_ins = {"Stream": lambda: self.stream, "CUDAGraph": Graph, "graph": Capture}
+        stand_ins |= {"current_stream": Stream, "stream": lambda stream: stream}
+        for name, value in stand_ins.items():
             monkeypatch.setattr(torch.cuda, name, value)
         monkeypatch.setattr(script, "captured", captured)
-        monkeypatch.setattr(script, "pick_device", pick_as_if_cuda)
+        monkeypatch.setattr(script, "resolve_device", resolve_as_if_cuda)
+
+    def reached(self, function):
+        """All that a function closes over, and the functions that it closes over."""
+        for cell in function.__closure__ or ():
+            yield cell.cell_contents
+            if hasattr(cell.cell_contents, "__closure__"):
+                yield from self.reached(cell.cell_contents)
 
     def tensors(self):
-        """All tensors that step() reaches, by the variables it closes over."""
-        found = []
-        for cell in self.closure:
-            v = cell.cell_contents
-            if torch.is_tensor(v):
-                found.append(v)
-            elif isinstance(v, torch.nn.Module):
-                found += [*v.parameters(), *v.buffers()]
-            elif isinstance(v, torch.optim.Optimizer):
-                found += [t for state in v.state.values() for t in state.values()]
+        """All tensors that step reaches: its arguments, networks, optimizers."""
+        found = list(self.args)
+        for value in self.reached(self.step):
+            if torch.is_tensor(value):
+                found.append(value)
+            elif isinstance(value, torch.nn.Module):
+                found += [*value.parameters(), *value.buffers()]
+            elif isinstance(value, torch.optim.Optimizer):
+                found += [t for state in value.state.values() for t in state.values()]
         return found
 
 
 @pytest.fixture
-def fake(monkeypatch, w):  # noqa: F811
+def fake(monkeypatch, w):
     return FakeCuda(monkeypatch, w.module)
 
 
 @EVERY
-def test_graph_runs_equal_eager_ones(fake, w):  # noqa: F811
-    flags = [*w.tiny, "--steps", "40", "--lr-decay", "linear"]
+@pytest.mark.parametrize("more", [[], ["--paper", "--batch-size", "8"]], ids=" ".join)
+def test_graph_runs_equal_eager_ones(fake, w, more):
+    """Three eager iterations count as training. Each call's batch is another one, so a replay has to be fed."""
+    flags = [*w.tiny, *more, *"--steps 16 --d-steps 2 --log-every 2".split()]
     w.main([*flags, "--run-dir", "graph", "--graph"])
-    assert fake.replays == 8 - 3 and fake.eager == 3  # three eager iterations count as training
-    for more in (["--no-graph"], []):  # eager is the default on a CPU
-        w.main([*flags, "--run-dir", f"eager{len(more)}", *more])
-        assert fake.replays == 5
-    same(tensors("graph/last.pt"), tensors("eager0/last.pt"))
-    assert losses("graph") == losses("eager1") == losses("eager0")
+    assert fake.replays == 8 - 3 and fake.eager == 3
+    w.main([*flags, "--run-dir", "eager"])  # the default on a CPU
+    assert fake.replays == 5 and fake.eager == 3
+    same(tensors("graph/last.pt"), tensors("eager/last.pt"))
+    assert len(timeless("graph")) == 8 and timeless("graph") == timeless("eager")
 
 
 @EVERY
-def test_graph_resumes_and_mixes_with_eager(fake, w):  # noqa: F811
-    w.main([*w.tiny, "--steps", "60", "--run-dir", "whole"])
-    w.main([*w.tiny, "--steps", "30", "--run-dir", "half", "--graph"])
+def test_graph_resumes_and_mixes_with_eager(fake, w):
+    w.main([*w.tiny, "--lr-decay", "none", "--steps", "12", "--run-dir", "whole"])
+    w.main([*w.tiny, "--lr-decay", "none", "--steps", "6", "--run-dir", "half", "--graph"])
     assert fake.replays == 6 - 3
-    w.main(["--resume", "half/last.pt", "--steps", "60", "--graph"])
+    w.main(["--resume", "half/last.pt", "--steps", "12", "--graph"])
     assert fake.replays == 2 * (6 - 3)
     same(tensors("half/last.pt"), tensors("whole/last.pt"))
 
 
-def test_back_to_best_writes_in_place(fake, monkeypatch):
-    runs = []
-    for flag in ("--graph", "--no-graph"):
-        scripted_judge(monkeypatch, [50, 40, 45, 46, 30, 31, 32])
-        flags = [*TINY, "--steps", "50", "--eval-every", "5", "--lr-decay", "best-fid", "--patience", "2"]
-        wgan_gp.main([*flags, flag, "--run-dir", flag[2:]])
-        runs.append(tensors(f"{flag[2:]}/last.pt"))
-    assert fake.replays == 10 - 3
-    same(*runs)
+def test_a_replay_is_fed_with_each_calls_tensors(fake, w):
+    """Its own copies of them: the caller's tensors are neither kept nor written."""
+    weight = torch.zeros(())
+
+    def step(x, y):
+        weight.add_(x.sum())
+        return {"sum": x.sum() + 10 * y.sum(), "weight": weight}
+
+    replayed = w.captured(step)
+    fake.step = step
+    total = 0.0
+    for i in range(1, 9):
+        x, y = torch.full((2,), float(i)), torch.full((1,), i)
+        losses = replayed(x, y)
+        total += 2 * i
+        assert losses["sum"].item() == 2 * i + 10 * i and losses["weight"].item() == total
+        assert x.tolist() == [i, i] and y.tolist() == [i]
+    assert fake.replays == 8 - 3 and fake.eager == 3
 
 
-def test_a_dry_run_reaches_the_capture(fake):
-    wgan_gp.main([*TINY, "--dry-run", "--graph", "--run-dir", "a"])
-    assert fake.replays == fake.eager == 1  # of two iterations
+@EVERY
+def test_the_step_closes_over_no_tensor(fake, w):
+    """What it trains on are its arguments. A buffer that something else fills would be one more thing to know."""
+    w.main([*w.tiny, "--steps", "4", "--graph", "--run-dir", "a"])
+    assert fake.replays == 1
+    reached = list(fake.reached(fake.step))
+    assert any(isinstance(value, torch.optim.Optimizer) for value in reached)
+    assert not any(torch.is_tensor(value) or isinstance(value, w.Batches) for value in reached)
 
 
-@pytest.mark.parametrize("more", [[], ["--dry-run"]])
-def test_a_failed_capture_is_one_line_that_names_the_way_out(fake, monkeypatch, capsys, more):
+def test_a_failed_capture_is_one_line_that_names_the_way_out(fake, w, monkeypatch, capsys):
     """And what was saved before it is there to go on from."""
-    loss = wgan_gp.generator_loss
+    loss = w.generator_loss
 
     def uncapturable(score):
-        if fake.eager == (1 if more else 3) and fake.capturing: raise RuntimeError("not permitted\nwhen capturing")
+        if fake.capturing:
+            raise RuntimeError("not permitted\nwhen capturing")
         return loss(score)
 
-    enter = torch.cuda.graph.__enter__
-    monkeypatch.setattr(torch.cuda.graph, "__enter__", lambda self: (enter(self), setattr(fake, "capturing", True)))
-    fake.capturing = False
-    monkeypatch.setattr(wgan_gp, "generator_loss", uncapturable)
-    flags = [*TINY, *more, "--run-dir", "a", "--checkpoint-every", "5"]
+    monkeypatch.setattr(w.module, "generator_loss", uncapturable)
+    flags = [*w.tiny, "--steps", "8", "--checkpoint-every", "1"]
     with pytest.raises(SystemExit) as stop:
-        wgan_gp.main([*flags, "--steps", "40", "--graph"])
+        w.main([*flags, "--run-dir", "a", "--graph"])
     err = capsys.readouterr().err
     assert stop.value.code == 2 and fake.replays == 0
     assert err.count("\n") == 1 and "--no-graph" in err and "not permitted when capturing" in err
-    assert torch.load("a/last.pt", weights_only=True)["step"] == (5 if more else 15)
-    monkeypatch.setattr(wgan_gp, "generator_loss", loss)
-    wgan_gp.main(["--resume", "a/last.pt", "--no-graph", "--steps", "20"])
-    wgan_gp.main([*flags[:-3], "eager", "--steps", "20"])
+    assert checkpoint("a/last.pt")["step"] == 3
+    w.main(["--resume", "a/last.pt", "--no-graph"])
+    w.main([*flags, "--run-dir", "eager"])
     same(tensors("a/last.pt"), tensors("eager/last.pt"))
 
 
-def test_the_step_reads_only_static_buffers(fake, monkeypatch):
-    """The one tensor that step() closes over is x, the same memory all along; networks and optimizers aside it reaches
-    nothing of the run."""
-    wgan_gp.main([*TINY, "--steps", "20", "--graph", "--run-dir", "a"])
-    assert fake.replays == 1
-    names = {type(c.cell_contents).__name__ for c in fake.closure}
-    assert names <= {"Tensor", "Net", "Adam", "Namespace", "int", "device"}
-    free = [c.cell_contents for c in fake.closure if torch.is_tensor(c.cell_contents)]
-    assert [tuple(t.shape) for t in free] == [(5, 8, 1, 28, 28)]
+@pytest.mark.parametrize(
+    "flags, world, wanted", [([], 1, True), (["--no-graph"], 1, False), ([], 2, False), (["--device", "cpu"], 1, False)]
+)
+def test_the_graph_is_the_default_on_one_gpu(w, flags, world, wanted, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(w.module, "WORLD", world)
+    assert w.parse_args([*TINY, "--device", "auto", *flags]).graph is wanted
 
 
-@pytest.mark.parametrize("flags, world, wanted", [
-    ([], 1, True), (["--no-graph"], 1, False), ([], 2, False), (["--device", "cpu"], 1, False)])
-def test_the_graph_is_the_default_on_one_gpu(flags, world, wanted, monkeypatch):
-    for name, value in {"is_available": True, "set_device": None, "current_device": 0}.items():
-        monkeypatch.setattr(torch.cuda, name, lambda *a, value=value: value)
-    monkeypatch.setattr(wgan_gp, "WORLD", world)
-    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *a, **k: None)
-    args = wgan_gp.parse_args([*TINY, "--device", "auto", *flags])
-    wgan_gp.pick_device(args)
-    assert args.graph is wanted
-
-
-def test_graph_without_cuda_is_one_line(capsys):
+def test_graph_without_cuda_is_one_line(w, capsys):
     with pytest.raises(SystemExit) as stop:
-        wgan_gp.main([*TINY, "--steps", "5", "--graph"])
+        w.main([*TINY, "--steps", "5", "--graph"])
     assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1 and not Path("runs").exists()
 
 
-def test_the_rate_of_a_captured_adam_is_written_in_place():
-    run = object.__new__(wgan_gp.Run)
-    run.signal, run.leaving, run.state = None, None, {"stale": 0}
-    run.args, run.step, run.total = wgan_gp.parse_args([*TINY, "--lr-g", "3e-4", "--lr-decay", "linear"]), 5, 10
+def test_a_rate_on_the_device_is_written_in_place(w):
+    """A captured Adam reads it there."""
     weight = torch.nn.Parameter(torch.zeros(1))
-    run.opts = {k: torch.optim.Adam([weight], 1.0) for k in "gd"}
-    rate = run.opts["g"].param_groups[0]["lr"] = torch.tensor(1.0)
-    assert run.training()
-    assert run.opts["g"].param_groups[0]["lr"] is rate and rate.item() == pytest.approx(1.5e-4)
-    assert run.opts["d"].param_groups[0]["lr"] == pytest.approx(5e-5)
+    opt = torch.optim.Adam([{"params": [weight]}], 1.0)
+    rate = opt.param_groups[0]["lr"] = torch.tensor(1.0)
+    w.set_rate(opt, 1.5e-4)
+    assert opt.param_groups[0]["lr"] is rate and rate.item() == pytest.approx(1.5e-4)
+    opt.param_groups[0]["lr"] = 1.0
+    w.set_rate(opt, 5e-5)
+    assert opt.param_groups[0]["lr"] == 5e-5

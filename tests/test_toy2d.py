@@ -12,7 +12,7 @@ import toy2d
 
 
 def args(*flags):
-    return toy2d.parse_args([*flags])
+    return toy2d.parse_args(["--device", "cpu", *flags])
 
 
 @pytest.fixture
@@ -186,6 +186,35 @@ def test_g_is_led_through_every_step_of_d(float64, k):
     assert abs(detached.item() - difference.item()) > 1e-3
 
 
+def test_runs_of_one_second_have_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        toy2d.main(["--steps", "1", "--batch-size", "2"])
+    assert len(list((tmp_path / "runs").iterdir())) == 2
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("method", toy2d.METHODS)
+def test_every_method_runs_on_a_gpu(method, tmp_path):
+    """Its networks start as on the CPU, and its fixed noise is the same, so before training both draw one picture."""
+    flags = ["--method", method, "--seeds", "2", "--steps", "1", "--lr-g", "0", "--lr-d", "0"]
+    scores = []
+    for device in ("cpu", "cuda"):
+        G, D = toy2d.train(toy2d.parse_args([*flags, "--device", device]))
+        assert {p.device.type for p in D.parameters()} == {device}
+        scores.append(G(toy2d.noise(toy2d.parse_args([*flags, "--device", device]), 2, 50,
+                                    rng=torch.Generator().manual_seed(0))).cpu())
+    torch.testing.assert_close(*scores, atol=1e-4, rtol=1e-4)
+    toy2d.main(["--method", method, "--seeds", "2", "--steps", "12", "--reject", "drs", "--device", "cuda",
+                "--run-dir", str(tmp_path / "a")])
+    assert json.loads((tmp_path / "a/scores.json").read_text())["made"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_cuda_without_a_gpu_is_one_line(capsys):
+    fails(capsys, "--device", "cuda", words=["--device cuda"])
+
+
 @pytest.mark.parametrize("method", toy2d.METHODS)
 def test_every_method_runs_and_draws(method, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -311,14 +340,8 @@ def test_help_prints_the_defaults_of_the_method(capsys):
         assert stop.value.code in (None, 0) and f"Adam's rate for D (default: {wanted})" in text and "None" not in text
 
 
-def test_rejection_needs_metrics(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(toy2d, "__file__", str(tmp_path / "toy2d.py"))
-    fails(capsys, "--reject", "drs", words=["metrics.py"])
-
-
 def test_a_run_whose_d_cannot_choose_is_left_out(monkeypatch, tmp_path, capsys):
     """The scores are written all the same; the other run's points are those the rule keeps."""
-    import metrics
     calls = []
 
     def platt(real, fake):
@@ -331,8 +354,8 @@ def test_a_run_whose_d_cannot_choose_is_left_out(monkeypatch, tmp_path, capsys):
         assert (kind, n, head, percentile) == ("drs", 2500, (1.0, 0.0, 0.7), 95)
         return more(n)[0], {"acceptance": 0.25, "auc": 0.7, "warning": "weak"}
 
-    monkeypatch.setattr(metrics, "platt", platt)
-    monkeypatch.setattr(metrics, "rejected", rejected)
+    monkeypatch.setattr(toy2d, "platt", platt)
+    monkeypatch.setattr(toy2d, "rejected", rejected)
     toy2d.main(["--data", "grid", "--steps", "2", "--seeds", "2", "--reject", "drs", "--drs-percentile", "95",
                 "--run-dir", str(tmp_path / "a")])
     out = capsys.readouterr().out

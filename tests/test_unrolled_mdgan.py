@@ -1,5 +1,6 @@
 """unrolled.py and mdgan.py: the steps ahead against closed forms, finite differences and torch.optim; the mixture
 against torch.distributions, scipy and grids; and, watching train(), what each update is made of."""
+
 import copy
 import functools
 from decimal import Decimal, localcontext
@@ -8,8 +9,16 @@ import numpy as np
 import pytest
 import torch
 from scipy import optimize, special, stats
-from test_gan_losses import EXACT, SMALL, float64, run, sigmoid, steps  # noqa: F401  float64: a fixture
-from test_networks import LEAKY, bn, down, layers, size, up
+from test_gan_losses import (  # noqa: F401  float64: a fixture
+    EXACT,
+    SMALL,
+    close_gradients,
+    float64,
+    forwards,
+    run,
+    sigmoid,
+    softplus,
+)
 from torch import nn
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 from torch.func import functional_call
@@ -20,11 +29,7 @@ import dcgan
 import mdgan
 import unrolled
 
-BOTH = pytest.mark.parametrize("module", [unrolled, mdgan], ids=lambda m: m.__name__)
-
-
-def sp(t):
-    return np.logaddexp(0, t)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def cross_entropy(real, fake):
@@ -41,87 +46,15 @@ def bits(tree):
     return [bits(v) for v in tree] if isinstance(tree, (list, tuple)) else tree
 
 
-# the networks ---------------------------------------------------------------------------------------------------------
-
-
-def pair(module, *argv, channels=1):
-    args = module.parse_args([str(a) for a in argv])
-    return module.make_generator(args, channels), module.make_discriminator(args, channels)
-
-
-@BOTH
-@pytest.mark.parametrize("side, start, widths", [(28, 7, [32, 16]), (32, 4, [64, 32, 16]), (64, 4, [128, 64, 32, 16])])
-@pytest.mark.parametrize("channels", [1, 3])
-def test_convolutional_pair(module, side, start, widths, channels):
-    """16 wide as published nowhere, but enough for digits; a norm after every hidden map of G, none in D."""
-    G, D = pair(module, "--image-size", side, channels=channels)
-    wanted = [("ConvTranspose2d", 100, widths[0], start, 1, 0, "no bias")]
-    for a, b in zip(widths, [*widths[1:], channels]): wanted += [bn(a), "ReLU", up(a, b)]
-    assert layers(G) == [*wanted, "Tanh"]
-    wanted = []
-    for a, b in zip([channels, *widths[:0:-1]], widths[::-1]): wanted += [down(a, b, bias="bias"), LEAKY]
-    last = {unrolled: (1, "no bias"), mdgan: (9, "bias")}[module]
-    assert layers(D) == [*wanted, ("Conv2d", widths[0], last[0], start, 1, 0, last[1])]
-    x = G(torch.randn(3, 100))
-    assert x.shape == (3, channels, side, side) and x.abs().max() <= 1 and D(x).shape == (3,)
-    for m in [*G.modules(), *D.modules()]:
-        if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)) and m.weight.numel() > 2000:
-            assert m.weight.std().item() == pytest.approx(0.02, rel=0.1)
-        elif isinstance(m, nn.BatchNorm2d):
-            assert m.weight.mean().item() == pytest.approx(1, abs=0.03) and m.weight.std() > 0.005
-
-
-@BOTH
-def test_fully_connected_pair(module):
-    """Report E's, with batch norm in G alone: without it MD-GAN's G makes one blob."""
-    G, D = pair(module, "--arch", "mlp")
-    wanted = []
-    for a, b in ((100, 256), (256, 512), (512, 1024)):
-        wanted += [("Linear", a, b, "no bias"), ("BatchNorm1d", b), LEAKY]
-    assert layers(G) == [*wanted, ("Linear", 1024, 784, "bias"), "Tanh"]
-    last = {unrolled: 1, mdgan: 9}[module]
-    wanted = [v for a, b in ((784, 1024), (1024, 512), (512, 256)) for v in (("Linear", a, b, "bias"), LEAKY)]
-    assert layers(D) == [*wanted, ("Linear", 256, last, "bias")]
-    assert size(D) == 785 * 1024 + 1025 * 512 + 513 * 256 + 257 * last
-    assert G(torch.randn(3, 100)).shape == (3, 1, 28, 28) and D(torch.randn(3, 1, 28, 28)).shape == (3,)
-
-
-def test_defaults():
-    a = unrolled.parse_args([])
-    assert (a.k, a.inner, a.inner_lr, a.loss) == (5, "adam", 0.05, "ns")
-    assert (a.batch_size, a.d_steps, a.g_steps, a.lr_g, a.lr_d, a.beta1, a.beta2, a.ngf, a.ndf) == (
-        32, 1, 1, 1e-3, 2e-4, 0.5, 0.999, 16, 16)
-    a = mdgan.parse_args([])
-    assert (a.mixture, a.embedding_dim, a.loss) == ("clusters", 9, "ns")
-    assert (a.batch_size, a.d_steps, a.g_steps, a.lr_g, a.lr_d, a.beta1, a.beta2, a.ngf, a.ndf) == (
-        32, 1, 1, 5e-4, 5e-4, 0.5, 0.999, 16, 16)
-
-
-# unrolled: losses -----------------------------------------------------------------------------------------------------
-
-REAL, FAKE = np.array([0.3, -2, 7.5, 0, -9]), np.array([1.1, -0.4, 12, -13])
-
-
-def test_losses_of_logits():
-    real, fake = (torch.tensor(v, requires_grad=True) for v in (REAL, FAKE))
-    for loss, value, slope_real, slope_fake in (
-            (unrolled.discriminator_loss(real, fake), sp(-REAL).mean() + sp(FAKE).mean(), -sigmoid(-REAL) / 5,
-             sigmoid(FAKE) / 4),
-            (unrolled.generator_loss(fake, "minimax", real), -sp(-REAL).mean() - sp(FAKE).mean(), sigmoid(-REAL) / 5,
-             -sigmoid(FAKE) / 4),
-            (unrolled.generator_loss(fake, "ns", real), sp(-FAKE).mean(), 0 * REAL, -sigmoid(-FAKE) / 4),
-            (unrolled.generator_loss(fake, "ns"), sp(-FAKE).mean(), 0 * REAL, -sigmoid(-FAKE) / 4)):
-        assert loss.item() == pytest.approx(value, abs=1e-12)
-        grads = torch.autograd.grad(loss, [real, fake], allow_unused=True, materialize_grads=True)
-        torch.testing.assert_close(grads, (torch.tensor(slope_real), torch.tensor(slope_fake)), **EXACT)
-
-
-@pytest.mark.parametrize("size", [80, 1e4])
-def test_losses_of_logits_far_out_are_finite_in_float32(size):
-    f = torch.tensor([-size, size], dtype=torch.float32, requires_grad=True)
-    for loss, value in ((unrolled.discriminator_loss(f, f), size), (unrolled.generator_loss(f, "ns", f), size / 2),
-                        (unrolled.generator_loss(f, "minimax", f), -size)):
-        assert loss.item() == pytest.approx(value) and torch.autograd.grad(loss, f)[0].isfinite().all()
+@pytest.mark.parametrize("module, lr_g, lr_d", [(unrolled, 1e-3, 2e-4), (mdgan, 5e-4, 5e-4)])
+def test_the_papers_settings(module, lr_g, lr_d):
+    a = module.parse_args(["--paper"])
+    assert (a.batch_size, a.d_steps, a.g_steps, a.lr_g, a.lr_d) == (32, 1, 1, lr_g, lr_d)
+    assert (a.beta1, a.beta2, a.ngf, a.ndf, a.r1) == (0.5, 0.999, 16, 16, 0)
+    if module is unrolled:
+        assert (a.k, a.inner, a.inner_lr, a.loss) == (5, "adam", 0.05, "ns")
+    else:
+        assert (a.mixture, a.embedding_dim, a.loss) == ("clusters", 9, "ns")
 
 
 # unrolled: the steps ahead --------------------------------------------------------------------------------------------
@@ -152,7 +85,7 @@ def dirac_by_hand(k, p, t, eta, first_order=False):
         s = sigmoid(t * p)
         turn = s + p * s * (1 - s) * (t + p * slope)
         t, slope = t - eta * s * p, 0.0 if first_order else slope - eta * turn
-    return t, -np.log(2) - sp(t * p), -sigmoid(t * p) * (t + p * slope)
+    return t, -np.log(2) - softplus(t * p), -sigmoid(t * p) * (t + p * slope)
 
 
 def test_a_dirac_gan_one_step_ahead():
@@ -177,7 +110,8 @@ class Ahead:
         torch.manual_seed(1)
         self.G = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
         self.D = nn.Sequential(nn.Linear(2, 5), act(), nn.Linear(5, 1), nn.Flatten(0))
-        if dead: self.D[0].bias.data[2] = -100
+        if dead:
+            self.D[0].bias.data[2] = -100
         self.opt = torch.optim.Adam(self.D.parameters(), lr, betas, fused=True)  # as the script's own: unrolled.adam
         for _ in range(before):
             self.opt.zero_grad()
@@ -187,8 +121,9 @@ class Ahead:
 
     def loss(self, k, inner="adam", inner_lr=0.3, kind="ns", detached=False):
         x_fake = self.G(self.z)
-        params = unrolled.look_ahead(self.D, self.opt, self.x_real, x_fake.detach() if detached else x_fake, k, inner,
-                                     inner_lr)
+        params = unrolled.look_ahead(
+            self.D, self.opt, self.x_real, x_fake.detach() if detached else x_fake, k, inner, inner_lr
+        )
         f_real, f_fake = (functional_call(self.D, params, (x,)) for x in (self.x_real, x_fake))
         return unrolled.generator_loss(f_fake, kind, f_real)
 
@@ -200,8 +135,9 @@ def played(D, opt, x_real, x_fake, k, inner, inner_lr, kind):
     """The same without look_ahead: k real steps of torch.optim on a copy; G's loss, and the copy."""
     D = copy.deepcopy(D)
     if inner == "adam":
-        again = torch.optim.Adam(D.parameters(), float(opt.param_groups[0]["lr"]), opt.param_groups[0]["betas"],
-                                 fused=True)
+        again = torch.optim.Adam(
+            D.parameters(), float(opt.param_groups[0]["lr"]), opt.param_groups[0]["betas"], fused=True
+        )
         again.load_state_dict(copy.deepcopy(opt.state_dict()))  # which would otherwise share its moments
     else:
         again = torch.optim.SGD(D.parameters(), inner_lr)
@@ -246,14 +182,22 @@ def test_the_slope_through_the_steps_is_no_small_thing(inner):
     """Without it the slope points elsewhere: an implementation of first order cannot pass the tests above."""
     game = Ahead()
     for kind in ("ns", "minimax"):
-        full, first = (torch.cat([g.flatten() for g in torch.autograd.grad(
-            game.loss(3, inner, kind=kind, detached=d), list(game.G.parameters()))]) for d in (False, True))
+        full, first = (
+            torch.cat(
+                [
+                    g.flatten()
+                    for g in torch.autograd.grad(game.loss(3, inner, kind=kind, detached=d), list(game.G.parameters()))
+                ]
+            )
+            for d in (False, True)
+        )
         assert (full - first).norm() > 0.1 * full.norm()
 
 
 @pytest.mark.parametrize("before", [1, 8])
-@pytest.mark.parametrize("lr, betas", [(1e-3, (0.5, 0.999)), (0.01, (0.5, 0.999)), (0.01, (0.0, 0.9)),
-                                       (0.01, (0.9, 0.95))])
+@pytest.mark.parametrize(
+    "lr, betas", [(1e-3, (0.5, 0.999)), (0.01, (0.5, 0.999)), (0.01, (0.0, 0.9)), (0.01, (0.9, 0.95))]
+)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_adam_ahead_is_torchs_adam(before, lr, betas, dtype):
     """Ten steps of the fused one, which trains, from live moments, at the rate that the group has now."""
@@ -271,8 +215,10 @@ def test_adam_ahead_is_torchs_adam(before, lr, betas, dtype):
 
 @pytest.mark.parametrize("before", [1, 3, 40, 2000])
 @pytest.mark.parametrize("betas", [(0.5, 0.999), (0.0, 0.9), (0.9, 0.9999)])
-@pytest.mark.parametrize("dtype, k, lr, tolerance", [
-    (torch.float64, 1, 100, 1e-12), (torch.float64, 5, 0.05, 1e-12), (torch.float32, 1, 100, 5e-7)])
+@pytest.mark.parametrize(
+    "dtype, k, lr, tolerance",
+    [(torch.float64, 1, 100, 1e-12), (torch.float64, 5, 0.05, 1e-12), (torch.float32, 1, 100, 5e-7)],
+)
 def test_steps_ahead_are_those_that_training_would_take(before, betas, dtype, k, lr, tolerance):
     """By the script's own optimizer, which forms 1 - b^t in float64: formed in float32 it is off by 1e-5 for .999. A
     step of 100 from a weight of 1 or less is a step to its last digit."""
@@ -282,7 +228,8 @@ def test_steps_ahead_are_those_that_training_would_take(before, betas, dtype, k,
     args = unrolled.parse_args(["--beta1", str(betas[0]), "--beta2", str(betas[1])])
     opt = unrolled.adam(D, 0.0, args)
     assert opt.defaults["fused"]
-    for p in D.parameters(): p.grad = torch.randn(p.shape)
+    for p in D.parameters():
+        p.grad = torch.randn(p.shape)
     opt.step()
     for p in D.parameters():  # moments and a count as after many steps
         opt.state[p]["step"].fill_(before)
@@ -298,7 +245,8 @@ def test_steps_ahead_are_those_that_training_would_take(before, betas, dtype, k,
         opt.step()
     moved = max((p - old).abs().max() for p, old in zip(D.parameters(), start))
     assert moved > lr / 10
-    for name, p in D.named_parameters(): assert ((ahead[name] - p).abs() <= tolerance * moved).all(), name
+    for name, p in D.named_parameters():
+        assert ((ahead[name] - p).abs() <= tolerance * moved).all(), name
 
 
 @pytest.mark.parametrize("inner", ["adam", "sgd"])
@@ -342,20 +290,34 @@ def test_a_unit_that_never_fires_makes_no_nan(k):
 
 
 def small_nets():
-    """Smooth, so that differences are slopes; in place of the networks of --arch mlp."""
+    """Smooth, so that differences are slopes."""
     torch.manual_seed(3)
-    G = unrolled.Net(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 784), nn.Tanh(), nn.Unflatten(1, (1, 28, 28)))
-    D = unrolled.Net(nn.Flatten(), nn.Linear(784, 4), nn.Tanh(), nn.Linear(4, 1), nn.Flatten(0))
+    G = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 64), nn.Tanh(), nn.Unflatten(1, (1, 8, 8)))
+    D = nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.Tanh(), nn.Linear(4, 1), nn.Flatten(0))
     return G, D
 
 
-MLP = [*SMALL, "--arch", "mlp", "--lr-d", ".01"]
+def mean_squared_slope(D, x):
+    """Of D's scores in the pixels of x, one picture at a time."""
+    x = x.clone().requires_grad_()
+    slopes = [torch.autograd.grad(D(x)[i], x, create_graph=True)[0] for i in range(len(x))]
+    return sum(slope.pow(2).sum() for slope in slopes) / len(x)
 
 
-@pytest.mark.parametrize("argv", [[], ["--k", "0"], ["--k", "1"], ["--k", "3", "--loss", "minimax"],
-                                  ["--k", "2", "--inner", "sgd"], ["--k", "0", "--loss", "minimax"],
-                                  ["--k", "3", "--inner", "sgd", "--inner-lr", ".2", "--loss", "minimax"]])
-def test_unrolled_training_is_the_game_as_written(monkeypatch, argv):
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "",
+        "--k 0",
+        "--k 1",
+        "--k 3 --loss minimax",
+        "--k 2 --inner sgd",
+        "--k 0 --loss minimax",
+        "--k 3 --inner sgd --inner-lr .2 --loss minimax",
+        "--k 1 --inner sgd --r1 2 --penalty-share .5",  # the default method; R1 is not in the steps ahead
+    ],
+)
+def test_unrolled_training_is_the_game_as_written(monkeypatch, flags):
     """D: one plain step a batch. G: k real steps from where D and its Adam stand, on D's last pictures and a fresh z,
     the whole differentiated by central differences; nothing of it is left in D, its gradients or its optimizer."""
     snapshots = []
@@ -365,10 +327,12 @@ def test_unrolled_training_is_the_game_as_written(monkeypatch, argv):
 
     hooks = register_optimizer_step_pre_hook(snapshot), register_optimizer_step_post_hook(snapshot)
     try:
-        seen = run(monkeypatch, unrolled, [*MLP, *argv], iterations=2, nets=small_nets())
+        argv = [*SMALL, "--arch", "mlp", "--image-size", "8", "--lr-d", ".01", *flags.split()]
+        seen = run(monkeypatch, unrolled, argv, iterations=2, nets=small_nets())
     finally:
-        for hook in hooks: hook.remove()
-    args = unrolled.parse_args([*MLP, *argv])
+        for hook in hooks:
+            hook.remove()
+    args = seen.args
     pictures = seen.x.double() / 127.5 - 1
     order, since, left = [], [], None
     for event in seen.events:
@@ -380,34 +344,38 @@ def test_unrolled_training_is_the_game_as_written(monkeypatch, argv):
         (g_call,), d_calls = ([e for e in since if e.net == k] for k in "GD")
         fake = G(g_call.inputs[0]).detach()
         if event.net == "D":
-            assert not g_call.graph and len(d_calls) == 1
+            assert not g_call.graph and [len(e.inputs[0]) for e in d_calls] == [12, 3][: 1 + bool(args.r1)]
             real, made = d_calls[0].inputs[0].chunk(2)
             torch.testing.assert_close(made, fake, **EXACT)
             assert all(any(torch.equal(p, q) for q in pictures) for p in real)
-            wanted = torch.autograd.grad(cross_entropy(D(real), D(fake)), list(D.parameters()))
-            torch.testing.assert_close(event.grads["D"], list(wanted), rtol=1e-9, atol=1e-12)
+            loss = cross_entropy(D(real), D(fake))
+            if args.r1:
+                loss = loss + args.r1 / 2 * mean_squared_slope(D, real[:3])
+            close_gradients(event.grads["D"], loss, D)
             for now, then in zip(event.grads["G"], left or [None] * 9):
                 assert now is None or torch.equal(now, then)
             d_grads = event.grads["D"]
-            d_state = next(s for o, s in reversed(snapshots[:2 * len(order)]) if o is seen.opts["d"])
+            d_state = next(s for o, s in reversed(snapshots[: 2 * len(order)]) if o is seen.opts["d"])
         else:
             own = torch.optim.Adam(D.parameters(), args.lr_d, (args.beta1, args.beta2))
             own.load_state_dict(copy.deepcopy(d_state))
             how = args.k, args.inner, args.inner_lr, args.loss
             value, ahead = played(D, own, real, fake, *how)
-            last = d_calls[-1 - (args.loss == "minimax"):]
+            last = d_calls[-1 - (args.loss == "minimax") :]
             assert len(d_calls) == 2 * args.k + len(last) and g_call.graph
             for e in d_calls:  # one batch and one z for all steps
                 is_fake = torch.equal(e.inputs[0], fake)
                 assert e.slope == is_fake and (is_fake or torch.equal(e.inputs[0], real))
             assert sum(e.slope for e in d_calls) == args.k + 1 and any(e.slope for e in last)
-            for e in last: torch.testing.assert_close(e.d_weights, list(ahead.parameters()), rtol=0, atol=1e-6)
+            for e in last:
+                torch.testing.assert_close(e.weights, list(ahead.parameters()), rtol=0, atol=1e-6)
             for p, grad in zip(G.parameters(), event.grads["G"]):
                 i = p.numel() // 2
                 numeric = numeric_slope(lambda: played(D, own, real, G(g_call.inputs[0]).detach(), *how)[0], p, i)
                 assert grad.view(-1)[i].item() == pytest.approx(numeric, rel=1e-4, abs=1e-9)
             assert bits(event.grads["D"]) == bits(d_grads)  # nothing was added to D's gradients
-            for now, then in zip(event.after["D"], event.before["D"]): assert torch.equal(now, then)
+            for now, then in zip(event.after["D"], event.before["D"]):
+                assert torch.equal(now, then)
             left = event.grads["G"]
             if order[-2:] == ["G", "G"]:
                 assert seen.logged[len(order) // 4 - 1]["g_loss"] == pytest.approx(value, rel=1e-9)
@@ -419,9 +387,15 @@ def test_unrolled_training_is_the_game_as_written(monkeypatch, argv):
     assert all(p.requires_grad for net in (seen.G, seen.D) for p in net.parameters())
 
 
-@pytest.mark.parametrize("argv, loss", [
-    (["--image-size", "28"], "ns"), (["--image-size", "28"], "minimax"), (["--image-size", "32"], "minimax"),
-    (["--arch", "mlp", "--d-steps", "1", "--g-steps", "1"], "ns")])
+@pytest.mark.parametrize(
+    "argv, loss",
+    [
+        (["--image-size", "28"], "ns"),
+        (["--image-size", "28"], "minimax"),
+        (["--image-size", "16", "--r1", "1", "--penalty-share", ".5"], "minimax"),
+        (["--arch", "mlp", "--d-steps", "1", "--g-steps", "1"], "ns"),
+    ],
+)
 def test_without_steps_ahead_it_is_dcgan(monkeypatch, argv, loss):
     """Bit for bit, through two iterations of both scripts from one seed."""
     flags = [*SMALL, *argv, "--loss", loss, "--ema", ".1"]  # less than it warms up with
@@ -430,7 +404,8 @@ def test_without_steps_ahead_it_is_dcgan(monkeypatch, argv, loss):
     for net in ("G", "D"):
         assert bits(getattr(ours, net).state_dict()) == bits(getattr(theirs, net).state_dict())
     assert bits(ours.ema.state_dict()) == bits(theirs.ema.state_dict())
-    for key in "gd": assert bits(ours.opts[key].state_dict()["state"]) == bits(theirs.opts[key].state_dict()["state"])
+    for key in "gd":
+        assert bits(ours.opts[key].state_dict()["state"]) == bits(theirs.opts[key].state_dict()["state"])
     for a, b in zip(ours.logged, theirs.logged):
         assert a["d_loss"] == b["d_loss"] and a["d_acc"] == b["d_acc"]
         assert a["g_loss"] == b["g_loss"] if loss == "ns" else a["g_loss"] < b["g_loss"]  # less D's term on real ones
@@ -458,8 +433,10 @@ KINDS = {"clusters": (2.0, 0.5), "published": (0.9436, 0.5)}
 def mixture(mu, sigma):
     """torch's own, weights and normalisers included."""
     d = mu.shape[1]
-    return MixtureSameFamily(Categorical(torch.ones(d + 1) / (d + 1)), MultivariateNormal(
-        mu.double(), sigma**2 * torch.eye(d, dtype=torch.float64)))
+    return MixtureSameFamily(
+        Categorical(torch.ones(d + 1) / (d + 1)),
+        MultivariateNormal(mu.double(), sigma**2 * torch.eye(d, dtype=torch.float64)),
+    )
 
 
 @functools.cache
@@ -473,8 +450,10 @@ def best(d, radius, sigma):
         return constant - special.logsumexp(a), special.softmax(a) @ (e - mu) / sigma**2
 
     starts = [*mu, np.zeros(d), *np.random.RandomState(0).randn(20, d)]
-    return -min(optimize.minimize(negative, s, jac=True, method="L-BFGS-B", options={"ftol": 1e-15, "gtol": 1e-10}).fun
-                for s in starts)
+    return -min(
+        optimize.minimize(negative, s, jac=True, method="L-BFGS-B", options={"ftol": 1e-15, "gtol": 1e-10}).fun
+        for s in starts
+    )
 
 
 def before_the_box(e):
@@ -556,7 +535,8 @@ def test_the_likelihood_never_passes_lambda(kind, d):
     layer, rng = mdgan.Mixture(kind, d), torch.Generator().manual_seed(0)
     e = torch.rand(100_000, d, generator=rng) * 5 - 2.5
     near = (layer.from_corner, layer.from_middle)
-    for i, centre in enumerate(near): e[i::4] = centre + 0.02 * torch.randn(len(e[i::4]), d, generator=rng)
+    for i, centre in enumerate(near):
+        e[i::4] = centre + 0.02 * torch.randn(len(e[i::4]), d, generator=rng)
     for part in e.split(25_000):
         assert (mdgan.log_sum(part, layer.mu, layer.sigma) <= layer.peak + 1e-12).all()
     u = -layer.float()(torch.randn(100_000, d, dtype=torch.float32, generator=rng))
@@ -568,7 +548,9 @@ def test_the_published_mixture_is_one_blob_and_clusters_are_clusters():
     said = str(mdgan.Mixture("published", 9))
     assert "mixture of 10" in said and "ends at 0.000 of the radius, one blob, no clusters" in said
     log_lambda = best(9, *KINDS["published"])
-    assert log_lambda == pytest.approx(-0.9436**2 / 0.5 - 4.5 * np.log(np.pi / 2), abs=1e-9)  # all ten from the middle
+    assert log_lambda == pytest.approx(
+        -(0.9436**2) / 0.5 - 4.5 * np.log(np.pi / 2), abs=1e-9
+    )  # all ten from the middle
     assert np.exp(log_lambda) == pytest.approx(0.0220870751, rel=2e-4)  # the radius is rounded to 5e-5, times 4 R
     layer = mdgan.Mixture("clusters", 9)
     assert "mixture of 10" in str(layer) and "ends at 1.000 of the radius, 10 clusters" in str(layer)
@@ -586,9 +568,11 @@ def test_at_a_centre_all_losses_are_finite(kind, d, dtype):
     torch.set_default_dtype(dtype)
     layer = mdgan.Mixture(kind, d)
     x = before_the_box(layer.from_corner).to(dtype)[None].requires_grad_()
-    for loss, value in ((mdgan.discriminator_loss(layer(x), layer(x)), np.log(1e6)),
-                        (mdgan.generator_loss(layer(x), "ns"), 1e-6),
-                        (mdgan.generator_loss(layer(x), "saturating"), -np.log(1e6))):
+    for loss, value in (
+        (mdgan.discriminator_loss(layer(x), layer(x)), np.log(1e6)),
+        (mdgan.generator_loss(layer(x), "ns"), 1e-6),
+        (mdgan.generator_loss(layer(x), "saturating"), -np.log(1e6)),
+    ):
         assert loss.item() == pytest.approx(value, abs=1e-3)
         assert torch.autograd.grad(loss, x)[0].isfinite().all()
 
@@ -660,75 +644,78 @@ def test_losses_of_scores_and_the_saturating_slope():
 
 def score_by_torch(D, x, kind):
     """-u from torch's mixture and scipy's maximum, on the embedding that D's last layer is given."""
-    e = 5 / (1 + torch.exp(-D[:-1](x))) - 2.5
-    mu, (radius, sigma) = D[-1].mu, KINDS[kind]
+    e = 5 / (1 + torch.exp(-D.net(x))) - 2.5
+    mu, (radius, sigma) = D.mixture.mu, KINDS[kind]
     return mixture(mu, sigma).log_prob(e) - best(mu.shape[1], radius, sigma)
 
 
-@pytest.mark.parametrize("argv", [[], ["--loss", "saturating"], ["--mixture", "published"], ["--embedding-dim", "2"],
-                                  ["--arch", "mlp", "--mixture", "published", "--loss", "saturating"],
-                                  ["--image-size", "28", "--embedding-dim", "12", "--loss", "saturating"]])
-def test_mdgan_training_is_the_game_as_written(monkeypatch, argv):
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "",
+        "--loss saturating",
+        "--mixture published",
+        "--embedding-dim 2",
+        "--r1 2 --penalty-share .25",  # the default method
+        "--arch mlp --mixture published --loss saturating",
+        "--image-size 28 --embedding-dim 12 --loss saturating",
+    ],
+)
+def test_mdgan_training_is_the_game_as_written(monkeypatch, flags):
     """D ascends log lk on data and log(lambda - lk) on fakes, which carry no graph; G's step leaves D and its gradients
     alone. Likelihoods, not logarithms, wherever float64 has room for them."""
-    seen = run(monkeypatch, mdgan, [*SMALL, *argv], iterations=2)
-    args = mdgan.parse_args([*SMALL, *argv])
-    d = args.embedding_dim
-    radius, _ = KINDS[args.mixture]
-    assert seen.D[-1].mu.shape == (d + 1, d)
-    assert seen.D[-1].mu.norm(dim=1).tolist() == pytest.approx([radius] * (d + 1), abs=1e-12)
-    log_lambda = best(d, *KINDS[args.mixture])
+    seen = run(monkeypatch, mdgan, [*SMALL, "--image-size", "16", *flags.split()], iterations=2)
+    args = seen.args
+    d, kind = args.embedding_dim, args.mixture
+    radius, _ = KINDS[kind]
+    assert seen.D.mixture.mu.shape == (d + 1, d)
+    assert seen.D.mixture.mu.norm(dim=1).tolist() == pytest.approx([radius] * (d + 1), abs=1e-12)
+    log_lambda = best(d, *KINDS[kind])
     pictures = seen.x.double() / 127.5 - 1
-    order, since, last = [], [], {"G": None, "D": None}
+    order, since, logged = [], [], {}
+    last = {"G": None, "D": None}
     for event in seen.events:
         if event.kind == "forward":
             since.append(event)
             continue
         order.append(event.net)
         G, D = event.copies
-        (g_call,), (d_call,) = ([e for e in since if e.net == k] for k in "GD")
+        (g_call,), d_calls = ([e for e in since if e.net == k] for k in "GD")
+        sizes = [len(e.inputs[0]) for e in d_calls]
         fake = G(g_call.inputs[0])
         if event.net == "D":
-            assert not g_call.graph
-            real, made = d_call.inputs[0].chunk(2)
+            assert not g_call.graph and sizes == [12, 2][: 1 + bool(args.r1)]
+            real, made = d_calls[0].inputs[0].chunk(2)
             torch.testing.assert_close(made, fake.detach(), rtol=1e-12, atol=1e-12)
             assert all(any(torch.equal(p, q) for q in pictures) for p in real)
-            log_real, log_fake = (log_lambda + score_by_torch(D, x, args.mixture) for x in (real, made))
-            loss = -(log_real.sum() + torch.log(np.exp(log_lambda) - log_fake.exp()).sum()) / 6
-            wanted, other = torch.autograd.grad(loss, list(D.parameters())), "G"
-            f_real, f_fake = (score_by_torch(D, x, args.mixture) for x in (real, made))
-            logged = {"d_loss": loss.item() + 2 * log_lambda,
-                      "d_acc": sum(float(a > b) for a in f_real for b in f_fake) / 36}
+            f_real, f_fake = (score_by_torch(D, x, kind) for x in (real, made))
+            likelihoods = (log_lambda + f_real).sum() + torch.log(
+                np.exp(log_lambda) - (log_lambda + f_fake).exp()
+            ).sum()
+            loss = -likelihoods / 6
+            if args.r1:
+                loss = loss + args.r1 / 2 * mean_squared_slope(lambda x, D=D: score_by_torch(D, x, kind), real[:2])
+            logged["d_loss"] = loss.item() + 2 * log_lambda
+            logged["d_acc"] = sum(float(a > b) for a in f_real for b in f_fake) / 36
+            net, other = D, "G"
         else:
-            assert g_call.graph and d_call.slope
-            score = score_by_torch(D, fake, args.mixture)
+            assert g_call.graph and d_calls[0].slope and sizes == [6]
+            score = score_by_torch(D, fake, kind)
             loss = -score.mean() if args.loss == "ns" else torch.log(1 - score.exp()).mean()
-            wanted, other, logged["g_loss"] = torch.autograd.grad(loss, list(G.parameters())), "D", loss.item()
-        for grad, value in zip(event.grads[event.net], wanted):
+            logged["g_loss"] = loss.item()
+            net, other = G, "D"
+        for grad, value in zip(event.grads[event.net], torch.autograd.grad(loss, list(net.parameters()))):
             assert (grad - value).norm() < 1e-7 * value.norm()
         for now, then in zip(event.grads[other], last[other] or [None] * 99):
             assert now is None or torch.equal(now, then)
-        for now, then in zip(event.after[other], event.before[other]): assert torch.equal(now, then)
+        for now, then in zip(event.after[other], event.before[other]):
+            assert torch.equal(now, then)
         last[event.net], since = event.grads[event.net], []
         if order[-4:] == ["D", "D", "G", "G"]:
-            now = seen.logged[len(order) // 4 - 1]
-            assert all(now[k] == pytest.approx(v, rel=1e-7) for k, v in logged.items())
+            assert seen.logged[len(order) // 4 - 1] == pytest.approx(logged, rel=1e-7)
     assert order == ["D", "D", "G", "G"] * 2
     assert all(p.requires_grad for net in (seen.G, seen.D) for p in net.parameters())
     x, z, y = seen.x[:4], torch.randn(3, 5), torch.zeros(4).long()
-    wanted = score_by_torch(seen.D, x.double() / 127.5 - 1, args.mixture)
-    torch.testing.assert_close(seen.rate(x, y), wanted, rtol=1e-8, atol=1e-9)
-    made, score = seen.draw(z, y[:3])
-    assert torch.equal(made, mdgan.to_uint8(seen.ema(z)))
-    torch.testing.assert_close(score, score_by_torch(seen.D, seen.ema(z), args.mixture), rtol=1e-8, atol=1e-9)
-
-
-@BOTH
-def test_every_noise_is_fresh_and_every_batch_the_next(monkeypatch, module):
-    seen = run(monkeypatch, module, SMALL, iterations=2)
-    zs = [tuple(row.tolist()) for e in seen.events if e.kind == "forward" and e.net == "G" for row in e.inputs[0]]
-    assert len(zs) == len(set(zs)) == 8 * 6
-    real = [e.inputs[0][:6] for e in seen.events
-            if e.kind == "forward" and e.net == "D" and len(e.inputs[0]) == 12]
-    rows = [tuple(p.flatten().tolist()) for x in real for p in x]
-    assert len(rows) == len(set(rows)) == 4 * 6
+    wanted = score_by_torch(seen.D, x.double() / 127.5 - 1, kind)
+    torch.testing.assert_close(seen.score(x, y), wanted, rtol=1e-8, atol=1e-9)
+    assert torch.equal(seen.sample(z, y[:3]), mdgan.to_uint8(seen.ema(z)))

@@ -8,7 +8,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import metrics
-import wgan_gp
 
 HERE = Path(__file__).resolve().parent
 
@@ -17,9 +16,9 @@ if __name__ == "__main__":
     metrics.JUDGES = Path("none")
     for name in ("digits", "mnist"):
         with tempfile.TemporaryDirectory() as folder:
-            metrics.classifier(name, *(wgan_gp.load_data(name, data, 28, s) for s in ("train", "test")), folder)
+            metrics.classifier(name, *(metrics.load_data(name, data, 28, s) for s in ("train", "test")), folder)
             saved = torch.load(next(Path(folder).glob("*.pt")), weights_only=True)
         if name == "mnist":  # also for the single digits of stacked MNIST: the same ones, drawn again
-            x, y = wgan_gp.load_data("stacked_mnist", data, 28, "train")
+            x, y, _ = metrics.load_data("stacked_mnist", data, 28, "train")
             saved["pictures"].append(metrics.picture_key(x[:, :1], y // 100))
         torch.save(saved, HERE / f"{name}.pt")

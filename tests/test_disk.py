@@ -1,0 +1,412 @@
+"""What a disk, a spreadsheet or a closed stream does to a run: it goes on, or it ends with one line and exit code 2."""
+
+import csv
+import errno
+import json
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+import metrics
+
+ROOT = Path(__file__).parents[1]
+FULL = pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+
+
+def no_space(*a, **k):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def one_line(capsys, call):
+    """The one line on stderr with which a call ends the program."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        call()
+    out = capsys.readouterr()
+    assert stop.value.code == 2 and out.err.count("\n") == 1 and "error: " in out.err, out.err
+    return out.err
+
+
+def study(folder, classes=None, **flags):
+    """A Study of a generator that draws noise."""
+    args = dict(
+        run_dir=str(folder), device="cpu", dataset="digits", data_dir="data", image_size=8, seed=0, latent_dim=4
+    )
+    args |= dict(prior="normal", resume=None, tensorboard=False, batch_size=8, d_steps=1, g_steps=1, reject="none")
+    args |= dict(generate_to=None, label="shares")
+    made = metrics.Study(
+        types.SimpleNamespace(**args | flags),
+        None,
+        lambda z, y: (z[:, :1, None, None] * 50 + 128).clamp(0, 255).byte().expand(-1, 1, 8, 8),
+        lambda x, y: torch.zeros(len(x)),
+        classes,
+        ROOT / "wgan_gp.py",
+    )
+    return made
+
+
+def started(folder, **flags):
+    made = study(folder, **flags)
+    made.start(0, 1000, 10)
+    return made
+
+
+def rows(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# files
+
+
+@pytest.mark.parametrize("fault", ["write", "fsync", "replace"])
+def test_a_write_that_the_disk_refuses_leaves_the_old_file_and_no_other(tmp_path, monkeypatch, capsys, fault):
+    path = tmp_path / "last.pt"
+    path.write_bytes(b"old")
+    if fault != "write":
+        monkeypatch.setattr(os, fault, no_space)
+
+    def write(file):
+        file.write(b"new")
+        if fault == "write":
+            no_space()
+
+    line = one_line(capsys, lambda: metrics.write_whole(path, write))
+    assert "last.pt cannot be written" in line and "No space left" in line
+    with pytest.raises(OSError, match="No space left"):
+        metrics.replace_file(path, write, ".1")
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["last.pt"]
+
+
+def test_a_checkpoint_on_a_full_disk_is_one_line(tmp_path, monkeypatch, capsys):
+    """torch.save in a run of a script: it was thirty lines of traceback."""
+    import wgan_gp
+
+    digits = metrics.render_digits(64, 1)
+    monkeypatch.setattr(metrics, "render_digits", lambda n, seed: digits)
+    monkeypatch.setattr(torch, "save", no_space)
+    flags = "--arch mlp --batch-size 8 --steps 2 --eval-every 0 --device cpu --run-dir".split()
+    assert "last.pt cannot be written" in one_line(capsys, lambda: wgan_gp.main([*flags, str(tmp_path / "run")]))
+    assert not list((tmp_path / "run").glob("*.pt*"))
+
+
+def test_an_image_that_the_disk_refuses_is_not_left_in_part(tmp_path, monkeypatch):
+    write = Path.write_bytes
+
+    def cut(path, data):
+        write(path, bytes(data[:10]))
+        no_space()
+
+    monkeypatch.setattr(Path, "write_bytes", cut)
+    with pytest.raises(OSError, match="No space"):
+        metrics.save_sheet(torch.zeros(1, 1, 8, 8, dtype=torch.uint8), tmp_path / "a.png")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_generate_on_a_full_disk_leaves_nothing(tmp_path, monkeypatch, capsys, there):
+    saved = []
+    save_sheet = metrics.save_sheet
+
+    def save(x, path):
+        saved.append(path)
+        if len(saved) == 7:
+            no_space()
+        save_sheet(x, path)
+
+    monkeypatch.setattr(metrics, "save_sheet", save)
+    out = tmp_path / "new" / "out"
+    if there:
+        out.mkdir(parents=True)
+    s = study(tmp_path / "run", generate_to=str(out))
+    assert "No space left" in one_line(capsys, lambda: s.generate(20))
+    assert len(saved) == 7 and not list(tmp_path.rglob("*.png")) and (tmp_path / "new").exists() == there
+
+
+def test_labels_csv_survives_any_name_of_a_class(tmp_path):
+    names = ["a,b", 'say "x"', "ü", "\udcff", "plain"]
+    s = study(tmp_path / "run", dict.fromkeys(names, 4), generate_to=str(tmp_path / "out"))
+    s.generate(20)
+    with open(tmp_path / "out" / "labels.csv", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        found = [row["label"] for row in csv.DictReader(file)]
+    assert sorted(found) == sorted(names * 4)
+
+
+# a run's folder
+
+
+@pytest.mark.parametrize("fault", ["copyfile", "json", "board"])
+def test_a_failed_start_leaves_no_folder(tmp_path, monkeypatch, capsys, fault):
+    flags = {}
+    if fault == "copyfile":
+        monkeypatch.setattr(metrics.shutil, "copyfile", no_space)
+    elif fault == "json":
+        monkeypatch.setattr(metrics.os, "fsync", no_space)
+    else:
+        flags = {"tensorboard": True}
+        board = types.SimpleNamespace(SummaryWriter=no_space)
+        monkeypatch.setattr(metrics.importlib, "import_module", lambda name: board)
+    assert "No space" in one_line(capsys, lambda: started(tmp_path / "runs" / "a", **flags))
+    assert os.listdir(tmp_path) == []
+    monkeypatch.undo()
+    assert started(tmp_path / "runs" / "a").folder.is_dir()  # the second try is a first one
+
+
+def test_a_folder_in_use_without_a_checkpoint_is_not_offered_for_resume(tmp_path, capsys):
+    started(tmp_path / "a")
+    assert "delete it" in one_line(capsys, lambda: started(tmp_path / "a"))
+    (tmp_path / "a" / "last.pt").write_bytes(b"")
+    assert "--resume its last.pt" in one_line(capsys, lambda: started(tmp_path / "a"))
+    assert (tmp_path / "a" / "args.json").exists()  # not ours to remove
+
+
+def test_samples_removed_while_it_trains_come_back(tmp_path):
+    s = started(tmp_path / "a")
+    s.sheet(1)
+    metrics.shutil.rmtree(tmp_path / "a" / "samples")
+    s.sheet(2)
+    assert os.listdir(tmp_path / "a" / "samples") == ["step_0000002.png"]
+
+
+def test_a_sheet_that_cannot_be_written_costs_a_line(tmp_path, monkeypatch, capsys):
+    s = started(tmp_path / "a")
+    monkeypatch.setattr(Path, "write_bytes", no_space)
+    s.sheet(1)
+    assert "no sheet of samples" in capsys.readouterr().err
+
+
+def test_figures_that_cannot_be_written_do_not_cost_the_scores(tmp_path, monkeypatch, capsys):
+    s = started(tmp_path / "a")
+    judge = types.SimpleNamespace(n=10, line=str)
+    s.judge = type("Judge", (), {"n": 10, "line": staticmethod(str), "__call__": lambda self, x, y: {"fid": 1.5}})()
+    assert judge.n == s.judge.n
+    (tmp_path / "a" / "last.pt").write_bytes(b"")
+    monkeypatch.setattr(Path, "write_bytes", no_space)
+    s.finish(5, lambda path: 5)
+    assert json.loads((tmp_path / "a" / "scores.json").read_text()) == {"last.pt": {"fid": 1.5}}
+    assert "a figure is missing" in capsys.readouterr().err
+
+
+# log.csv
+
+
+def test_a_row_that_cannot_be_written_is_tried_again_at_the_next(tmp_path, monkeypatch, capsys):
+    table = metrics.Table(tmp_path / "log.csv")
+    table.add({"step": 1, "loss": 0.5})
+    append = metrics.append
+    monkeypatch.setattr(metrics, "append", no_space)
+    table.add({"step": 2, "loss": 0.25})
+    table.add({"step": 3, "loss": 0.125})
+    assert capsys.readouterr().err.count("tried again") == 2
+    monkeypatch.setattr(metrics, "append", append)
+    table.add({"step": 4, "loss": 1.0})
+    assert [(r["step"], r["loss"]) for r in rows(table.path)] == [
+        ("1", "0.5"),
+        ("2", "0.25"),
+        ("3", "0.125"),
+        ("4", "1"),
+    ]
+
+
+@pytest.mark.parametrize("columns", [{"loss": 1.5}, {"loss": 1.5, "new": 2.0}])
+def test_a_log_that_a_spreadsheet_locks_loses_no_row(tmp_path, monkeypatch, columns):
+    """Windows lets nobody write, replace or append to it."""
+    table = metrics.Table(tmp_path / "log.csv")
+    table.add({"step": 1, "loss": 0.5})
+    with monkeypatch.context() as locked:
+        locked.setattr(metrics, "replace_file", no_space)
+        locked.setattr(metrics, "append", no_space)
+        table.add({"step": 2, **columns})
+    table.add({"step": 3, **columns})
+    assert [r["step"] for r in rows(table.path)] == ["1", "2", "3"]
+    assert [float(r["loss"]) for r in rows(table.path)] == [0.5, 1.5, 1.5]
+    if "new" in columns:
+        assert [r["new"] for r in rows(table.path)] == ["", "2", "2"]
+
+
+def test_half_a_row_is_taken_back(tmp_path, monkeypatch):
+    path = tmp_path / "log.csv"
+    path.write_bytes(b"step\n1\n")
+    real = open
+
+    def almost_full(file, *more, **named):
+        opened = real(file, *more, **named)
+
+        class Short:
+            tell, truncate = opened.tell, opened.truncate
+            __enter__ = lambda self: self  # noqa: E731
+            __exit__ = lambda self, *a: opened.close()  # noqa: E731
+            write = lambda self, data: opened.write(data[:2])  # noqa: E731
+
+        return Short()
+
+    monkeypatch.setattr("builtins.open", almost_full)
+    with pytest.raises(OSError, match="full"):
+        metrics.append(path, b"2222\n")
+    monkeypatch.undo()
+    assert path.read_bytes() == b"step\n1\n"
+
+
+def test_a_log_that_was_deleted_begins_anew_with_its_columns(tmp_path):
+    table = metrics.Table(tmp_path / "log.csv")
+    table.add({"step": 1, "loss": 0.5})
+    table.path.unlink()
+    table.add({"step": 2, "loss": 0.25})
+    assert rows(table.path) == [{"step": "2", "loss": "0.25"}]
+
+
+PLAIN = "step,loss,fid\n100,0.5,\n200,0.25,7.5\n300,0.125,\n"
+SPREADSHEETS = {
+    "plain": PLAIN.encode(),
+    "byte order mark": b"\xef\xbb\xbf" + PLAIN.encode(),
+    "semicolons": PLAIN.replace(",", ";").encode(),
+    "semicolons and decimal commas": PLAIN.replace(",", ";").replace(".", ",").encode(),
+    "tabs": PLAIN.replace(",", "\t").encode(),
+    "quotes": b'"step","loss","fid"\r\n"100","0.5",""\r\n"200","0.25","7.5"\r\n"300","0.125",""\r\n',
+    "all": b'\xef\xbb\xbf"step";"loss";"fid"\r\n"100";"0,5";\r\n"200";"0,25";"7,5"\r\n"300";"0,125";\r\n',
+    "empty lines": PLAIN.replace("\n", "\n\n").encode() + b",,\n",
+    "decimals": PLAIN.replace("00,0", "00.0,0").encode(),
+    "no end of line": PLAIN.rstrip("\n").encode(),
+    "half of it": PLAIN.replace(",", ";").encode()[:24] + b"\n200,0.25,7.5\n300,0.125,\n",
+}
+
+
+@pytest.mark.parametrize("how", SPREADSHEETS)
+def test_a_log_that_a_spreadsheet_saved_is_read(tmp_path, how):
+    path = tmp_path / "log.csv"
+    path.write_bytes(SPREADSHEETS[how])
+    assert metrics.read_log(path)["loss"] == ([100, 200, 300], [0.5, 0.25, 0.125])
+    assert metrics.read_log(path)["fid"] == ([200], [7.5])
+    table = metrics.Table(path)
+    assert [float(row["step"]) for row in table.keep(200)] == [100, 200]
+    table.add({"step": 250, "loss": 0.75, "fid": 3.0})
+    kept = [[float(cell or -1) for cell in row.values()] for row in rows(path)]
+    assert kept == [[100, 0.5, -1], [200, 0.25, 7.5], [250, 0.75, 3]]
+
+
+def test_a_row_cut_by_a_crash_is_dropped(tmp_path):
+    path = tmp_path / "log.csv"
+    path.write_bytes(PLAIN.encode() + b"\0\0\0\0\0\0")
+    assert [row["step"] for row in metrics.Table(path).keep(1000)] == ["100", "200", "300"]
+
+
+@pytest.mark.parametrize("content", [b"a,b\n1,2\n", PLAIN.encode("utf-16")])
+def test_what_is_no_log_is_one_line_and_stays(tmp_path, capsys, content):
+    s = study(tmp_path / "a", resume=str(tmp_path / "a" / "last.pt"))
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "log.csv").write_bytes(content)
+    assert "--run-dir" in one_line(capsys, lambda: s.start(5, 1000, 10))
+    assert (tmp_path / "a" / "log.csv").read_bytes() == content
+
+
+def test_scores_that_a_spreadsheet_saved_still_tell_the_best(tmp_path):
+    s = study(tmp_path / "a", resume=str(tmp_path / "a" / "last.pt"))
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "best.pt").write_bytes(b"")
+    (tmp_path / "a" / "scores.csv").write_bytes(b"\xef\xbb\xbfstep;fid_train\r\n100;9,5\r\n200;7,5\r\n300;\r\n")
+    s.start(300, 1000, 10)
+    assert s.best_fid == 7.5 and s.scored_at == 300
+
+
+# streams
+
+
+STREAMS = """
+import sys
+import torch
+import metrics
+{before}
+metrics.say("said ü \\U0001f600 \\udcff")
+metrics.warn("warned ü \\U0001f600 \\udcff")
+list(metrics.progress(torch.zeros(3, 2), 6, "what"))
+{after}
+open({done!r}, "w").write("done")
+"""
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "cp1252", "ascii"])
+@pytest.mark.parametrize(
+    "before, after",
+    [
+        ("", ""),
+        ("sys.stdout = sys.stderr = None", ""),
+        ("sys.stdout.close(); sys.stderr.close()", "sys.stdout = sys.stderr = None"),
+    ],
+)
+def test_streams_that_are_gone_or_lack_a_letter_stop_nothing(tmp_path, encoding, before, after):
+    code = STREAMS.format(before=before, after=after, done=str(tmp_path / "done"))
+    env = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True)
+    assert done.returncode == 0 and (tmp_path / "done").exists() and b"Traceback" not in done.stderr, done.stderr
+    if not before:
+        assert done.stdout.startswith(b"said ") and done.stderr.startswith(b"warned ")
+        assert ("ü".encode(encoding, "backslashreplace") in done.stdout) and b"\\udcff" in done.stdout
+
+
+def test_nobody_reads_any_more(tmp_path):
+    """2>&1 | head -1: the rest is written into the void, and the exit code stays 0."""
+    code = STREAMS.format(
+        before="metrics.say('first')", after="metrics.say('x' * 100_000)", done=str(tmp_path / "done")
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    child = subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    child.stdout.close()
+    assert child.wait() == 0 and (tmp_path / "done").exists()
+
+
+@FULL
+def test_a_log_file_on_a_full_disk_stops_nothing(tmp_path):
+    code = STREAMS.format(before="", after="", done=str(tmp_path / "done"))
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with open("/dev/full", "w") as full:
+        subprocess.run([sys.executable, "-c", code], env=env, stdout=full, stderr=full)
+    assert (tmp_path / "done").exists()
+
+
+def test_an_error_without_stderr_is_still_exit_code_2(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    with pytest.raises(SystemExit) as stop:
+        metrics.fail("x")
+    assert stop.value.code == 2
+
+
+def test_scores_are_printed_where_stdout_lacks_a_letter(tmp_path):
+    x = torch.randint(0, 256, (60, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    torch.save(x, tmp_path / "ü 数.pt")
+    command = [sys.executable, str(ROOT / "metrics.py"), "--real", "digits", "--fake", str(tmp_path / "ü 数.pt")]
+    env = {**os.environ, "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
+    flags = ["--data-dir", str(tmp_path), "--scores", "fid"]
+    done = subprocess.run([*command, *flags], env=env, capture_output=True)
+    assert done.returncode == 0 and b"\nFID " in done.stdout and b"\\u6570.pt" in done.stdout
+
+
+# words
+
+
+@pytest.mark.parametrize("text, value", [("1e5", 100_000), ("100", 100), ("2e0", 2)])
+def test_whole_numbers_may_be_written_with_an_exponent(text, value):
+    assert metrics.number(int, 1)(text) == value and type(metrics.number(int, 1)(text)) is int
+
+
+@pytest.mark.parametrize("text", ["1.5", "nan", "inf", "1e300", "0", "x", ""])
+def test_what_is_no_whole_number_is_refused(text):
+    with pytest.raises((ValueError, metrics.argparse.ArgumentTypeError)):
+        metrics.number(int, 1)(text)
+
+
+def test_a_clusters_world_size_alone_is_no_torchrun():
+    env = {**os.environ, "WORLD_SIZE": "4"}
+    env.pop("RANK", None)
+    done = subprocess.run(
+        [sys.executable, "-c", "import metrics; print(metrics.WORLD)"],
+        cwd=ROOT,
+        env=env,
+        text=True,
+        capture_output=True,
+    )
+    assert done.stdout == "1\n"
