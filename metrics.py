@@ -1522,7 +1522,8 @@ class Study:
             self.best_fid = min(fids.values())
         else:
             best.unlink(missing_ok=True)
-            self.scores_file.keep(i - 1)  # update i is scored again
+            if i >= self.total:  # then the loop is over, and update i is scored again
+                self.scores_file.keep(i - 1)
 
     def mark(self, i):
         """From here on speed is measured, so that scoring and drawing do not count."""
@@ -1833,6 +1834,8 @@ class Stop:
 
     def leave_if_set(self, i, study):
         """After the last checkpoint: ends the program if there was a signal. From here on any signal does, at once."""
+        if WORLD > 1:
+            self.signal = from_rank_0(self.signal)
         for name, handler in self.before.items():
             signal.signal(name, handler)
         if self.signal is not None:
@@ -1892,27 +1895,29 @@ class Table:
         there = self.path.exists()
         try:
             if there and set(cells) <= set(self.columns):
-                append(self.path, self.text(self.waiting).encode())
+                append(self.path, csv_bytes(self.waiting, self.columns, header=False))
             else:
                 self.rewrite([*(read_csv(self.path) if there else []), *self.waiting])
             self.waiting = []
         except (OSError, ValueError) as e:
             warn(f"{self.path} cannot be written, which is tried again at the next row ({e})")
 
-    def text(self, rows, header=False):
-        file = io.StringIO()
-        writer = csv.DictWriter(file, self.columns, lineterminator="\n")
-        if header:
-            writer.writeheader()
-        writer.writerows(rows)
-        return file.getvalue()
-
     def rewrite(self, rows):
-        self.columns = list(dict.fromkeys(name for row in rows for name in row))
+        columns = list(dict.fromkeys(name for row in rows for name in row))
         if rows:
-            replace_file(self.path, lambda file: file.write(self.text(rows, header=True).encode()))
+            replace_file(self.path, lambda file: file.write(csv_bytes(rows, columns, header=True)))
         else:
             self.path.unlink()
+        self.columns = columns
+
+
+def csv_bytes(rows, columns, header):
+    file = io.StringIO()
+    writer = csv.DictWriter(file, columns, lineterminator="\n")
+    if header:
+        writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue().encode()
 
 
 def is_number(text):

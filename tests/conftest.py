@@ -75,13 +75,15 @@ rendered = functools.cache(metrics.render_digits)
 
 @pytest.fixture
 def small(monkeypatch, tmp_path):
-    """300 digits in place of 20,000, too few to be scored, and an empty working folder. Signal handlers are put back.
+    """300 digits in place of 20,000, too few to be scored, and an empty working folder. Signals do what they do by
+    default, also in a job in the background, which ignores Ctrl-C.
 
     Not for every test: a file says pytestmark = pytest.mark.usefixtures("small")."""
     monkeypatch.setattr(metrics, "render_digits", lambda n, seed: rendered(300, seed))
     monkeypatch.setattr(metrics, "FEWEST", 301)
     monkeypatch.chdir(tmp_path)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGHUP)}
+    handlers[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)

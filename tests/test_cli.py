@@ -1,4 +1,5 @@
 """metrics.py as a command and in the training loop; the networks that score; the data."""
+
 import csv
 import functools
 import itertools
@@ -35,13 +36,13 @@ JUDGES = {"digits": "classifier-digits-32/128 2c56197e", "mnist": "classifier-mn
 @pytest.fixture(scope="module", autouse=True)
 def rendered_once():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(wgan_gp, "render_digits", functools.cache(wgan_gp.render_digits))
+        patch.setattr(metrics, "render_digits", functools.cache(metrics.render_digits))
         yield
 
 
 @functools.cache
 def digits(split):
-    return wgan_gp.load_data("digits", "data", 28, split)
+    return metrics.load_data("digits", "data", 28, split)[:2]
 
 
 def known(folder, x, y, name="small"):
@@ -69,43 +70,30 @@ def few(x, n, seed=0):
 
 def test_digits_are_labelled_deterministic_and_split():
     x, y = digits("train")
-    again, _ = unrolled.load_data("digits", "data", 28, "train")
+    again, _, names = metrics.load_data("digits", "data", 28, "train")
     test, y_test = digits("test")
+    assert names == list("0123456789")
     assert x.shape == (20_000, 1, 28, 28) and x.dtype == torch.uint8 and torch.equal(x, again)
     assert test.shape == (10_000, 1, 28, 28) and torch.bincount(y).tolist() == [2000] * 10
     assert torch.bincount(y_test).tolist() == [1000] * 10
-    assert not torch.equal(wgan_gp.render_digits(50, 1)[0], wgan_gp.render_digits(50, 2)[0])  # train and test differ
+    assert not torch.equal(metrics.render_digits(50, 1)[0], metrics.render_digits(50, 2)[0])  # train and test differ
     assert x.flatten(1).amax(1).min() > 100 and 0.08 < x.float().mean() / 255 < 0.18  # strokes on black; MNIST: .13
     assert len({bytes(p.flatten().tolist()) for p in x[:3000]}) == 3000
 
 
-def test_fit_pads_28_to_32_and_averages_down():
+def test_28_is_padded_to_32_and_larger_sides_are_averaged_down():
     x = torch.randint(0, 256, (3, 1, 28, 28), dtype=torch.uint8)
-    padded = wgan_gp.fit(x, 32)
+    padded = metrics.resized(x, 32)
     assert torch.equal(padded[..., 2:-2, 2:-2], x) and padded.sum() == x.sum()
-    assert wgan_gp.fit(x, 64).shape == (3, 1, 64, 64) and torch.equal(wgan_gp.fit(x, 28), x)
+    assert metrics.resized(x, 64).shape == (3, 1, 64, 64) and torch.equal(metrics.resized(x, 28), x)
     flat = torch.full((1, 3, 100, 100), 77, dtype=torch.uint8)
-    assert (wgan_gp.fit(flat, 64) == 77).all()
-
-
-def test_mnist_from_files(tmp_path):
-    """Four small IDX files under the folder are read without a network."""
-    raw = tmp_path / "MNIST/raw"
-    raw.mkdir(parents=True)
-    rng, made = np.random.RandomState(0), {}
-    for name, n in (("train", 30), ("t10k", 20)):
-        x, y = made[name] = rng.randint(0, 256, (n, 28, 28), np.uint8), rng.randint(0, 10, n).astype(np.uint8)
-        (raw / f"{name}-images-idx3-ubyte").write_bytes(np.array([2051, n, 28, 28], ">i4").tobytes() + x.tobytes())
-        (raw / f"{name}-labels-idx1-ubyte").write_bytes(np.array([2049, n], ">i4").tobytes() + y.tobytes())
-    for name, split in (("train", "train"), ("t10k", "test")):
-        x, y = wgan_gp.load_data("mnist", tmp_path, 28, split)
-        assert np.array_equal(x.numpy()[:, 0], made[name][0]) and np.array_equal(y.numpy(), made[name][1])
+    assert (metrics.resized(flat, 64) == 77).all()
 
 
 def test_stacked_digits_are_three_at_random_and_labelled_by_all_three():
     x = torch.arange(20).view(20, 1, 1, 1) * 10 + torch.arange(4).view(1, 1, 2, 2)  # picture i is 10 i + its pixel
     y = torch.arange(20) % 10
-    stacked, labels = wgan_gp.stack(x.byte(), y, 5000, 3)
+    stacked, labels = metrics.stack_digits(x.byte(), y, 5000, 3)
     assert stacked.shape == (5000, 3, 2, 2) and stacked.dtype == torch.uint8
     assert labels.shape == (5000,) and labels.dtype == torch.int64
     which = stacked[:, :, 0, 0].long() // 10
@@ -116,40 +104,45 @@ def test_stacked_digits_are_three_at_random_and_labelled_by_all_three():
         assert (torch.bincount(channel, minlength=20) - 250).abs().max() < 80
     assert abs(torch.corrcoef(which.T.double()) - torch.eye(3)).max() < 0.07
     assert len(labels.unique()) > 980 and labels.max() == 999 and labels.min() == 0
-    again, other = unrolled.stack(x.byte(), y, 5000, 3), wgan_gp.stack(x.byte(), y, 5000, 4)
+    again, other = metrics.stack_digits(x.byte(), y, 5000, 3), metrics.stack_digits(x.byte(), y, 5000, 4)
     assert torch.equal(again[0], stacked) and torch.equal(again[1], labels) and not torch.equal(other[1], labels)
 
 
 def as_torchvision(x, y, channels=1):
     """What its data sets look like: grey pictures (N, H, W), coloured ones (N, H, W, 3)."""
-    return SimpleNamespace(data=x[:, 0] if channels == 1 else x.expand(-1, 3, -1, -1).permute(0, 2, 3, 1), targets=y)
+    data = x[:, 0] if channels == 1 else x.expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
+    return SimpleNamespace(data=data, targets=y, classes=list("0123456789"))
 
 
 @pytest.fixture
 def stacked_digits(monkeypatch):
     """stacked_mnist out of the rendered digits, a few hundred in place of 128,000; returns the sizes asked for."""
     asked = []
-    for module in (wgan_gp, unrolled):
-        def few(x, y, n, seed, stack=module.stack):
-            asked.append((len(x), n, seed))
-            return stack(x, y, 300, seed)
+    stack = metrics.stack_digits
 
-        monkeypatch.setattr(module, "stack", few)
-        monkeypatch.setattr(module, "from_torchvision", lambda name, root, train: as_torchvision(
-            *{"mnist": digits}[name]("train" if train else "test")))
+    def few(x, y, n, seed):
+        asked.append((len(x), n, seed))
+        return stack(x, y, 300, seed)
+
+    def from_torchvision(name, root, train):
+        return as_torchvision(*{"mnist": digits}[name]("train" if train else "test"))
+
+    monkeypatch.setattr(metrics, "stack_digits", few)
+    monkeypatch.setattr(metrics, "from_torchvision", from_torchvision)
     return asked
 
 
 def test_stacked_mnist_is_drawn_from_its_own_split_of_mnist(stacked_digits):
-    (train, y), (test, y_test) = (wgan_gp.load_data("stacked_mnist", "data", 28, s) for s in ("train", "test"))
+    sets = [metrics.load_data("stacked_mnist", "data", 28, split) for split in ("train", "test")]
     assert stacked_digits == [(20_000, 128_000, 3), (10_000, 26_000, 4)]
-    for x, labels, split in ((train, y, "train"), (test, y_test, "test")):
+    for (x, labels, names), split in zip(sets, ("train", "test")):
         known = {p.numpy().tobytes(): int(c) for p, c in zip(*digits(split))}
         read = [[known[c.numpy().tobytes()] for c in p] for p in x]
         assert (np.array(read) @ [100, 10, 1]).tolist() == labels.tolist()
-    ours = unrolled.load_data("stacked_mnist", "data", 32, "train", 20)
-    assert torch.equal(ours[0], wgan_gp.fit(train[:20], 32)) and torch.equal(ours[1], y[:20])
-    assert wgan_gp.DATASETS["stacked_mnist"] == unrolled.DATASETS["stacked_mnist"] == 3
+        assert len(names) == 1000 and names[37] == "037"
+    wider = metrics.load_data("stacked_mnist", "data", 32, "train")
+    assert torch.equal(wider[0], metrics.resized(sets[0][0], 32)) and torch.equal(wider[1], sets[0][1])
+    assert metrics.CHANNELS["stacked_mnist"] == 3
 
 
 # the networks that come with the collection ---------------------------------------------------------------------------
@@ -160,8 +153,9 @@ def no_training(monkeypatch):
     monkeypatch.setattr(metrics, "train_classifier", lambda *a, **k: pytest.fail("trains a network"))
 
 
-@pytest.mark.parametrize("name", [
-    "digits", pytest.param("mnist", marks=pytest.mark.skipif(not MNIST.exists(), reason="no data/MNIST"))])
+@pytest.mark.parametrize(
+    "name", ["digits", pytest.param("mnist", marks=pytest.mark.skipif(not MNIST.exists(), reason="no data/MNIST"))]
+)
 def test_the_shipped_networks_are_one_scale_at_28_and_32(name, no_training, tmp_path):
     """Every machine has this hash; the same pictures have the same scores at both sides, to the last bit."""
     path = metrics.JUDGES / f"{name}.pt"
@@ -170,25 +164,26 @@ def test_the_shipped_networks_are_one_scale_at_28_and_32(name, no_training, tmp_
     assert all(v.dtype == torch.float16 for v in weights.values() if v.is_floating_point())
     judges, sets = {}, {}
     for size in (28, 32):
-        said, load = [], functools.partial(wgan_gp.load_data, name, str(ROOT / "data"), size)
+        said, load = [], functools.partial(metrics.load_data, name, str(ROOT / "data"), size)
         judges[size] = metrics.Judge(name, load, tmp_path, n=2000, say=said.append)
         assert len(said) == 1 and said[0].startswith(JUDGES[name]) and "mean little" not in said[0]
         sets[size] = load("train")[0][2000:4000]
-    x, y = wgan_gp.load_data(name, str(ROOT / "data"), 28, "test")
+    x, y = metrics.load_data(name, str(ROOT / "data"), 28, "test")
     right = (judges[28].net.embed(x)[1].argmax(1) == y).double().mean().item()
     assert right == judges[28].net.accuracy >= 0.99 and not list(tmp_path.iterdir())
     assert JUDGES[name] == judges[28].net.name == judges[32].net.name and judges[28].floor == judges[32].floor
     scores = [judges[at](sets[size]) for at in (28, 32) for size in (28, 32)]
     assert all(s == scores[0] for s in scores) and scores[0]["fid"] < 2 * scores[0]["floor"]
-    with pytest.raises(ValueError, match="pictures of 64 pixels, where the network was trained on 32"):
-        judges[28](wgan_gp.fit(sets[28], 64))
+    with pytest.raises(ValueError, match="images of 64 pixels, where the network was trained on 32"):
+        judges[28](metrics.resized(sets[28], 64))
 
 
 def test_a_shipped_network_is_of_its_pictures_and_not_of_a_name(monkeypatch):
     """A folder called digits, or other MNIST files under --data-dir, have a network of their own."""
     trained = []
-    monkeypatch.setattr(metrics, "train_classifier", lambda x, *a, **k: trained.append(
-        len(x)) or metrics.Classifier(1, 10))
+    monkeypatch.setattr(
+        metrics, "train_classifier", lambda x, *a, **k: trained.append(len(x)) or metrics.Classifier(1, 10)
+    )
     (x, y), test = digits("train"), tuple(t[:100] for t in digits("test"))
     metrics.classifier("digits", (x[:-1], y[:-1]), test, say=str)
     metrics.classifier("digits", (x, y.roll(1)), test, say=str)
@@ -197,8 +192,9 @@ def test_a_shipped_network_is_of_its_pictures_and_not_of_a_name(monkeypatch):
 
 @pytest.mark.skipif(not MNIST.exists(), reason="real MNIST is not under data/")
 def test_stacked_mnist_has_the_shipped_network_of_single_digits(no_training):
-    x, y = wgan_gp.load_data("mnist", str(ROOT / "data"), 28, "train")
-    sets = [wgan_gp.stack(x, y, 128_000, 3), wgan_gp.load_data("stacked_mnist", str(ROOT / "data"), 28, "test", 500)]
+    x, y = metrics.load_data("mnist", str(ROOT / "data"), 28, "train")
+    sets = [metrics.stack_digits(x, y, 128_000, 3), metrics.load_data("stacked_mnist", str(ROOT / "data"), 28, "test")]
+    sets[1] = [part[:500] for part in sets[1][:2]]
     net = metrics.classifier("stacked_mnist", *sets, say=lambda text: None)
     assert net.name == JUDGES["mnist"].replace("/128", " on each of 3 channels/384")
     assert (net.embed(sets[1][0])[1].argmax(1) == sets[1][1]).double().mean() > 0.97
@@ -209,7 +205,7 @@ def test_stacked_mnist_has_the_shipped_network_of_single_digits(no_training):
 def test_classifier_reaches_99_percent_of_mnist(monkeypatch):
     monkeypatch.setattr(metrics, "JUDGES", Path("none"))
     start = time.process_time()
-    sets = [wgan_gp.load_data("mnist", str(ROOT / "data"), 28, s) for s in ("train", "test")]
+    sets = [metrics.load_data("mnist", str(ROOT / "data"), 28, s) for s in ("train", "test")]
     net = metrics.classifier("mnist", *sets)
     assert net.accuracy >= 0.99 and time.process_time() - start < 240  # two minutes of two cores
 
@@ -244,25 +240,35 @@ def test_without_labels_a_network_learns_quarter_turns(rotation):
 @pytest.mark.parametrize("labels", [torch.full((60,), -1), torch.zeros(60).long(), torch.arange(60) - 1])
 def test_fewer_than_two_classes_or_some_without_a_label_are_no_labels(labels, monkeypatch):
     """One subfolder was once a classifier of one class, 100 % right."""
-    monkeypatch.setattr(metrics, "train_classifier", lambda x, y, classes, *a, **k: pytest.fail("labels") if
-                        y is not None or classes != 4 else metrics.Classifier(1, 4))
+    monkeypatch.setattr(
+        metrics,
+        "train_classifier",
+        lambda x, y, classes, *a, **k: (
+            pytest.fail("labels") if y is not None or classes != 4 else metrics.Classifier(1, 4)
+        ),
+    )
     said, sets = [], [(digits(s)[0][:60], labels) for s in ("train", "test")]
     net = metrics.classifier("x", *sets, say=said.append)
     assert not net.labelled and net.name.startswith("rotation-x-32/") and "rotations right" in said[-1]
     scores = metrics.Judge("x", lambda split: sets[0], say=said.append)(sets[0][0])
     assert {"fid", "fid_train", "coverage", "floor"} <= set(scores) and not {
-        "inception_score", "mode_score", "classes", "label_accuracy"} & set(scores)
+        "inception_score",
+        "mode_score",
+        "classes",
+        "label_accuracy",
+    } & set(scores)
     line = metrics.Judge.line(scores)
     assert "no labels" in line and "IS " not in line.replace("no IS", "") and "FID[rotation-x-32/" in line
 
 
 def blurred(x, k):
-    return wgan_gp.fit(torch.nn.functional.avg_pool2d(x.float(), k).round().byte(), x.shape[-1])
+    return metrics.resized(torch.nn.functional.avg_pool2d(x.float(), k).round().byte(), x.shape[-1])
 
 
 def test_scores_without_labels_are_at_the_floor_for_real_and_rise_with_blur_and_noise(rotation):
-    judge = metrics.Judge("digits247", lambda split: rotation.sets[split == "test"], rotation.folder, n=400,
-                          say=lambda text: None)
+    judge = metrics.Judge(
+        "digits247", lambda split: rotation.sets[split == "test"], rotation.folder, n=400, say=lambda text: None
+    )
     assert judge.net.name == rotation.net.name
     x, rng = rotation.sets[0][0][1000:1400], torch.Generator().manual_seed(0)
     noise = torch.randint(0, 256, x.shape, generator=rng, dtype=torch.uint8)
@@ -279,9 +285,15 @@ def test_scores_without_labels_are_at_the_floor_for_real_and_rise_with_blur_and_
 def test_near_chance_a_network_says_that_its_scores_mean_little(share, chance):
     """On noise: without labels, and of uneven classes, where always the same answer is right nine times in ten."""
     rng, said = torch.Generator().manual_seed(0), []
-    sets = [(torch.randint(0, 256, (n, 1, 28, 28), generator=rng, dtype=torch.uint8),
-             torch.full((n,), -1) if share is None else torch.arange(len(share)).repeat_interleave(
-                 torch.tensor(share) * n // 100)) for n in (300, 1000)]
+    sets = [
+        (
+            torch.randint(0, 256, (n, 1, 28, 28), generator=rng, dtype=torch.uint8),
+            torch.full((n,), -1)
+            if share is None
+            else torch.arange(len(share)).repeat_interleave(torch.tensor(share) * n // 100),
+        )
+        for n in (300, 1000)
+    ]
     net = metrics.classifier("noise", *sets, epochs=2, say=said.append)
     assert net.accuracy < chance / 100 + 0.06
     assert f"little better than chance ({chance}%), so its scores mean little" in said[-1]
@@ -298,21 +310,30 @@ def test_a_network_is_kept_in_half_precision_and_comes_back_bit_for_bit(rotation
     assert torch.equal(torch.get_rng_state(), state)  # the caller's stream
     x = rotation.sets[1][0][:50]
     assert all(torch.equal(a, b) for a, b in zip(net.embed(x), rotation.net.embed(x)))
-    padded = [(wgan_gp.fit(x, 32), y) for x, y in rotation.sets]
+    padded = [(metrics.resized(x, 32), y) for x, y in rotation.sets]
     assert metrics.classifier("digits247", *padded, rotation.folder, say=said.append).name == net.name
 
 
 def test_a_network_of_other_pictures_or_classes_is_another(tmp_path, monkeypatch):
     """One pixel, one more picture, a second class, another label, another side: each has its own file."""
     trained = []
-    monkeypatch.setattr(metrics, "train_classifier", lambda x, y, classes, *a, **k: trained.append(classes)
-                        or metrics.Classifier(x.shape[1], classes))
+    monkeypatch.setattr(
+        metrics,
+        "train_classifier",
+        lambda x, y, classes, *a, **k: trained.append(classes) or metrics.Classifier(x.shape[1], classes),
+    )
     x, y = digits("train")[0][:100], torch.zeros(100).long()
     pixel, two, three = x.clone(), y.clone(), y.clone()
     pixel[7, 0, 3, 3] += 1
     two[50:], three[50:], three[70:] = 1, 1, 2
-    sets = [(x, y), (pixel, y), (digits("train")[0][:101], torch.zeros(101).long()), (x, two), (x, three),
-            (wgan_gp.fit(x, 64), two)]
+    sets = [
+        (x, y),
+        (pixel, y),
+        (digits("train")[0][:101], torch.zeros(101).long()),
+        (x, two),
+        (x, three),
+        (metrics.resized(x, 64), two),
+    ]
     names = [metrics.classifier("x", s, s, tmp_path, say=str).name for s in sets for _ in range(2)]
     assert trained == [4, 4, 4, 2, 3, 2] and len(list(tmp_path.iterdir())) == 6
     kinds = [n.split("/")[0] for n in names[::2]]
@@ -343,7 +364,7 @@ def test_a_damaged_network_is_trained_again_and_one_that_cannot_be_kept_is_used(
 
 
 def test_classifier_of_stacked_mnist_reads_all_three_digits(stacked_digits, tmp_path, no_training):
-    sets = [wgan_gp.load_data("stacked_mnist", tmp_path, 32, s) for s in ("train", "test")]
+    sets = [metrics.load_data("stacked_mnist", tmp_path, 32, s) for s in ("train", "test")]
     known(tmp_path, sets[0][0][:, :1], sets[0][1] // 100, "mnist")
     said = []
     net = metrics.classifier("stacked_mnist", *sets, tmp_path, say=said.append)
@@ -362,7 +383,7 @@ def test_animals_without_their_labels(tmp_path):
     for i, path in enumerate(sorted((ANIMALS / "train").rglob("*.jpg"))[::5][:3000]):
         (tmp_path / "flat").mkdir(exist_ok=True)
         shutil.copy(path, tmp_path / f"flat/{i:05}.jpg")
-    load, said = functools.partial(wgan_gp.load_data, "folder", tmp_path / "flat", 64), []
+    load, said = functools.partial(metrics.load_data, "folder", tmp_path / "flat", 64), []
     load("train"), load("test")
     start = time.process_time()
     net = metrics.classifier("folder", load("train"), load("test"), tmp_path, say=said.append)
@@ -372,8 +393,9 @@ def test_animals_without_their_labels(tmp_path):
     x, rng = load("train")[0][1000:1300], torch.Generator().manual_seed(0)
     noise = torch.randint(0, 256, x.shape, generator=rng, dtype=torch.uint8)
     real, *worse = (judge(p)["fid"] for p in (x, blurred(x, 2), blurred(x, 4), blurred(x, 8)))
-    some, more, pure = (judge(torch.where(torch.rand(len(x), 1, 1, 1, generator=rng) < t, noise, x))["fid"]
-                        for t in (0.1, 0.3, 1))
+    some, more, pure = (
+        judge(torch.where(torch.rand(len(x), 1, 1, 1, generator=rng) < t, noise, x))["fid"] for t in (0.1, 0.3, 1)
+    )
     print(f"accuracy {net.accuracy:.3f}, floor {judge.floor:.2f}, real {real:.2f}, {worse}, {some, more, pure}")
     assert real < 1.5 * judge.floor
     assert real < worse[0] < worse[1] < worse[2] and real < some < more < pure
@@ -408,9 +430,16 @@ def folders(tmp_path_factory):
     kinds.mkdir()
     for i, p in enumerate(y):
         suffix, name = (".PNG", ".gif", ".tif", ".bmp", ".webp", ".png")[i % 6], f"{i:05} {'aäß数'[i % 4]} x"
-        grey(p).convert("RGB" if i % 5 == 0 and suffix != ".gif" else "L").save(kinds / f"{name}{suffix}", **(
-            {"lossless": True} if suffix == ".webp" else {"save_all": True, "append_images": [grey(y[0])]} if
-            suffix == ".gif" else {}))
+        grey(p).convert("RGB" if i % 5 == 0 and suffix != ".gif" else "L").save(
+            kinds / f"{name}{suffix}",
+            **(
+                {"lossless": True}
+                if suffix == ".webp"
+                else {"save_all": True, "append_images": [grey(y[0])]}
+                if suffix == ".gif"
+                else {}
+            ),
+        )
     (kinds / "._00001 ä x.png").write_bytes(b"\0\5\26\7")  # what macOS leaves beside a file
     (kinds / "notes.txt").write_text("no picture")
     return SimpleNamespace(base=base, photos=base / "photos", kinds=kinds, plain=plain)
@@ -428,15 +457,21 @@ def error(capsys, *argv):
     with pytest.raises(SystemExit) as stop:
         metrics.main([str(a) for a in argv])
     out = capsys.readouterr()
-    assert stop.value.code == 2 and out.out == "" and out.err.count("\n") == 1 and "error: " in out.err, out.err
-    return out.err
+    lines = [line for line in out.err.splitlines() if not line.startswith("left out of ")]  # what is no image
+    assert stop.value.code == 2 and out.out == "" and len(lines) == 1 and "error: " in lines[0], out.err
+    return lines[0]
 
 
 @pytest.fixture
 def quick(monkeypatch):
     """Two epochs in place of up to 20."""
-    monkeypatch.setattr(metrics, "train_classifier", lambda x, y, classes, device, epochs, say, train=(
-        metrics.train_classifier): train(x, y, classes, device, 2, say))
+    monkeypatch.setattr(
+        metrics,
+        "train_classifier",
+        lambda x, y, classes, device, epochs, say, train=(metrics.train_classifier): train(
+            x, y, classes, device, 2, say
+        ),
+    )
 
 
 def test_folder_against_folder_alone_offline_as_printed(folders, tmp_path):
@@ -449,7 +484,7 @@ def test_folder_against_folder_alone_offline_as_printed(folders, tmp_path):
     for done in (first, again):
         assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
         assert ("training" in done.stderr) == (done is first)
-        assert "300 pictures of each kind: FID is too large" in done.stderr
+        assert "300 images of each kind: FID is too large" in done.stderr
     s = json.loads(first.stdout)
     assert "no labels" in again.stdout and s["features"] in again.stdout and f"{s['coverage']:.3f}" in again.stdout
     assert f"{s['accuracy']:.2%} of its test set's rotations right, n 300 + 300" in again.stdout
@@ -466,8 +501,11 @@ def test_the_network_beside_a_folder_changes_with_its_pictures(folders, quick, c
     shutil.copytree(folders.photos, tmp_path / "photos")
     flags = ["--real", tmp_path / "photos", "--fake", folders.plain, "--data-dir", tmp_path / "data", "--json"]
     names = [json.loads(run(capsys, *flags))["features"]]
-    for change in (lambda: None, (tmp_path / "photos/00000.png").unlink,
-                   lambda: shutil.copy(tmp_path / "photos/00001.png", tmp_path / "photos/00000.png")):
+    for change in (
+        lambda: None,
+        (tmp_path / "photos/00000.png").unlink,
+        lambda: shutil.copy(tmp_path / "photos/00001.png", tmp_path / "photos/00000.png"),
+    ):
         change()
         names.append(json.loads(run(capsys, *flags))["features"])
     assert names[0] == names[1] and len(set(names)) == 3 == len(list(tmp_path.glob("rotation-photos-32-*.pt")))
@@ -494,14 +532,14 @@ def test_damaged_files_within_one_percent_are_left_out_and_named(folders, quick,
     out = capsys.readouterr()
     assert json.loads(out.out) == clean
     [line] = [line for line in out.err.splitlines() if "left out" in line]
-    assert line.startswith(f"left out 3 of 303 pictures of {folder}: ")
+    assert line.startswith(f"left out 3 of 303 images of {folder}: ")
     assert [line.count(f"zz {name}") > 0 for name in ("cut.jpg", "empty.png", "noise.gif", "text.png")] == [1, 1, 1, 0]
     real = json.loads(run(capsys, "--fake", folders.plain, "--data-dir", tmp_path, "--json", "--real", folder))
     assert real["fid"] < 1e-6 and real["n_real"] == 300  # among the real ones too
     damaged(folder, digits("test")[0][0], 4)
     for pair in ((folders.photos, folder), (folder, folders.photos)):
         line = error(capsys, "--real", pair[0], "--fake", pair[1], "--data-dir", tmp_path)
-        assert f"4 of 304 pictures of {folder}" in line and "1 %" in line
+        assert f"4 of 304 images of {folder}" in line and "1 %" in line
         assert all(f"zz {name}" in line for name in ("cut.jpg", "empty.png", "noise.gif")) and "zz text" not in line
 
 
@@ -515,10 +553,11 @@ def test_one_picture_of_another_size_is_named(folders, capsys, tmp_path, size, w
 
 def test_cmyk_jpeg_gif_orientation_and_transparency_in_closed_form(tmp_path):
     """Both readers, that of the scripts and that of the command: what a viewer shows, on white."""
+
     def both(name, im, wanted, tolerance=0, **save):
         im.save(tmp_path / name, **save)
-        ours = metrics.read_picture(tmp_path / name, 3)[0].numpy()
-        theirs = wgan_gp.read_picture(tmp_path / name, wanted.shape[-1])
+        ours = metrics.read_image(tmp_path / name)[0].numpy()
+        theirs = metrics.read_image(tmp_path / name, size=wanted.shape[-1])[0].numpy()
         for got in (ours, theirs):
             assert got.dtype == np.uint8 and got.shape == wanted.shape
             assert np.abs(got.astype(int) - wanted).max() <= tolerance, (name, got[:, 0, 0], wanted[:, 0, 0])
@@ -527,13 +566,22 @@ def test_cmyk_jpeg_gif_orientation_and_transparency_in_closed_form(tmp_path):
     def flat(*rgb, size=16):
         return np.broadcast_to(np.array(rgb)[:, None, None], (3, size, size))
 
-    for cmyk, rgb in (((0, 0, 0, 0), (255, 255, 255)), ((255, 0, 0, 0), (0, 255, 255)), ((0, 0, 0, 255), (0, 0, 0)),
-                      ((0, 255, 255, 0), (255, 0, 0))):
+    for cmyk, rgb in (
+        ((0, 0, 0, 0), (255, 255, 255)),
+        ((255, 0, 0, 0), (0, 255, 255)),
+        ((0, 0, 0, 255), (0, 0, 0)),
+        ((0, 255, 255, 0), (255, 0, 0)),
+    ):
         both(f"cmyk {rgb}.jpg", Image.new("CMYK", (16, 16), cmyk), flat(*rgb), 3, quality=100)
     rng = np.random.RandomState(0)
     first, second = (rng.randint(0, 256, (16, 16), np.uint8) for _ in range(2))
-    both("two frames.gif", Image.fromarray(first), np.stack([first] * 3), save_all=True,
-         append_images=[Image.fromarray(second)])
+    both(
+        "two frames.gif",
+        Image.fromarray(first),
+        np.stack([first] * 3),
+        save_all=True,
+        append_images=[Image.fromarray(second)],
+    )
     exif = Image.Exif()
     exif[274] = 6  # taken with the camera on its side: to be turned clockwise
     blocks = np.kron(np.array([[0, 90], [180, 255]], np.uint8), np.ones((16, 16), np.uint8))
@@ -567,8 +615,10 @@ def test_folder_npy_and_pt_score_alike_and_real_scores_at_the_floor(data_dir, tm
     save(tmp_path / "png", x)
     np.save(tmp_path / "x.npy", x.numpy())
     torch.save(x, tmp_path / "x.pt")
-    scores = [json.loads(run(capsys, "--real", "digits", "--fake", tmp_path / f, "--data-dir", data_dir, "--json"))
-              for f in ("png", "x.npy", "x.pt")]
+    scores = [
+        json.loads(run(capsys, "--real", "digits", "--fake", tmp_path / f, "--data-dir", data_dir, "--json"))
+        for f in ("png", "x.npy", "x.pt")
+    ]
     assert scores[0] == scores[1] == scores[2]
     s = scores[0]
     assert s["n_real"] == s["n_fake"] == 400 and s["classes"] == 10 and s["class_min"] == s["class_max"] == 0.1
@@ -589,7 +639,7 @@ def test_a_folder_against_a_folder_and_noise_scores_far_off(data_dir, tmp_path, 
 
 
 def test_the_command_counts_the_modes_of_stacked_digits(tmp_path, capsys, stacked_digits):
-    sets = [wgan_gp.load_data("stacked_mnist", tmp_path, 28, s) for s in ("train", "test")]
+    sets = [metrics.load_data("stacked_mnist", tmp_path, 28, s) for s in ("train", "test")]
     known(tmp_path, sets[0][0][:, :1], sets[0][1] // 100, "mnist")
     x, y = sets[1]
     some = x[y < 500][:90]
@@ -604,12 +654,21 @@ def test_the_command_counts_the_modes_of_stacked_digits(tmp_path, capsys, stacke
     assert f"of 1000, KL {s['modes_kl']:.3f} to the uniform law" in run(capsys, *flags)
 
 
-@pytest.mark.parametrize("name, content, named", [
-    ("none", None, "none"), ("empty", {}, "empty"), ("cut", {"a.png": b"\x89PNG\r\n", "b.png": (8, 8)}, "a.png"),
-    ("mixed", {"a.png": (8, 8), "b.png": (9, 9)}, "b.png"), ("one", {"a.png": (28, 28)}, "one"),
-    ("wide", {"a.png": (8, 28), "b.png": (8, 28)}, "wide"), ("deep", {"a.png": "I;16", "b.png": "I;16"}, "a.png"),
-    ("float.npy", np.zeros((4, 1, 28, 28)), "float.npy"), ("flat.npy", np.zeros((4, 784), np.uint8), "flat.npy"),
-    ("wide.npy", np.zeros((4, 1, 20, 28), np.uint8), "wide.npy")])
+@pytest.mark.parametrize(
+    "name, content, named",
+    [
+        ("none", None, "none"),
+        ("empty", {}, "empty"),
+        ("cut", {"a.png": b"\x89PNG\r\n", "b.png": (8, 8)}, "a.png"),
+        ("mixed", {"a.png": (8, 8), "b.png": (9, 9)}, "b.png"),
+        ("one", {"a.png": (28, 28)}, "one"),
+        ("wide", {"a.png": (8, 28), "b.png": (8, 28)}, "wide"),
+        ("deep", {"a.png": "I;16", "b.png": "I;16"}, "a.png"),
+        ("float.npy", np.zeros((4, 1, 28, 28)), "float.npy"),
+        ("flat.npy", np.zeros((4, 784), np.uint8), "flat.npy"),
+        ("wide.npy", np.zeros((4, 1, 20, 28), np.uint8), "wide.npy"),
+    ],
+)
 def test_unusable_pictures_are_one_line(tmp_path, capsys, name, content, named):
     if isinstance(content, dict):
         (tmp_path / name).mkdir()
@@ -631,7 +690,7 @@ def test_fewer_than_50_pictures_are_no_score_and_nothing_is_trained_for_them(tmp
     if n < 50:
         for pair in (("few.pt", "few.pt"), ("few.pt", "many.pt"), ("many.pt", "few.pt")):
             line = error(capsys, "--data-dir", tmp_path, "--real", tmp_path / pair[0], "--fake", tmp_path / pair[1])
-            assert f"{n} + {n} pictures" in line and "fewer than 50" in line
+            assert f"{n} + {n} images" in line and "fewer than 50" in line
         assert "12 + 12" in error(capsys, "--n", 12, "--real", "digits", "--fake", tmp_path / "many.pt")
         assert len(list(tmp_path.iterdir())) == 2
     else:
@@ -642,20 +701,21 @@ def test_fewer_than_50_pictures_are_no_score_and_nothing_is_trained_for_them(tmp
 def test_pictures_of_two_sides_are_not_compared(tmp_path, capsys, no_training, data_dir):
     """But of 28 and of 32 with its border they are: one scale."""
     for name, size in (("a", 28), ("b", 32), ("c", 64)):
-        torch.save(wgan_gp.fit(digits("test")[0][:100], size), tmp_path / f"{name}.pt")
+        torch.save(metrics.resized(digits("test")[0][:100], size), tmp_path / f"{name}.pt")
     flags = ["--classifier", "digits", "--data-dir", data_dir, "--json"]
     s = json.loads(run(capsys, *flags, "--real", tmp_path / "a.pt", "--fake", tmp_path / "b.pt"))
     assert s["fid"] < 1e-6 and s["coverage"] == 1
     for flags in ([], ["--classifier", "digits"]):
         line = error(capsys, *flags, "--real", tmp_path / "c.pt", "--fake", tmp_path / "a.pt", "--data-dir", data_dir)
-        assert "fakes of 28 pixels, real pictures of 64" in line
+        assert "fakes of 28 pixels, real images of 64" in line
     line = error(capsys, "--real", tmp_path / "b.pt", "--fake", tmp_path / "a.pt", "--data-dir", data_dir)
-    assert "fakes of 28 pixels, real pictures of 32" in line  # a border, but not known to be one
+    assert "fakes of 28 pixels, real images of 32" in line  # a border, but not known to be one
 
 
 def test_a_file_called_stacked_mnist_is_a_file(tmp_path, capsys, quick):
     x = digits("test")[0][:120].expand(-1, 3, -1, -1)
-    for name in ("stacked_mnist", "other", "fake"): torch.save(x, tmp_path / f"{name}.pt")
+    for name in ("stacked_mnist", "other", "fake"):
+        torch.save(x, tmp_path / f"{name}.pt")
     flags = ["--json", "--fake", tmp_path / "fake.pt", "--real"]
     a, b = (json.loads(run(capsys, *flags, tmp_path / f"{n}.pt")) for n in ("stacked_mnist", "other"))
     assert "modes" not in a and a["labelled"] is False and "stacked_mnist" in a["features"]
@@ -680,13 +740,18 @@ def test_the_network_of_a_folder_lies_beside_it_and_statistics_too(tmp_path, cap
 
 
 def test_another_classifier_scores_the_named_data(data_dir, tmp_path, capsys, monkeypatch):
-    load = wgan_gp.load_data  # a stand-in for mnist: the digits turned by 180 degrees
-    monkeypatch.setattr(wgan_gp, "load_data", lambda name, *a: load("digits", *a) if name == "digits" else (
-        load("digits", *a)[0].flip(2, 3), load("digits", *a)[1]))
+    load = metrics.load_data  # a stand-in for mnist: the digits turned by 180 degrees
+    monkeypatch.setattr(
+        wgan_gp,
+        "load_data",
+        lambda name, *a: (
+            load("digits", *a) if name == "digits" else (load("digits", *a)[0].flip(2, 3), load("digits", *a)[1])
+        ),
+    )
     torch.save(load("digits", data_dir, 28, "train")[0][:3000], tmp_path / "x.pt")
     flags = ["--classifier", "digits", "--data-dir", data_dir, "--json", "--fake", tmp_path / "x.pt", "--real"]
     own, other = (json.loads(run(capsys, *flags, name)) for name in ("digits", "mnist"))
-    assert other["fid"] > 20 * own["fid"] and other["floor"] == own["floor"]
+    assert other["fid"] > 20 * own["fid"] and other["features"] == own["features"]
 
 
 @pytest.mark.parametrize("flags", [[], ["--real", "digits"], ["--fake", "x.pt"], ["--json"], ["--n", "100"]])
@@ -702,7 +767,7 @@ def test_statistics_belong_to_the_bytes_of_the_pictures(tmp_path):
         x[metrics.some(torch.arange(60), 50)[7], 0, 3, 3] = level  # one of the 50 that are looked at
         for i, p in enumerate(x):
             grey(p).save(tmp_path / f"{i:02}.bmp")
-        digests.append([metrics.Pictures(source, 1).only(n).digest() for source in (tmp_path, x) for n in (50, 60)])
+        digests.append([metrics.Images(source, 1).only(n).digest() for source in (tmp_path, x) for n in (50, 60)])
     assert digests[0] == digests[1] and not set(digests[0]) & set(digests[2]) and len(set(digests[0])) == 4
 
 
@@ -725,8 +790,10 @@ def test_what_is_stored_by_class_is_scored_on_all_classes(tmp_path, data_dir, ca
     fake = digits("train")[0][:400]
     if files:
         (tmp_path / "real").mkdir()
-        for i, p in enumerate(x): grey(p).save(tmp_path / f"real/{i:04}.png")
-    else: torch.save(x, tmp_path / "real.pt")
+        for i, p in enumerate(x):
+            grey(p).save(tmp_path / f"real/{i:04}.png")
+    else:
+        torch.save(x, tmp_path / "real.pt")
     torch.save(fake, tmp_path / "fake.pt")
     flags = ["--classifier", "digits", "--data-dir", data_dir, "--json", "--scores", "fid"]
     flags += ["--fake", tmp_path / "fake.pt", "--real", tmp_path / ("real" if files else "real.pt")]
@@ -751,11 +818,16 @@ def test_the_command_itself(tmp_path):
 def test_library_calls_raise_value_errors(tmp_path):
     """Never SystemExit: they are called from other people's programs."""
     (tmp_path / "log.csv").write_text("")
-    for call in (lambda: metrics.plot([tmp_path / "none"], tmp_path / "c.png"), lambda: metrics.read_log(tmp_path),
-                 lambda: metrics.plot([tmp_path], tmp_path / "c.png"), lambda: metrics.Pictures(tmp_path / "none", 1),
-                 lambda: metrics.Pictures(torch.zeros(3, 1, 8, 8), 1), lambda: metrics.Pictures(tmp_path, 3),
-                 lambda: metrics.inception(tmp_path / "none.pth", "cpu"),
-                 lambda: metrics.Judge("digits", lambda s: (digits(s)[0][:49], digits(s)[1][:49]))):
+    for call in (
+        lambda: metrics.plot([tmp_path / "none"], tmp_path / "c.png"),
+        lambda: metrics.read_log(tmp_path),
+        lambda: metrics.plot([tmp_path], tmp_path / "c.png"),
+        lambda: metrics.Images(tmp_path / "none", 1),
+        lambda: metrics.Images(torch.zeros(3, 1, 8, 8), 1),
+        lambda: metrics.Images(tmp_path, 3),
+        lambda: metrics.inception(tmp_path / "none.pth", "cpu"),
+        lambda: metrics.Judge("digits", lambda s: (digits(s)[0][:49], digits(s)[1][:49])),
+    ):
         with pytest.raises(ValueError, match=r"\w+ .*\w+"):
             call()
 
@@ -777,31 +849,38 @@ def test_every_command_of_readme_runs(command, tmp_path, monkeypatch, capsys, qu
     monkeypatch.chdir(tmp_path)
     taken = {flag: args[args.index(flag) + 1] for flag in ("--real", "--fake", "--data-dir") if flag in args}
     small = {s: tuple(t[:n] for t in digits(s)) for s, n in (("train", 400), ("test", 200))}
-    monkeypatch.setattr(wgan_gp, "render_digits", lambda n, seed: small["train" if seed == 1 else "test"])
-    monkeypatch.setattr(wgan_gp, "from_torchvision", lambda name, root, train: as_torchvision(
-        *small["train" if train else "test"], wgan_gp.DATASETS[name]))
-    monkeypatch.setattr(wgan_gp, "stack", lambda x, y, n, seed, stack=wgan_gp.stack: stack(x, y, 200, seed))
+    monkeypatch.setattr(metrics, "render_digits", lambda n, seed: small["train" if seed == 1 else "test"])
+    monkeypatch.setattr(
+        wgan_gp,
+        "from_torchvision",
+        lambda name, root, train: as_torchvision(*small["train" if train else "test"], metrics.CHANNELS[name]),
+    )
+    stack = metrics.stack_digits
+    monkeypatch.setattr(metrics, "stack_digits", lambda x, y, n, seed: stack(x, y, 200, seed))
     if taken.get("--real") in ("celeba", "folder"):
         for i, p in enumerate(digits("train")[0][:600]):
             path = Path(taken.get("--data-dir", "data")) / f"{i % 2}/{i}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             grey(p).save(path)
     if "--features" in args and "inception" in args:  # its weights are a download
+
         def drawn(weights, device):
             net = metrics.Classifier(3, 10)
             net.name, net.accuracy, net.labelled = "inception-2015/2048 drawn", None, True
             return net
+
         monkeypatch.setattr(metrics, "inception", drawn)
     of_runs = next((a for a in ("--plot", "--table") if a in args), None)
-    runs = [a for a in args[args.index(of_runs) + 1:] if not a.startswith("-")] if of_runs else []
+    runs = [a for a in args[args.index(of_runs) + 1 :] if not a.startswith("-")] if of_runs else []
     out = args[args.index("-o") + 1] if "-o" in args else "curves.png"
     for name in (r for r in runs if r != out):
         Path(name).mkdir(parents=True, exist_ok=True)
         (Path(name) / "log.csv").write_text("step,d_loss,fid\n10,0.5,\n20,0.4,99\n")
         (Path(name) / "scores.json").write_text(
-            json.dumps({"last.pt": {"fid": 9.0, "features": "net", "floor": 2.0, "n_fake": 500}}))
+            json.dumps({"last.pt": {"fid": 9.0, "features": "net", "floor": 2.0, "n_fake": 500}})
+        )
     for flag, seed in (("--real", 1), ("--fake", 2)):
-        if flag in taken and taken[flag] not in wgan_gp.DATASETS:
+        if flag in taken and taken[flag] not in metrics.CHANNELS:
             save(Path(taken[flag]), few(digits("train")[0], 120, seed))
     metrics.main(args)
     shown = capsys.readouterr().out
@@ -848,33 +927,50 @@ def study_runs(tmp_path):
     """Runs of two settings: three seeds of one, of FID 10, 12, 17, and one of another. All of 30 steps, which override
     the epochs; that a0 has none of them, as a resumed run, makes no difference."""
     for name, flags, fid, values in (
-            ("a0", {"lr_g": 1e-3, "seed": 0, "epochs": None}, 10.0, (1, 2, 3)),
-            ("a1", {"lr_g": 1e-3, "seed": 1}, 12.0, (1, 4, 9)), ("b0", {"lr_g": 5e-3, "seed": 0}, 40.0, (0, 0, 0)),
-            ("a2", {"lr_g": 1e-3, "seed": 2}, 17.0, (1, 6, 6))):
+        ("a0", {"lr_g": 1e-3, "seed": 0, "epochs": None}, 10.0, (1, 2, 3)),
+        ("a1", {"lr_g": 1e-3, "seed": 1}, 12.0, (1, 4, 9)),
+        ("b0", {"lr_g": 5e-3, "seed": 0}, 40.0, (0, 0, 0)),
+        ("a2", {"lr_g": 1e-3, "seed": 2}, 17.0, (1, 6, 6)),
+    ):
         (tmp_path / name).mkdir()
-        args = {"name": f"wgan_gp-mnist-s{flags['seed']}", "dataset": "mnist", "epochs": 20, "steps": 30,
-                "run_dir": name, **flags}
+        args = {
+            "script": "wgan_gp",
+            "dataset": "mnist",
+            "epochs": 20,
+            "steps": 30,
+            "run_dir": name,
+            **flags,
+        }
         score = {"fid": fid, "inception_score": 8.0, "classes": 10, "features": "net 01ab", "floor": 2.0, "n_fake": 500}
         (tmp_path / name / "args.json").write_text(json.dumps(args))
-        (tmp_path / name / "scores.json").write_text(json.dumps(
-            {"last.pt": score, "best.pt": score, "last.pt --reject drs": {**score, "fid": fid / 2, "attempts": 700}}))
+        (tmp_path / name / "scores.json").write_text(
+            json.dumps(
+                {"last.pt": score, "best.pt": score, "last.pt --reject drs": {**score, "fid": fid / 2, "attempts": 700}}
+            )
+        )
         (tmp_path / name / "log.csv").write_text(
-            "step,d_loss\n" + "".join(f"{i},{v}\n" for i, v in zip((10, 20, 30), values)))
+            "step,d_loss\n" + "".join(f"{i},{v}\n" for i, v in zip((10, 20, 30), values))
+        )
     return [str(tmp_path / name) for name in ("a0", "a1", "b0", "a2")]
 
 
 def test_table_is_mean_and_deviation_over_seeds(study_runs, tmp_path, capsys):
     """10, 12, 17: mean 13, deviation sqrt((9 + 1 + 16) / 2) = 3.61; best.pt, here the same as last.pt, says nothing."""
-    assert metrics.groups(study_runs) == {"wgan_gp --lr-g 0.001": [study_runs[i] for i in (0, 1, 3)],
-                                          "wgan_gp --lr-g 0.005": study_runs[2:3]}
+    assert metrics.groups(study_runs) == {
+        "wgan_gp --lr-g 0.001": [study_runs[i] for i in (0, 1, 3)],
+        "wgan_gp --lr-g 0.005": study_runs[2:3],
+    }
     metrics.main(["--table", *study_runs])
     assert capsys.readouterr().out.splitlines() == [
-        "net 01ab, floor 2.0, n 500", "", "| run | weights | seeds | FID | IS | classes | attempts |",
+        "net 01ab, floor 2.0, n 500",
+        "",
+        "| run | weights | seeds | FID | IS | classes | attempts |",
         "|---|---|---|---|---|---|---|",
         "| wgan_gp --lr-g 0.001 | last.pt | 3 | 13.0 ± 3.6 | 8.00 ± 0.00 | 10 ± 0 |  |",
         "| wgan_gp --lr-g 0.001 | last.pt --reject drs | 3 | 6.5 ± 1.8 | 8.00 ± 0.00 | 10 ± 0 | 700 ± 0 |",
         "| wgan_gp --lr-g 0.005 | last.pt | 1 | 40.0 | 8.00 | 10 |  |",
-        "| wgan_gp --lr-g 0.005 | last.pt --reject drs | 1 | 20.0 | 8.00 | 10 | 700 |"]
+        "| wgan_gp --lr-g 0.005 | last.pt --reject drs | 1 | 20.0 | 8.00 | 10 | 700 |",
+    ]
     logs = [f"{r}/log.csv" for r in study_runs]
     assert list(metrics.groups(logs).values()) == [[logs[0], logs[1], logs[3]], [logs[2]]]
     for name in ("toy", "toy/x"):  # without a name, as toy2d.py's; without args.json, and of one folder's name
@@ -896,6 +992,7 @@ def test_table_is_mean_and_deviation_over_seeds(study_runs, tmp_path, capsys):
 def test_table_of_seeds_that_differ_where_it_matters_or_does_not(study_runs, tmp_path):
     """One seed has nothing that --reject kept: the row is of the other two. One is scored by another network: said. One
     ran on a GPU, so by a graph: no matter. When it was scored is one, if scores change the rates."""
+
     def change(name, file, what):
         (tmp_path / name / file).write_text(json.dumps(what(json.loads((tmp_path / name / file).read_text()))))
 
@@ -912,29 +1009,36 @@ def test_table_of_seeds_that_differ_where_it_matters_or_does_not(study_runs, tmp
     change("a1", "args.json", lambda a: {**a, "graph": True, "device": "cuda"})
     change("a0", "args.json", lambda a: {**a, "graph": False, "device": "auto", "eval_every": 500})
     assert seeds() == [3, 1]
-    for name in ("a0", "a1", "a2"):
-        change(name, "args.json", lambda a: {"eval_every": 5000, "lr_decay": "best-fid", **a})
-    assert seeds() == [1, 2, 1]
 
 
 def test_two_scripts_and_two_runs_of_one_seed_are_no_seeds(study_runs, tmp_path):
     """my-a.py and my-b.py, which the flags cannot tell apart; and one script, edited in place between two runs."""
     for name, script in (("b0", "my-a"), ("a1", "my-b"), ("a2", "my-b")):
-        args = {"name": f"{script}-mnist-lr_g0.1-s3", "dataset": "mnist", "seed": 3}
+        args = {"script": script, "dataset": "mnist", "seed": 3}
         (tmp_path / name / "args.json").write_text(json.dumps(args))
     wgan, one, again, other = (str(tmp_path / n) for n in ("a0", "a1", "a2", "b0"))
-    assert metrics.groups([wgan, one, again, other]) == {"wgan_gp": [wgan], "my-b": [one], again: [again],
-                                                         "my-a": [other]}
+    assert metrics.groups([wgan, one, again, other]) == {
+        "wgan_gp": [wgan],
+        "my-b": [one],
+        again: [again],
+        "my-a": [other],
+    }
     (tmp_path / "a0" / "scores.json").write_text('{"method": "gan", "covered": 8}')  # toy2d.py's: none of ours
     assert metrics.scores_table([wgan]).count("\n") <= 3
 
 
 def test_digits_are_the_same_on_every_cpu():
     """Without vector instructions here; float32 gave other pictures, and so another network and scale."""
-    code = "import zlib, wgan_gp; print(zlib.crc32(wgan_gp.render_digits(4000, 1)[0].numpy()))"
-    plain = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "ATEN_CPU_CAPABILITY": "default"},
-                           capture_output=True, text=True, check=True).stdout
-    assert int(plain) == zlib.crc32(wgan_gp.render_digits(4000, 1)[0].numpy())
+    code = "import zlib, wgan_gp; print(zlib.crc32(metrics.render_digits(4000, 1)[0].numpy()))"
+    plain = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, "ATEN_CPU_CAPABILITY": "default"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert int(plain) == zlib.crc32(metrics.render_digits(4000, 1)[0].numpy())
 
 
 def test_plot_makes_a_band_of_seeds(study_runs, tmp_path):
@@ -946,7 +1050,7 @@ def test_plot_makes_a_band_of_seeds(study_runs, tmp_path):
     metrics.plot(study_runs, tmp_path / "c.png")
     image = np.asarray(Image.open(tmp_path / "c.png")).astype(int)
     assert image.shape == (260 + 44, 440, 3)  # two lines of legend: the seeds are one
-    r, g, b = (int(metrics.COLOURS[0][i:i + 2], 16) for i in (1, 3, 5))
+    r, g, b = (int(metrics.COLOURS[0][i : i + 2], 16) for i in (1, 3, 5))
     shade = np.array([255 + (c - 255) * 60 / 255 for c in (r, g, b)])
     tall = (np.abs(image[60:] - shade).sum(2) < 12).sum(0)  # of each column of the panel, the pixels in the band
     inside = np.flatnonzero(tall)
@@ -969,7 +1073,7 @@ def test_plot_draws_every_curve_where_it_belongs(tmp_path, capsys):
     image = np.asarray(Image.open(tmp_path / "c.png")).astype(int)
     assert image.shape == (260 + 44, 880, 3)
     for colour, slope in zip(metrics.COLOURS, (1, -1)):
-        rgb = [int(colour[i:i + 2], 16) for i in (1, 3, 5)]
+        rgb = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
         rows, columns = np.nonzero(np.abs(image[60:, 62:400] - rgb).sum(2) < 30)  # the first panel, below the legend
         assert len(rows) > 150 and np.corrcoef(rows, columns)[0, 1] * slope < -0.99
     assert metrics.ticks(0, 100) == [0, 20, 40, 60, 80, 100] and metrics.ticks(-1, 1) == [-1, -0.5, 0, 0.5, 1]
@@ -986,42 +1090,52 @@ def test_a_log_without_rows_is_one_line(tmp_path, capsys):
 
 
 class Script:
-    """What a training script hands to a Study, without networks. Its pictures are real ones of the training set, of the
-    label that was asked for if labels > 1, no one twice before all; what it was asked is kept. Data: 1,000 + 1,000
-    rendered digits of three classes with shares of 80, 10 and 10 %, and the shipped network of digits."""
+    """What a training script hands to a Study, without networks. Its images are real ones of the training set, of the
+    class that was asked for if it has `classes`, no one twice before all; what it was asked is kept. Data: 1,000 +
+    1,000 rendered digits of three classes with shares of 80, 10 and 10 %, and the shipped network of digits."""
 
-    def __init__(self, folder, labels=1, **flags):
-        self.sets, self.said, self.asked, self.loaded = {}, [], [], []
+    def __init__(self, folder, classes="", **flags):
+        self.sets = {}
+        self.asked = []
+        self.loaded = []
+        self.spoil = None
         for split in ("train", "test"):
             x, y = digits(split)
-            rows = few(torch.cat([(y == c).nonzero()[:n, 0] for c, n in ((0, 800), (4, 100), (9, 100))]), 1000)
+            shares = [(y == c).nonzero()[:n, 0] for c, n in ((0, 800), (4, 100), (9, 100))]
+            rows = few(torch.cat(shares), 1000)
             self.sets[split] = x[rows], y[rows]
         known(folder / "data", *self.sets["train"])
-        args = {"data_dir": str(folder / "data"), "dataset": "small", "dry_run": False, "device": "cpu", "seed": 3,
-                "reject": "none", "drs_percentile": 60.0, "prior": "normal", "latent_dim": 6}
-        (folder / "run/samples").mkdir(parents=True)
-        self.folder, self.labels, self.spoil, self.score = folder / "run", labels, None, lambda z: z[:, 0]
-        self.study = metrics.Study(SimpleNamespace(**{**args, **flags}), self.folder, self.load, self.draw, None,
-                                   self.noise, None, labels, self.said.append)
+        self.folder = folder / "run"
+        args = wgan_gp.parse_args(["--seed", "3", "--latent-dim", "6", "--data-dir", str(folder / "data")])
+        vars(args).update({"dataset": "small", "device": "cpu", "run_dir": str(self.folder), **flags})
+        counts = self.sets["train"][1].bincount(minlength=10).tolist()
+        counts = {name: counts[int(name)] for name in classes}
+        self.study = metrics.Study(args, None, self.draw, self.rate, classes=counts)
+        self.study.sample, self.study.score = self.draw, self.rate  # of all at once: a batch would know its rows only
+        self.study.load, self.study.noise = self.load, self.noise
+        self.study.start(0, 1000, 10)
 
-    def load(self, split, limit=None):
-        self.loaded.append((split, limit))
-        return tuple(t[:limit] for t in self.sets[split])
+    def load(self, split):
+        self.loaded.append(split)
+        return self.sets[split]
 
     def noise(self, n, *key):
         self.asked.append((n, *key))
-        return torch.randn(n, 6, generator=wgan_gp.seeded(9, *key))
+        return torch.randn(n, 6, generator=metrics.seeded(9, *key))
 
     def draw(self, z, y):
         self.y = y
         x, labels = self.sets["train"]
         rows = torch.zeros(len(z), dtype=torch.long)
-        for c in (None,) if y is None else y.unique():
-            own, asked = (torch.ones(len(t)) > 0 if y is None else t == c for t in (labels, z if y is None else y))
-            rank = z[asked, 0].argsort().argsort()
-            rows[asked] = own.nonzero()[:, 0][rank % own.sum()]
-        x = x[rows]
-        return (x if self.spoil is None else self.spoil(x, z)), self.score(z)
+        for c in y.unique() if self.study.classes else [None]:
+            own = torch.arange(len(x)) if c is None else (labels == c).nonzero()[:, 0]
+            asked = torch.arange(len(z)) if c is None else (y == c).nonzero()[:, 0]
+            rows[asked] = own[z[asked, 0].argsort().argsort() % len(own)]
+        return x[rows] if self.spoil is None else self.spoil(x[rows], z)
+
+    def rate(self, x, y):
+        """High for ink on black, low for what is inverted."""
+        return torch.where(x.float().mean((1, 2, 3)) < 128, 60.0, -60.0)
 
 
 @pytest.fixture
@@ -1029,41 +1143,57 @@ def script(tmp_path, no_training):
     return functools.partial(Script, tmp_path)
 
 
-def test_a_perfect_conditional_generator_scores_at_the_floor(script):
+SHARES = "0123456789"
+
+
+def scored(s):
+    """The rows of scores.csv, as numbers."""
+    with open(s.folder / "scores.csv", newline="") as file:
+        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+
+
+def test_a_perfect_conditional_generator_scores_at_the_floor(script, capsys):
     """On 80/10/10 it is asked for exactly these shares; in turn, a third of each, the bias would be ours."""
-    s = script(labels=10)
-    scores = s.study.evaluate(100)
+    s = script(classes=SHARES)
+    assert s.study.evaluate(100)
+    (scores,) = scored(s)
     floor, y = s.study.judge.floor, s.y
     share = torch.bincount(y, minlength=10).double() / 1000
     assert torch.equal(share, torch.bincount(s.sets["train"][1], minlength=10).double() / 1000)
     assert scores["label_accuracy"] > 0.99 and scores["coverage"] > 0.9
     assert scores["fid"] < 2 * floor, (scores["fid"], floor)  # labels drawn at random: 1.1 to 7 times
-    s.study.evaluate(100)
+    assert not s.study.evaluate(100)  # this update has been scored
+    assert s.asked == [(1000, 2, 100)] and f"labels right {scores['label_accuracy']:.1%}" in capsys.readouterr().out
+    s.study.scores(metrics.SCORING, 100)
     assert torch.equal(s.y, y) and s.asked == [(1000, 2, 100)] * 2  # a pure function of the step
-    s.study.evaluate(200)
+    s.study.scores(metrics.SCORING, 200)
     assert not torch.equal(s.y, y)
-    s.study.asked = lambda n, *key: torch.tensor([0, 4, 9])[torch.arange(n) % 3]
-    in_turn = s.study.evaluate(100)["fid"]
+    s.study.labels = lambda n, *key: torch.tensor([0, 4, 9])[torch.arange(n) % 3]
+    in_turn = s.study.scores(metrics.SCORING, 100)["fid"]
     assert in_turn > 50 * scores["fid"], (in_turn, scores["fid"])
-    assert f"labels right {scores['label_accuracy']:.1%}" in s.said[1]
 
 
 def test_an_unconditional_script_is_asked_for_no_labels(script):
     s = script()
-    scores = s.study.evaluate(10)
-    assert s.y is None and "label_accuracy" not in scores and scores["fid"] < 2 * s.study.judge.floor
+    s.study.evaluate(10)
+    (scores,) = scored(s)
+    assert not s.y.any() and "label_accuracy" not in scores and scores["fid"] < 2 * s.study.judge.floor
 
 
-def test_evaluate_returns_what_the_log_holds_and_its_numbers_are_other_peoples(script):
+def test_the_scores_of_a_run_are_other_peoples_numbers_and_in_its_log(script, capsys):
     s = script()
     s.spoil = lambda x, z: torch.where(z[:, 1, None, None, None] > 0.5, x // 2, x)
-    scores = s.study.evaluate(70)
-    assert set(scores) == {"fid", "fid_train", "coverage", "inception_score", "mode_score", "classes", "class_min",
-                           "class_max"}
-    assert s.loaded == [("train", None), ("test", None)] and s.asked == [(1000, 2, 70)]
+    s.study.evaluate(70)
+    (logged,) = scored(s)
     net = s.study.judge.net
-    (fake, logits), (real, _), (train, _) = (net.embed(x) for x in (
-        s.draw(s.noise(1000, 2, 70), None)[0], s.sets["test"][0], s.sets["train"][0]))
+    assert s.loaded == ["train", "test"] and s.asked == [(1000, 2, 70)]
+    assert f"step 70: FID[{net.name}] {logged['fid']:.1f} (floor " in capsys.readouterr().out
+    scores = s.study.scores(metrics.SCORING, 70)
+    names = "fid fid_train coverage inception_score mode_score classes class_min class_max".split()
+    assert logged.keys() == {"step", "epoch", "seconds", *names} and (logged["step"], logged["epoch"]) == (70, 7)
+    assert all(logged[name] == float(f"{scores[name]:.6g}") for name in names)
+    images = [s.draw(s.noise(1000, 2, 70), torch.zeros(1000)), s.sets["test"][0], s.sets["train"][0]]
+    (fake, logits), (real, _), (train, _) = (net.embed(x) for x in images)
     for name, other in (("fid", real), ("fid_train", train)):
         stats = [metric_fid.fid_features_to_statistics(t.double()) for t in (fake, other)]
         wanted = metric_fid.fid_statistics_to_metric(*stats, False)["frechet_inception_distance"]
@@ -1071,91 +1201,71 @@ def test_evaluate_returns_what_the_log_holds_and_its_numbers_are_other_peoples(s
     assert scores["coverage"] == compute_prdc(real.double().numpy(), fake.double().numpy(), 5)["coverage"] > 0.5
     isc = metric_isc.isc_features_to_metric(logits.double(), splits=10, shuffle=True, rng_seed=2020)
     assert scores["inception_score"] == pytest.approx(isc["inception_score_mean"], rel=1e-10)
-    assert s.said[-1].startswith(f"step 70: FID[{net.name}] {scores['fid']:.1f} (floor ")
 
 
-def test_a_dry_run_trains_on_a_little_and_keeps_nothing(tmp_path, monkeypatch):
-    s, trained = Script(tmp_path, dry_run=True), []
-    monkeypatch.setattr(metrics, "train_classifier", lambda x, y, k, device, epochs, say: trained.append(
-        (len(x), epochs)) or metrics.Classifier(1, k))
-    s.study.evaluate(1)
-    assert s.loaded == [("train", 256), ("test", 256)] and trained == [(256, 1)] and s.asked == [(256, 2, 1)]
-    assert len(list((tmp_path / "data").iterdir())) == 1  # that of the test itself
-
-
-@pytest.mark.parametrize("dataset, device, home", [("folder", "mps:0", ""), ("digits", "auto", "data"),
-                                                   ("celeba", "cpu", "data")])
+@pytest.mark.parametrize(
+    "dataset, device, home", [("folder", "mps", ""), ("digits", "cpu", "data"), ("celeba", "cpu", "data")]
+)
 def test_where_the_network_is_kept_and_computed(script, monkeypatch, tmp_path, dataset, device, home):
-    """Beside a user's pictures, never among them; on the CPU where there is no CUDA."""
+    """Beside a user's images, never among them; on the CPU where there is no CUDA."""
     asked = []
     s = script(dataset=dataset, device=device)
-    monkeypatch.setattr(metrics.Study, "scores", lambda self, *key: {})
-    monkeypatch.setattr(metrics, "Judge", lambda *a, **k: asked.append(a) or SimpleNamespace(line=str))
-    s.study.evaluate(1)
+    monkeypatch.setattr(metrics, "Judge", lambda *a: asked.append(a) or SimpleNamespace())
+    assert s.study.ready()
     [(name, _, folder, where)] = asked
     assert (name, where) == (dataset, "cpu") and Path(folder).resolve() == tmp_path / home
 
 
-def test_without_labels_a_study_logs_fid_and_coverage(script, rotation):
+def test_without_labels_a_study_logs_fid_and_coverage(script, rotation, capsys):
     s = script(dataset="digits247", data_dir=str(rotation.folder))
     s.sets = dict(zip(("train", "test"), rotation.sets))
-    scores = s.study.evaluate(5)
-    assert set(scores) == {"fid", "fid_train", "coverage"} and scores["fid"] < 2 * s.study.judge.floor
-    assert "no labels" in s.said[-1] and f"FID[{rotation.net.name}]" in s.said[-1]
+    s.study.evaluate(5)
+    (scores,) = scored(s)
+    assert scores.keys() == {"step", "epoch", "seconds", "fid", "fid_train", "coverage"}
+    assert scores["fid"] < 2 * s.study.judge.floor
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert "no labels" in line and f"FID[{rotation.net.name}]" in line
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 49])
-def test_too_few_test_pictures_are_no_scores_and_no_reason_to_stop(script, n):
+def test_too_few_test_pictures_are_no_scores_and_no_reason_to_stop(script, n, capsys):
     s = script()
     s.sets["test"] = tuple(t[:n] for t in s.sets["test"])
-    assert s.study.evaluate(10) is None and "no scores: " in s.said[0] and f"{n} test pictures" in s.said[0]
+    assert s.study.evaluate(10) is False and s.study.evaluate(20) is False
     (s.folder / "last.pt").touch()
-    s.study.last_scores(lambda name: pytest.fail("there is nothing to score"))
-    assert not (s.folder / "scores.json").exists() and sum("no scores" in line for line in s.said) == 1
-    assert "no curves.png" in s.said[-1] and "--log-every" in s.said[-1]  # a run shorter than that
-    (s.folder / "log.csv").write_text("step,d_loss\n10,much\n")  # another reason is not called by that name
-    s.study.last_scores(lambda name: pytest.fail("there is nothing to score"))
-    assert "is not the log of a run" in s.said[-1] and "--log-every" not in s.said[-1]
-
-
-def test_scores_of_an_earlier_end_go_when_a_run_goes_on(script, tmp_path):
-    old = tmp_path / "run/scores.json"
-    for flags, kept in (({"generate": 3}, True), ({}, False)):
-        (tmp_path / "run").mkdir(exist_ok=True)
-        old.write_text("{}")
-        metrics.Study(SimpleNamespace(**flags), tmp_path / "run", None, noise=len)
-        assert old.exists() is kept
-    old.write_text("{}")
-    metrics.Study(SimpleNamespace(generate=None), tmp_path / "run", None)  # bigan.py --probe looks, and trains nothing
-    assert old.exists()
+    s.study.finish(20, lambda path: pytest.fail("there is nothing to score"))
+    said = capsys.readouterr().out
+    assert said.count("no scores: ") == 1 and f"{n} test images" in said
+    assert "no curves.png" in said and "--log-every" in said  # a run shorter than that
+    assert not (s.folder / "scores.json").exists() and not (s.folder / "scores.csv").exists()
 
 
 def test_last_scores_of_a_run_without_a_best_checkpoint(script):
     s = script()
     (s.folder / "last.pt").touch()
-    s.study.evaluate(20)
-    s.study.last_scores(lambda name: {"last.pt": 20}[name])
-    assert list(json.loads((s.folder / "scores.json").read_text())) == ["last.pt"] and "few pictures" not in s.said[1]
+    s.study.last_scores(20, lambda path: {"last.pt": 20}[path.name])
+    assert list(json.loads((s.folder / "scores.json").read_text())) == ["last.pt"]
 
 
 @pytest.mark.parametrize("reject", ["none", "naive"])
 @pytest.mark.parametrize("best", [10, 20])
 def test_last_scores_are_of_the_weights_they_name(script, reject, best):
-    """last.pt spoils half its pictures, and scores those low: naive rejection leaves the good ones."""
+    """last.pt spoils half its images, and scores those low: naive rejection leaves the good ones."""
     s, weights = script(reject=reject), []
     for name in ("last.pt", "best.pt"):
         (s.folder / name).touch()
     (s.folder / "log.csv").write_text("step,d_loss\n10,0.5\n20,0.4\n")
 
-    def restore(name):
-        weights.append(name)
-        return {"last.pt": 20, "best.pt": best}[name]
+    def restore(path):
+        weights.append(path.name)
+        return {"last.pt": 20, "best.pt": best}[path.name]
+
     s.spoil = lambda x, z: torch.where((z[:, 1] > 0)[:, None, None, None] & (weights[-1:] == ["last.pt"]), 255 - x, x)
-    s.score = lambda z: torch.where(z[:, 1] > 0, -60.0, 60.0)
     s.study.evaluate(20)
-    s.study.last_scores(restore)
+    s.study.finish(20, restore)
     scores, floor = json.loads((s.folder / "scores.json").read_text()), s.study.judge.floor
-    names = [f"{n}.pt{more}" for n in ("last", "best") for more in ("", f" --reject {reject}")[:1 + (reject != "none")]]
+    more = ["", f" --reject {reject}"] if reject != "none" else [""]
+    names = [f"{name}.pt{chosen}" for name in ("last", "best") for chosen in more]
     assert list(scores) == names and weights == ["last.pt", "best.pt"] and (s.folder / "curves.png").exists()
     assert scores["last.pt"]["fid"] > 50 * floor and scores["last.pt"]["n_fake"] == 1000
     assert scores["best.pt"] == scores["last.pt"] if best == 20 else scores["best.pt"]["fid"] < 1.5 * floor
@@ -1183,7 +1293,7 @@ class Painter(Script):
         x = torch.full((len(z), 1, 8, 8), 255.0)
         x[:, 0, :6] = (128 + self.gain * z)[:, :, None]
         x[:, 0, 7] = 20 * y[:, None]
-        return x.round().clamp(0, 255).byte(), z[:, 0]
+        return x.round().clamp(0, 255).byte()
 
 
 def painted(z, gain):
@@ -1192,8 +1302,8 @@ def painted(z, gain):
 
 def test_interpolations_and_their_labels(tmp_path):
     """In z, eight pairs, ten steps: the picture of each z between. In pixels: the mean of the two ends' pictures."""
-    s = Painter(tmp_path, labels=3)
-    s.study.figures()
+    s = Painter(tmp_path, classes="012")
+    s.study.interpolations()
     a, b = (t.double().numpy() for t in s.noise(16, 4).chunk(2))
     latent, pixel = (cells(s.folder / f"interpolation_{k}.png", 8, 10) for k in ("latent", "pixel"))
     assert latent.shape == pixel.shape == (8, 10, 8, 8)
@@ -1222,11 +1332,12 @@ def test_traversal_slides_the_strongest_coordinates_first(tmp_path, prior, far):
 
 
 def test_training_gif_plays_the_sheets_in_order_within_its_size(tmp_path):
-    s = Painter(tmp_path)
+    folder = tmp_path / "samples"
+    folder.mkdir()
     for step, level in ((0, 10), (500, 100), (1000, 220)):
-        Image.new("L", (40, 40), level).save(s.folder / f"samples/step_{step:07}.png")
-    s.study.figures()
-    gif = Image.open(s.folder / "training.gif")
+        Image.new("L", (40, 40), level).save(folder / f"step_{step:07}.png")
+    metrics.save_gif(sorted(folder.glob("*.png")), tmp_path / "training.gif")
+    gif = Image.open(tmp_path / "training.gif")
     shown = []
     for i in range(gif.n_frames):
         gif.seek(i)
@@ -1234,27 +1345,28 @@ def test_training_gif_plays_the_sheets_in_order_within_its_size(tmp_path):
     assert list(dict.fromkeys(shown)) == [10, 100, 220]
     rng = np.random.RandomState(0)
     for i in range(30):
-        Image.fromarray(rng.randint(0, 256, (240, 240), np.uint8)).save(s.folder / f"samples/step_{i + 1:07}.png")
-    metrics.save_gif(sorted((s.folder / "samples").glob("*.png")), s.folder / "large.gif")
-    assert 2 <= Image.open(s.folder / "large.gif").n_frames and (s.folder / "large.gif").stat().st_size <= 300 * 1024
-    metrics.save_gif([], s.folder / "none.gif")
-    assert not (s.folder / "none.gif").exists()
+        Image.fromarray(rng.randint(0, 256, (240, 240), np.uint8)).save(folder / f"step_{i + 1:07}.png")
+    metrics.save_gif(sorted(folder.glob("*.png")), tmp_path / "large.gif")
+    assert Image.open(tmp_path / "large.gif").n_frames >= 2 and (tmp_path / "large.gif").stat().st_size <= 300 * 1024
+    metrics.save_gif([], tmp_path / "none.gif")
+    assert not (tmp_path / "none.gif").exists()
 
 
-def test_scores_in_the_log_are_those_of_the_saved_samples(data_dir, tmp_path, monkeypatch, capsys):
+SMALL = ["--ngf", "2", "--ndf", "2", "--device", "cpu"]
+
+
+def test_scores_in_the_log_are_those_of_the_saved_samples(data_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(metrics, "Judge", functools.partial(metrics.Judge, n=1000))  # ten times faster
-    flags = ["--image-size", "28", "--ngf", "4", "--ndf", "4", "--batch-size", "16", "--steps", "20", "--device", "cpu",
-             "--data-dir", str(data_dir)]
+    flags = [*SMALL, "--batch-size", "16", "--steps", "20", "--data-dir", str(data_dir)]
     wgan_gp.main([*flags, "--eval-every", "10", "--run-dir", "a"])
-    rows = [r for r in csv.DictReader(open("a/log.csv")) if r["fid"]]
-    assert [r["step"] for r in rows] == ["10", "20"]
+    with open("a/scores.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == ["10", "20"]
     final = json.loads(Path("a/scores.json").read_text())
     assert set(final) == {"last.pt", "best.pt"} and final["last.pt"]["n_fake"] == 1000
-    best = min(rows, key=lambda r: float(r["fid_train"]))
-    saved = torch.load("a/best.pt", weights_only=True)
-    assert saved["step"] == int(best["step"]) and f"{saved['state']['best_fid']:.6g}" == best["fid_train"]
-    assert os.path.exists("a/curves.png")
+    best = min(rows, key=lambda row: float(row["fid_train"]))
+    assert torch.load("a/best.pt", weights_only=True)["step"] == int(best["step"])
     # evaluation took nothing from the training's stream: the same run without it ends with the same weights
     wgan_gp.main([*flags, "--eval-every", "0", "--run-dir", "b"])
     a, b = (torch.load(f"{d}/last.pt", weights_only=True) for d in "ab")
@@ -1264,24 +1376,13 @@ def test_scores_in_the_log_are_those_of_the_saved_samples(data_dir, tmp_path, mo
 
 def test_a_run_on_stacked_digits_logs_its_modes(tmp_path, monkeypatch, stacked_digits):
     monkeypatch.chdir(tmp_path)
-    x, y = (t[:256] for t in unrolled.load_data("stacked_mnist", "data", 28, "train"))
-    known(tmp_path, x[:, :1], y // 100, "mnist")
-    real = metrics.classifier  # a dry run would train one that cannot tell anything
-    monkeypatch.setattr(metrics, "classifier", lambda name, train, test, folder, *a: real(
-        name, train, test, tmp_path, *a))
-    unrolled.main(["--dataset", "stacked_mnist", "--image-size", "28", "--ngf", "4", "--ndf", "4", "--k", "1",
-                   "--device", "cpu", "--dry-run", "--run-dir", "a"])
+    x, y, _ = metrics.load_data("stacked_mnist", "data", 28, "train")
+    known(tmp_path / "data", x[:, :1], y // 100, "mnist")
+    unrolled.main(["--dataset", "stacked_mnist", "--steps", "2", "--eval-every", "1", "--run-dir", "a", *SMALL])
     scores = json.loads(Path("a/scores.json").read_text())["last.pt"]
-    assert scores["n_real"] == 256 and 1 <= scores["modes"] <= 256 and 150 < scores["modes_real"] < 256
-    rows = [r for r in csv.DictReader(open("a/log.csv")) if r["modes"]]
-    assert [r["step"] for r in rows] == ["1", "2"]
-    assert 0 < float(rows[0]["modes_kl"]) <= 6.90776  # log 1000, in the six digits of log.csv
+    assert scores["n_real"] == 300 and 1 <= scores["modes"] <= 300 and 150 < scores["modes_real"] < 300
+    with open("a/scores.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == ["1", "2"]
+    assert 0 < float(rows[0]["modes_kl"]) <= 6.90776  # log 1000, in the six digits of the file
     assert Image.open("a/samples.png").mode == "RGB"
-    assert torch.load("a/last.pt", weights_only=True)["args"]["classes"] > 900
-
-
-def test_without_metrics_there_are_no_scores(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(wgan_gp, "SCRIPT", Path(shutil.copy(ROOT / "wgan_gp.py", tmp_path)))
-    wgan_gp.main(["--dry-run", "--device", "cpu", "--run-dir", "a"])
-    assert "no scores" in capsys.readouterr().out and not Path("a/scores.json").exists()

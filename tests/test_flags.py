@@ -459,23 +459,6 @@ def test_folder_modes_and_formats(tmp_path, capsys, mode, suffix, wanted):
     assert capsys.readouterr().err == line
 
 
-def test_what_a_folder_holds_is_one_line_a_run(tmp_path, capsys):
-    root = tmp_path / "kinds"
-    for kind, n in (("b", 9), ("a", 3), (".hidden", 2)):
-        for i in range(n):
-            picture(root / kind / f"{i}.png", (i, 0, 0))
-    (root / "a/notes.txt").write_text("no picture")
-    (root / "LICENSE").write_text("no picture")
-    (root / "gone.png").symlink_to(root / "nowhere.png")
-    for split in ("train", "test", "train"):
-        load(root, split=split)
-    y = [metrics.load_data("folder", root, 32, split)[1].tolist() for split in ("train", "test")]
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1 and f"{root}: 11 images to train, 1 to test; " in err
-    assert f"classes: a ({y[0].count(0)}), b ({y[0].count(1)}); left out: " in err
-    assert all(f"{what} (1)" in err for what in (".txt", "no suffix", "link to nothing")) and ".hidden" not in err
-
-
 @pytest.mark.parametrize("suffix", ["png", "gif", "webp"])
 def test_folder_transparency_goes_on_white(tmp_path, suffix):
     """Left half see-through, right half not; half a veil of black is a middle grey."""
@@ -516,24 +499,6 @@ def test_folder_of_one_pixel_and_of_odd_names(tmp_path):
     x, y = load(root)
     assert x.shape == (4, 3, 32, 32) and shades(x) == [0, 1, 2, 3] and y.tolist() == [0] * 4
     assert len(caches(tmp_path)) == 1 and caches(tmp_path)[0].startswith("my fotos \u00fc-32-")
-
-
-def test_folder_sixteen_bit_grey_keeps_its_shade(tmp_path):
-    """40,000 of 65,535 is 156 of 255."""
-    home = alone(tmp_path / "deep")
-    Image.fromarray(np.full((40, 40), 40_000, np.uint16)).save(home / "0.png")
-    assert (load(tmp_path / "deep")[0].double() - 40_000 / 65_535 * 255).abs().max() <= 1
-
-
-@pytest.mark.parametrize("values", [np.float32(0.7), np.int32(40_000), np.uint16(3000)], ids=["float", "32", "12 bits"])
-def test_numbers_of_an_unclear_scale_are_left_out_and_counted(tmp_path, capsys, values):
-    """A float TIFF in 0..1 came out black, and 12 bits of 16 a sixteenth as bright, without a word."""
-    home = alone(tmp_path / "deep")
-    Image.fromarray(np.full((40, 40), values)).save(home / "odd.tif")
-    picture(home / "0.png", (7, 0, 0))
-    assert shades(load(tmp_path / "deep")[0]) == [7]
-    (line,) = warned(capsys, tmp_path / "deep")
-    assert "left out 1 of 2 files" in line and "odd.tif" in line
 
 
 def test_folder_pictures_are_cut_to_the_middle_square(tmp_path):
@@ -628,50 +593,11 @@ def test_two_runs_of_one_folder_started_together_keep_its_cache(tmp_path, monkey
     assert {p.name for p in tmp_path.iterdir()} == {"set", *caches(tmp_path)} and len(caches(tmp_path)) == 1
 
 
-def test_folder_cache_that_is_damaged_is_made_anew(tmp_path, capsys):
-    picture(alone(tmp_path / "set") / "0.png")
-    load(tmp_path / "set")
-    (path,) = (tmp_path / name for name in caches(tmp_path))
-    whole = path.read_bytes()
-    for data in (b"", whole[:200], b"PK" + whole[2:-50]):
-        path.write_bytes(data)
-        assert colours(load(tmp_path / "set")[0]) == [(10, 200, 30)] and len(path.read_bytes()) == len(whole)
-    assert warned(capsys, tmp_path / "set") == [] and caches(tmp_path) == [path.name]
-
-
-def test_folder_follows_links_and_counts_a_file_once(tmp_path, capsys):
-    """A class folder may lie elsewhere, as for torchvision's ImageFolder; and a link may lead around in a circle."""
-    root, home = tmp_path / "set", alone(tmp_path / "set")
-    picture(home / "cat/0.png", (1, 0, 0))
-    picture(tmp_path / "elsewhere/0.png", (2, 1, 0))
-    (home / "dog").symlink_to(tmp_path / "elsewhere")
-    (home / "cat/1.png").symlink_to(home / "cat/0.png")
-    (home / "cat/2.png").symlink_to(tmp_path / "gone.png")
-    (home / "cat/round").symlink_to(home)
-    x, y = load(root)
-    assert sorted((c[0], label) for c, label in zip(colours(x), y.tolist())) == [(1, 0), (2, 1)]
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "2 images to train" in err and "link to nothing (1)" in err
-    picture(tmp_path / "elsewhere/0.png", (20, 1, 0), (80, 80))
-    assert shades(load(root)[0]) == [1, 20]  # what a link leads to has changed
-
-
 def test_folder_with_names_that_are_not_utf8(tmp_path, capsys):
     home = alone(tmp_path / "set")
     picture(home / os.fsdecode(b"caf\xe9.png"), (7, 0, 0))
     picture(home / "0.png", (1, 0, 0))
     assert shades(load(tmp_path / "set")[0]) == [1, 7] and warned(capsys, tmp_path / "set") == []
-
-
-def test_training_images_among_the_test_images_are_counted(tmp_path, capsys):
-    root = tmp_path / "set"
-    for i in range(3):
-        picture(root / f"train/{i}.png", (i, 0, 0))
-    for i in range(2, 5):
-        picture(root / f"test/{i}0.png", (i, 0, 0))
-    assert len(load(root, split="test")[0]) == 3
-    (line,) = warned(capsys, root)
-    assert line.startswith("1 of 3 test images are also training images")
 
 
 def test_a_class_without_training_pictures_comes_last(tmp_path):
@@ -685,45 +611,6 @@ def test_a_class_without_training_pictures_comes_last(tmp_path):
         for c, label in zip(colours(x), y.tolist()):
             assert names.setdefault(chr(c[0]), label) == label
     assert names == {"b": 0, "d": 1, "a": 2, "c": 3}
-
-
-@pytest.fixture
-def places(tmp_path, monkeypatch):
-    """Folders of the user's, and of everybody's, for what takes long to make."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
-    monkeypatch.setattr(metrics.tempfile, "tempdir", str(tmp_path / "everybody"))
-    return [tmp_path / "user", tmp_path / "everybody"]
-
-
-@pytest.mark.parametrize("refused", [1, 2])
-def test_a_folder_beside_which_nothing_can_be_written_has_its_cache_elsewhere(
-    tmp_path, monkeypatch, capsys, places, refused
-):
-    picture(alone(tmp_path / "set") / "0.png")
-    write_whole = metrics.write_whole
-
-    def write(path, *more):
-        if tmp_path == path.parent or (refused == 2 and places[0] in path.parents):
-            raise OSError("read-only file system")
-        write_whole(path, *more)
-
-    monkeypatch.setattr(metrics, "write_whole", write)
-    assert colours(load(tmp_path / "set")[0]) == [(10, 200, 30)]
-    assert caches(tmp_path) == [] and len(list(places[refused - 1].rglob("*.npz"))) == 1
-    monkeypatch.setattr(metrics.Image, "open", lambda *a: pytest.fail("decoded again"))
-    assert colours(load(tmp_path / "set")[0]) == [(10, 200, 30)] and warned(capsys, tmp_path / "set") == []
-
-
-def test_folder_cache_that_cannot_be_written_anywhere_is_no_obstacle(tmp_path, monkeypatch, capsys, places):
-    picture(alone(tmp_path / "set") / "0.png")
-
-    def full(*a, **k):
-        raise OSError("no space left")
-
-    monkeypatch.setattr(np, "savez", full)
-    assert colours(load(tmp_path / "set")[0]) == [(10, 200, 30)]
-    (line,) = warned(capsys, tmp_path / "set")
-    assert "no space left" in line and list(tmp_path.rglob("*.npz*")) == []
 
 
 def damaged(path, kind):

@@ -402,18 +402,19 @@ def fed(x):
     return moments
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
 @pytest.mark.parametrize("name", TABLES)
-def test_one_number_that_is_not_finite_is_refused(name):
+def test_one_number_that_is_not_finite_is_refused(name, dtype):
     """One of 40 numbers of one of 40 rows: a comparison with NaN is False, so that a count would look like a score.
     Beyond 1e50 the sixth power, which KID takes, is infinite."""
     function, least = TABLES[name]
-    function(*(randn(40, 40) for _ in least))
+    function(*(randn(40, 40).to(dtype) for _ in least))
     for bad in (math.nan, math.inf, -math.inf, 1e60):
         for side in range(len(least)):
             sets = [randn(40, 40) for _ in least]
             sets[side][17, 23] = bad
             with pytest.raises(ValueError, match="not finite"):
-                function(*sets)
+                function(*(t.to(dtype) for t in sets))
 
 
 @pytest.mark.parametrize("name", TABLES)

@@ -576,18 +576,15 @@ def test_a_run_says_at_its_start_what_its_mixture_is(w, flags, said, capsys):
 
 
 class Board:
-    """Stands in for TensorBoard's SummaryWriter: keeps {(name, step): value}, and drops what its purge_step says."""
+    """Stands in for TensorBoard's SummaryWriter: keeps (name, step, value) and drops what its purge_step says."""
 
-    kept = {}  # noqa: RUF012  of all boards of a folder, as its event files are
+    kept = []  # noqa: RUF012  of all boards, as the event files in a folder are
 
     def __init__(self, folder, purge_step):
-        self.scalars = Board.kept.setdefault(str(folder), {})
-        for name, step in [key for key in self.scalars if key[1] >= purge_step]:
-            del self.scalars[name, step]
+        Board.kept = [scalar for scalar in Board.kept if scalar[1] < purge_step]
 
     def add_scalar(self, name, value, step):
-        assert (name, step) not in self.scalars, "twice"
-        self.scalars[name, step] = value
+        Board.kept.append((name, step, value))
 
 
 def test_tensorboard_has_each_step_once_after_a_resume(w, monkeypatch):
@@ -598,10 +595,10 @@ def test_tensorboard_has_each_step_once_after_a_resume(w, monkeypatch):
     shutil.copy("a/last.pt", "a/earlier.pt")
     w.main(["--resume", "a/last.pt", "--steps", "30"])
     w.main(["--resume", "a/earlier.pt", "--steps", "20"])
-    scalars = Board.kept["a"]
-    assert {step for name, step in scalars if name == "d_loss"} == {5, 10, 15, 20}
-    assert {step for name, step in scalars if name == "fid_train"} == {10, 20}
-    assert scalars["d_loss", 20] == pytest.approx(float(rows("a")[-1]["d_loss"]), rel=1e-4)
+    losses = [(step, value) for name, step, value in Board.kept if name == "d_loss"]
+    assert [step for step, _ in losses] == [5, 10, 15, 20]
+    assert [value for _, value in losses] == pytest.approx([float(row["d_loss"]) for row in rows("a")], rel=1e-4)
+    assert [step for name, step, _ in Board.kept if name == "fid_train"] == [10, 20]
 
 
 def test_tensorboard_says_how_to_get_it(w, monkeypatch, capsys):
@@ -1048,18 +1045,19 @@ def test_figures_show_what_they_say(w, monkeypatch):
     def noise(n, stream):
         return metrics.sample_z(args, n, "cpu", metrics.seeded(0, stream))
 
-    sheet = tiles("a/samples.png", 8)
+    S = args.image_size
+    sheet = tiles("a/samples.png", 8, S)
     if w.told:
         columns = noise(8, metrics.SHEETS)
         wanted = np.concatenate([paint(G, columns, torch.full((8,), label)) for label in range(10)])
     else:
         wanted = paint(G, noise(64, metrics.SHEETS))
     assert np.abs(sheet - wanted).max() <= 1
-    assert np.abs(tiles("a/samples/step_0000020.png", 8) - sheet).max() <= 1
+    assert np.abs(tiles("a/samples/step_0000020.png", 8, S) - sheet).max() <= 1
     a, b = noise(16, metrics.INTERPOLATION).chunk(2)
     y = torch.arange(8) if w.told else None
-    latent = tiles("a/interpolation_latent.png", 10).reshape(8, 10, 28, 28)
-    pixel = tiles("a/interpolation_pixel.png", 10).reshape(8, 10, 28, 28)
+    latent = tiles("a/interpolation_latent.png", 10, S).reshape(8, 10, S, S)
+    pixel = tiles("a/interpolation_pixel.png", 10, S).reshape(8, 10, S, S)
     ends = paint(G, a, y), paint(G, b, y)
     for j in range(10):
         assert np.abs(latent[:, j] - paint(G, a + (b - a) * j / 9, y)).max() <= 1
@@ -1070,12 +1068,12 @@ def test_figures_show_what_they_say(w, monkeypatch):
     zero = torch.zeros(12, dtype=torch.long) if w.told else None
     low, high = (paint(G, torch.where(one, end, z), zero) for end in (-4.0, 4.0))
     strongest = np.abs(low - high).mean((1, 2)).argsort()[::-1][:10]
-    shown = tiles("a/traversal.png", 9).reshape(10, 9, 28, 28)
+    shown = tiles("a/traversal.png", 9, S).reshape(10, 9, S, S)
     for row, i in zip(shown, strongest):
         slid = torch.where(one[int(i)], torch.linspace(-4, 4, 9)[:, None], z)
         assert np.abs(row - paint(G, slid, None if zero is None else zero[:9])).max() <= 1
     gif = Image.open("a/training.gif")
-    assert gif.n_frames >= 4 and gif.size == (8 * 30 + 2, (10 if w.told else 8) * 30 + 2)
+    assert gif.n_frames >= 4 and gif.size == (8 * (S + 2) + 2, (10 if w.told else 8) * (S + 2) + 2)
 
 
 @over("conditional")

@@ -78,6 +78,7 @@ def run(script, *flags):
 
     script.sample_z = watched
     script.main([*flags])
+    torch.distributed.barrier()  # last.pt is written
     script.sample_z = sample_z
     hook.remove()
     return {"weights": weights, "noise": noise}
@@ -107,6 +108,7 @@ for name, (module, flags) in cases.items():
 # rows alone. float64, so that only rounding can differ
 torch.set_default_dtype(torch.float64)
 torch.nn.BatchNorm1d = torch.nn.Identity
+metrics.Study.finish = lambda *args, **more: None
 real = {"rand": torch.rand, "randn": torch.randn}
 
 
@@ -202,6 +204,7 @@ def mishap(study, losses):
     iterations += 1
     for iteration, rank, number in mishaps:
         if iterations == iteration and metrics.RANK == rank:
+            open("sent", "w").close()
             os.kill(os.getpid(), number)
 
 
@@ -216,7 +219,7 @@ def test_ranks_leave_together():
     ends both at its next word to the others: before the twentieth. A last one, after all words, parts them neither."""
     number = signal.SIGTERM.value
     code, out = torchrun(MISHAPS, f"3,1,{number} 12,0,{number}", *MLP, "--steps", "25", "--run-dir", "a")
-    assert code != 0 and "stopped at step 19" in out and "Traceback" not in out.split("ChildFailedError")[0], out
+    assert code != 0 and "stopped at step 19" in out and "[rank" not in out, out  # a traceback of a rank's
     assert checkpoint("a/last.pt")["step"] == 19
     code, out = torchrun(MISHAPS, f"5,1,{number}", "--resume", "a/last.pt")
     assert code == 0, out
@@ -224,9 +227,8 @@ def test_ranks_leave_together():
 
 
 def test_a_killed_rank_ends_the_others_within_a_minute():
-    start = time.time()
     code, out = torchrun(MISHAPS, f"6,1,{signal.SIGKILL.value}", *MLP, "--steps", "1000000", "--run-dir", "a")
-    assert code != 0 and time.time() - start < 60, out
+    assert code != 0 and time.time() - Path("sent").stat().st_mtime < 60, out
     assert checkpoint("a/last.pt")["step"] >= 4
 
 

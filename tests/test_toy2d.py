@@ -1,4 +1,5 @@
 """The two-dimensional study: data, scores, the objectives' maths. Oracles are closed forms and finite differences."""
+
 import json
 import math
 
@@ -34,9 +35,19 @@ def test_the_grids():
         assert sorted(map(tuple, c.tolist())) == [(x, y) for x in line for y in line]
 
 
-@pytest.mark.parametrize("flags", [["--data", "grid", "--modes", "16"], ["--data", "ring", "--modes", "1"],
-                                   ["--seeds", "0"], ["--method", "vae"], ["--lr-g", "nan"],
-                                   ["--protocol", "metz", "--data", "grid"], ["--slope", "2"], ["--bound", "-1"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--data", "grid", "--modes", "16"],
+        ["--data", "ring", "--modes", "1"],
+        ["--seeds", "0"],
+        ["--method", "vae"],
+        ["--lr-g", "nan"],
+        ["--protocol", "metz", "--data", "grid"],
+        ["--slope", "2"],
+        ["--bound", "-1"],
+    ],
+)
 def test_mistakes_are_one_line(flags, capsys):
     with pytest.raises(SystemExit) as stop:
         args(*flags)
@@ -110,7 +121,8 @@ def test_u_is_a_log_ratio_of_likelihoods_and_never_negative(mixture):
     assert s.u(e).min().item() >= 1e-6
     law = torch.distributions.MixtureSameFamily(
         torch.distributions.Categorical(torch.ones(10, dtype=torch.float64)),
-        torch.distributions.MultivariateNormal(s.mu.double(), 0.25 * torch.eye(9, dtype=torch.float64)))
+        torch.distributions.MultivariateNormal(s.mu.double(), 0.25 * torch.eye(9, dtype=torch.float64)),
+    )
     e = e[:100].double()
     top = s.peak - math.log(10) - 4.5 * math.log(2 * math.pi * 0.25)
     torch.testing.assert_close(s.u(e), top - law.log_prob(e), atol=1e-5, rtol=1e-6)
@@ -196,17 +208,32 @@ def test_runs_of_one_second_have_folders_of_their_own(tmp_path, monkeypatch):
 @pytest.mark.cuda
 @pytest.mark.parametrize("method", toy2d.METHODS)
 def test_every_method_runs_on_a_gpu(method, tmp_path):
-    """Its networks start as on the CPU, and its fixed noise is the same, so before training both draw one picture."""
+    """Its networks start as on the CPU, and its fixed noise is the same, so before training both make the same points."""
     flags = ["--method", method, "--seeds", "2", "--steps", "1", "--lr-g", "0", "--lr-d", "0"]
-    scores = []
+    points = []
     for device in ("cpu", "cuda"):
-        G, D = toy2d.train(toy2d.parse_args([*flags, "--device", device]))
+        a = args(*flags, "--device", device)
+        G, D = toy2d.train(a)
         assert {p.device.type for p in D.parameters()} == {device}
-        scores.append(G(toy2d.noise(toy2d.parse_args([*flags, "--device", device]), 2, 50,
-                                    rng=torch.Generator().manual_seed(0))).cpu())
-    torch.testing.assert_close(*scores, atol=1e-4, rtol=1e-4)
-    toy2d.main(["--method", method, "--seeds", "2", "--steps", "12", "--reject", "drs", "--device", "cuda",
-                "--run-dir", str(tmp_path / "a")])
+        z = toy2d.noise(a, 2, 50, rng=torch.Generator().manual_seed(0))
+        points.append(G(z).detach().cpu())
+    torch.testing.assert_close(*points, atol=1e-4, rtol=1e-4)
+    toy2d.main(
+        [
+            "--method",
+            method,
+            "--seeds",
+            "2",
+            "--steps",
+            "12",
+            "--reject",
+            "drs",
+            "--device",
+            "cuda",
+            "--run-dir",
+            str(tmp_path / "a"),
+        ]
+    )
     assert json.loads((tmp_path / "a/scores.json").read_text())["made"]
 
 
@@ -218,8 +245,9 @@ def test_cuda_without_a_gpu_is_one_line(capsys):
 @pytest.mark.parametrize("method", toy2d.METHODS)
 def test_every_method_runs_and_draws(method, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    toy2d.main(["--data", "grid", "--modes", "9", "--method", method, "--steps", "12", "--seeds", "2",
-                "--run-dir", "a"])
+    toy2d.main(
+        ["--data", "grid", "--modes", "9", "--method", method, "--steps", "12", "--seeds", "2", "--run-dir", "a"]
+    )
     names = {p.name for p in (tmp_path / "a").iterdir()}
     assert {"strip.png", "training.gif", "log.csv", "scores.json", "args.json"} <= names
     scores = json.loads((tmp_path / "a/scores.json").read_text())
@@ -237,7 +265,7 @@ def test_g_is_bounded_by_a_tanh_or_not_at_all():
     flags = ["--data", "grid", "--lr-g", "0", "--lr-d", "0", "--steps", "1"]
     (bounded, _), (linear, _) = (toy2d.train(args(*flags, *more)) for more in ([], ["--bound", "0"]))
     z = torch.randn(1, 50, 2) * 3
-    y = linear(z) / 8 ** 0.5  # of {-4, -2, 0, 2, 4} the root mean square is the root of 8
+    y = linear(z) / 8**0.5  # of {-4, -2, 0, 2, 4} the root mean square is the root of 8
     torch.testing.assert_close(bounded(z), 6 * torch.tanh(y))
     assert linear(100 * z).abs().max() > 6 >= bounded(100 * z).abs().max()
 
@@ -272,7 +300,8 @@ def test_rates_are_kept_for_half_the_steps_and_then_fall_to_nothing(decay, wante
     finally:
         hook.remove()
     assert seen[::2] == pytest.approx([0.25 * w for w in wanted]) and seen[1::2] == pytest.approx(
-        [0.5 * w for w in wanted])
+        [0.5 * w for w in wanted]
+    )
 
 
 def test_what_is_given_wins_over_what_was_tuned():
@@ -289,9 +318,16 @@ def test_table(tmp_path, monkeypatch, capsys):
     """A row for the real points, one a method with its mean and spread over runs, then the published ones; nothing is
     written."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(toy2d, "run", lambda a, say: ([
-        {"covered": 3 + i, "strict": 2, "high_quality": 0.25, "near": 0.5, "reverse_kl": 0.125}
-        for i in range(a.seeds)],))
+    monkeypatch.setattr(
+        toy2d,
+        "run",
+        lambda a, say: (
+            [
+                {"covered": 3 + i, "strict": 2, "high_quality": 0.25, "near": 0.5, "reverse_kl": 0.125}
+                for i in range(a.seeds)
+            ],
+        ),
+    )
     toy2d.main(["--table", "--seeds", "3", "--steps", "500", "--quick"])
     ring, grid = capsys.readouterr().out.split("\ngrid: ")
     for part in (ring, grid):
@@ -311,8 +347,18 @@ def fails(capsys, *flags, words=()):
     assert stop.value.code == 2 and out.err.count("\n") == 1 and all(w in out.err for w in words), out.err
 
 
-@pytest.mark.parametrize("flags", [["--data", "grid"], ["--method=gan"], ["--protocol", "metz"], ["--reject", "drs"],
-                                   ["--modes", "8"], ["--run-dir", "a"], ["--snapshot-every", "5"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--data", "grid"],
+        ["--method=gan"],
+        ["--protocol", "metz"],
+        ["--reject", "drs"],
+        ["--modes", "8"],
+        ["--run-dir", "a"],
+        ["--snapshot-every", "5"],
+    ],
+)
 def test_a_table_refuses_what_it_would_not_heed(flags, capsys):
     fails(capsys, "--table", *flags, words=["--table", flags[0].split("=")[0]])
 
@@ -356,8 +402,22 @@ def test_a_run_whose_d_cannot_choose_is_left_out(monkeypatch, tmp_path, capsys):
 
     monkeypatch.setattr(toy2d, "platt", platt)
     monkeypatch.setattr(toy2d, "rejected", rejected)
-    toy2d.main(["--data", "grid", "--steps", "2", "--seeds", "2", "--reject", "drs", "--drs-percentile", "95",
-                "--run-dir", str(tmp_path / "a")])
+    toy2d.main(
+        [
+            "--data",
+            "grid",
+            "--steps",
+            "2",
+            "--seeds",
+            "2",
+            "--reject",
+            "drs",
+            "--drs-percentile",
+            "95",
+            "--run-dir",
+            str(tmp_path / "a"),
+        ]
+    )
     out = capsys.readouterr().out
     assert "run 0: no points are chosen: AUC .4" in out and "run 1: weak" in out and "acceptance 25.0%" in out
     scores = json.loads((tmp_path / "a/scores.json").read_text())
