@@ -1,12 +1,12 @@
 """What the scripts share: real images, scores of generated ones, rejection sampling, and what watches a run.
 
-    python metrics.py --real mnist --fake runs/NAME/generated     a folder of PNG; or a .npy or .pt, uint8 (N, C, H, W)
+    python metrics.py --real mnist --fake runs/NAME/generated     a folder of images, or an array: .npy, .npz, .pt, .pth
     python metrics.py --real photos --fake generated              a folder against a folder: no labels, no download
     python metrics.py --real photos --fake generated --features inception --scores fid
     python metrics.py --plot runs/A runs/B -o curves.png          runs that differ in the seed alone become one band
     python metrics.py --table runs/A runs/B                       their final scores, mean and deviation over seeds
 
-    from metrics import fid, kid, inception_score, density_coverage       on features and logits, tensors (N, d), (N, K)
+    from metrics import fid, kid, inception_score, density_coverage       on features and logits (N, d), (N, K)
 
 The sections: SCORES, functions of features and logits; TOOLS; DATA, the real images; FEATURES, the networks that give
 features; JUDGE, scores against a data set; REJECTION; STUDY, what watches a run; PLOT, logs and final scores; COMMAND
@@ -65,7 +65,7 @@ def checked(least, *tables):
             raise ValueError(f"tables (N, d) of one width d are needed, not {[tuple(np.shape(t)) for t in tables]}")
         if len(t) < least:
             raise ValueError(f"{len(t)} rows, where {least} or more are needed")
-        if not (t.abs() <= 1e50).all():  # KID takes the sixth power
+        if not (t.double().abs() <= 1e50).all():  # KID takes the sixth power
             raise ValueError("features or logits that are not finite, or above 1e50")
     return [t.double() for t in tables]
 
@@ -115,7 +115,7 @@ def frechet_distance(mean1, cov1, mean2, cov2):
 
     (C1 C2)^(1/2) has the trace of (L' C2 L)^(1/2) for any L L' = C1: symmetric, so the eigenvalues are real. Cholesky's
     L costs a thirtieth of the symmetric root, which serves where C1 is singular. ValueError: anything not finite."""
-    if not all((t.abs() <= 1e110).all() for t in (mean1, cov1, mean2, cov2)):
+    if not all((t.double().abs() <= 1e110).all() for t in (mean1, cov1, mean2, cov2)):
         raise ValueError("features that are not finite, or too large")
     root, singular = torch.linalg.cholesky_ex(cov1.double())
     if singular:
@@ -1797,11 +1797,14 @@ class Study:
     def labels_to_generate(self, n, *key):
         """As --label says: in the shares of the training set, in turn, or all of one class."""
         names = list(self.classes)
-        if self.args.label == "shares" or not names:
+        label = self.args.label
+        if label == "shares" or (label == "turn" and not names):
             return self.labels(n, *key)
-        if self.args.label == "turn":
+        if label == "turn":
             return torch.arange(n) % len(names)
-        return torch.full((n,), names.index(self.args.label))
+        if label not in names:
+            fail(f"--label {label} is no class; there are: {', '.join(names[:20]) or 'none'}")
+        return torch.full((n,), names.index(label))
 
 
 class Stop:

@@ -590,8 +590,8 @@ def due(i, every, args):
 
 def save(name, i, state, study):
     """Writes a checkpoint into the run's folder: one dict of plain types and tensors. Rank 0 does."""
-    for part in (state["G"], state["D"]):
-        if not all(p.isfinite().all() for p in part.parameters()):
+    for part in state.values():
+        if isinstance(part, nn.Module) and not all(p.isfinite().all() for p in part.parameters()):
             not_finite("a weight", i, study.folder)
     if RANK:
         return

@@ -27,24 +27,33 @@ warnings.simplefilter("ignore")
 sys.path.insert(0, {root!r})
 x, y = (np.random.RandomState(i).randn({n}, 2048) @ np.random.RandomState(7).randn(2048, 2048) for i in (0, 1))
 """
-ALONE = {"ours": """
+ALONE = {
+    "ours": """
 import metrics
 start = time.time()
 d = metrics.frechet_distance(*(t for f in (x, y) for t in metrics.mean_and_covariance(torch.from_numpy(f))))
 print(d, time.time() - start)
-""", "theirs": """
+""",
+    "theirs": """
 from pytorch_fid.fid_score import calculate_frechet_distance
 start = time.time()
 d = calculate_frechet_distance(*(t for f in (x, y) for t in (f.mean(0), np.cov(f, rowvar=False))))
 print(d, time.time() - start)
-"""}
+""",
+}
 
 
 def timed(command, **environment):
     """(seconds, peak in MB, output) of a command in a process of its own."""
     start = time.time()
-    child = subprocess.Popen([sys.executable, *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                             text=True, cwd=ROOT, env={**os.environ, **environment})
+    child = subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, **environment},
+    )
     out = child.stdout.read()
     _, status, usage = os.wait4(child.pid, 0)
     assert status == 0, (command, status)
@@ -54,6 +63,7 @@ def timed(command, **environment):
 def drawn_weights(path):
     """He-normal: under default weights hardly anything differs between pictures."""
     from torchvision.models import Inception3
+
     torch.manual_seed(0)
     net = Inception3(num_classes=1008, aux_logits=False, init_weights=False)
     for m in net.modules():
@@ -68,16 +78,22 @@ def report(what, results):
         return
     for name, runs in results.items():
         seconds, peaks = [r[0] for r in runs], [r[1] for r in runs]
-        print(f"| {what} | {name} | {statistics.median(seconds):.1f} ({min(seconds):.1f} to {max(seconds):.1f}) "
-              f"| {max(peaks):.0f} | {runs[-1][2]} |")
+        print(
+            f"| {what} | {name} | {statistics.median(seconds):.1f} ({min(seconds):.1f} to {max(seconds):.1f}) "
+            f"| {max(peaks):.0f} | {runs[-1][2]} |"
+        )
     ratios = sorted(b[0] / a[0] for a, b in zip(results["metrics.py"], results["pytorch_fid"]))
     ours, theirs = (max(r[1] for r in runs) for runs in results.values())
-    print(f"| {what} | **ratio** | **{statistics.median(ratios):.2f}** ({ratios[0]:.2f} to {ratios[-1]:.2f}) "
-          f"| {theirs / ours:.2f} | |", flush=True)
+    print(
+        f"| {what} | **ratio** | **{statistics.median(ratios):.2f}** ({ratios[0]:.2f} to {ratios[-1]:.2f}) "
+        f"| {theirs / ours:.2f} | |",
+        flush=True,
+    )
 
 
 def main():
     import metrics
+
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--n", type=int, default=500, help="pictures on each side")
     p.add_argument("--rounds", type=int, default=3, help="turns of the whole command; 0: none")
@@ -106,8 +122,9 @@ def main():
             flags = ["--features", "inception", "--weights", weights, "--scores", "fid", "--no-cache", "--json"]
             seconds, peak, out = timed(["metrics.py", "--real", pair[0], "--fake", pair[1], *flags])
             results["metrics.py"].append((seconds, peak, f"{json.loads(out)['fid']:.6g}"))
-            seconds, peak, line = timed(["-m", "pytorch_fid", *pair, "--device", "cpu"], TORCH_HOME=str(folder),
-                                        XDG_CACHE_HOME=str(folder))
+            seconds, peak, line = timed(
+                ["-m", "pytorch_fid", *pair, "--device", "cpu"], TORCH_HOME=str(folder), XDG_CACHE_HOME=str(folder)
+            )
             results["pytorch_fid"].append((seconds, peak, f"{float(line.split()[-1]):.6g}"))
             print({name: runs[-1] for name, runs in results.items()}, file=sys.stderr, flush=True)
         report(f"{args.n} against {args.n} PNG, whole command", results)

@@ -168,7 +168,7 @@ def test_the_shipped_networks_are_one_scale_at_28_and_32(name, no_training, tmp_
         judges[size] = metrics.Judge(name, load, tmp_path, n=2000, say=said.append)
         assert len(said) == 1 and said[0].startswith(JUDGES[name]) and "mean little" not in said[0]
         sets[size] = load("train")[0][2000:4000]
-    x, y = metrics.load_data(name, str(ROOT / "data"), 28, "test")
+    x, y, _ = metrics.load_data(name, str(ROOT / "data"), 28, "test")
     right = (judges[28].net.embed(x)[1].argmax(1) == y).double().mean().item()
     assert right == judges[28].net.accuracy >= 0.99 and not list(tmp_path.iterdir())
     assert JUDGES[name] == judges[28].net.name == judges[32].net.name and judges[28].floor == judges[32].floor
@@ -192,7 +192,7 @@ def test_a_shipped_network_is_of_its_pictures_and_not_of_a_name(monkeypatch):
 
 @pytest.mark.skipif(not MNIST.exists(), reason="real MNIST is not under data/")
 def test_stacked_mnist_has_the_shipped_network_of_single_digits(no_training):
-    x, y = metrics.load_data("mnist", str(ROOT / "data"), 28, "train")
+    x, y, _ = metrics.load_data("mnist", str(ROOT / "data"), 28, "train")
     sets = [metrics.stack_digits(x, y, 128_000, 3), metrics.load_data("stacked_mnist", str(ROOT / "data"), 28, "test")]
     sets[1] = [part[:500] for part in sets[1][:2]]
     net = metrics.classifier("stacked_mnist", *sets, say=lambda text: None)
@@ -341,6 +341,10 @@ def test_a_network_of_other_pictures_or_classes_is_another(tmp_path, monkeypatch
 
 
 def test_a_damaged_network_is_trained_again_and_one_that_cannot_be_kept_is_used(tmp_path, monkeypatch):
+    for name in ("user", "everybody"):  # files in place of the folders of what takes long to make
+        (tmp_path / name).write_text("mine")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    monkeypatch.setattr(metrics.tempfile, "tempdir", str(tmp_path / "everybody"))
     x, y = digits("train")[0][:200], digits("train")[1][:200]
     known(tmp_path / "good", x, y)
     [good] = (tmp_path / "good").iterdir()
@@ -369,7 +373,7 @@ def test_classifier_of_stacked_mnist_reads_all_three_digits(stacked_digits, tmp_
     said = []
     net = metrics.classifier("stacked_mnist", *sets, tmp_path, say=said.append)
     assert len(said) == 1 and said[0].startswith("classifier-mnist-32/128 ")  # that of single digits, loaded
-    x, y = sets[1]
+    x, y, _ = sets[1]
     features, joint = net.embed(x)
     assert features.shape == (300, 384) and (joint.argmax(1) == y).double().mean() > 0.95
     assert (features.shape[1], net.name.split()[-2]) == (384, "channels/384")
@@ -474,27 +478,25 @@ def quick(monkeypatch):
     )
 
 
-def test_folder_against_folder_alone_offline_as_printed(folders, tmp_path):
-    """metrics.py alone in a folder, in a fresh process: one JSON object and nothing else on stdout; the network lies
-    beside the real pictures, and the second time it is read."""
-    shutil.copy(metrics.__file__, tmp_path)
-    shutil.copytree(folders.photos, tmp_path / "photos")
-    command = [sys.executable, "-B", "metrics.py", "--real", "photos", "--fake", str(folders.kinds), "--json"]
-    first, again = (subprocess.run(c, cwd=tmp_path, capture_output=True, text=True) for c in (command, command[:-1]))
-    for done in (first, again):
-        assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
-        assert ("training" in done.stderr) == (done is first)
-        assert "300 images of each kind: FID is too large" in done.stderr
-    s = json.loads(first.stdout)
-    assert "no labels" in again.stdout and s["features"] in again.stdout and f"{s['coverage']:.3f}" in again.stdout
-    assert f"{s['accuracy']:.2%} of its test set's rotations right, n 300 + 300" in again.stdout
+def test_folder_against_folder_offline_as_printed(folders, tmp_path, capsys, monkeypatch):
+    """One JSON object and nothing else on stdout; the network lies beside the real images, and is read again."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folders.photos, "photos")
+    said = []
+    for flags in (["--json"], []):
+        metrics.main(["--real", "photos", "--fake", str(folders.kinds), *flags])
+        said.append(capsys.readouterr())
+    for done in said:
+        assert ("training the network" in done.err) == (done is said[0])
+        assert "300 images of each kind: FID is too large" in done.err
+    s, shown = json.loads(said[0].out), said[1].out
+    assert "no labels" in shown and s["features"] in shown and f"{s['coverage']:.3f}" in shown
+    assert f"{s['accuracy']:.2%} of its test set's rotations right, n 300 + 300" in shown
     assert s["n_real"] == s["n_fake"] == 300 and s["features"].startswith("rotation-photos-32/128 ")
     assert s["labelled"] is False and s["fid"] > 0 and 0.85 < s["coverage"] <= 1 and s["accuracy"] > 0.5
     assert "inception_score" not in s
-    assert len(list(tmp_path.glob("rotation-photos-32-*.pt"))) == 1 and (tmp_path / "data").is_dir()
+    assert len(list(tmp_path.glob("rotation-photos-32-*.pt"))) == 1
     assert len(list((tmp_path / "photos").iterdir())) == 330
-    done = subprocess.run([*command[:3], "digits", *command[4:]], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "digits" in done.stderr  # no script, no data
 
 
 def test_the_network_beside_a_folder_changes_with_its_pictures(folders, quick, capsys, tmp_path):
@@ -641,7 +643,7 @@ def test_a_folder_against_a_folder_and_noise_scores_far_off(data_dir, tmp_path, 
 def test_the_command_counts_the_modes_of_stacked_digits(tmp_path, capsys, stacked_digits):
     sets = [metrics.load_data("stacked_mnist", tmp_path, 28, s) for s in ("train", "test")]
     known(tmp_path, sets[0][0][:, :1], sets[0][1] // 100, "mnist")
-    x, y = sets[1]
+    x, y, _ = sets[1]
     some = x[y < 500][:90]
     torch.save(some.repeat(2, 1, 1, 1), tmp_path / "x.pt")
     flags = ["--real", "stacked_mnist", "--fake", tmp_path / "x.pt", "--data-dir", tmp_path]
@@ -740,15 +742,15 @@ def test_the_network_of_a_folder_lies_beside_it_and_statistics_too(tmp_path, cap
 
 
 def test_another_classifier_scores_the_named_data(data_dir, tmp_path, capsys, monkeypatch):
-    load = metrics.load_data  # a stand-in for mnist: the digits turned by 180 degrees
-    monkeypatch.setattr(
-        wgan_gp,
-        "load_data",
-        lambda name, *a: (
-            load("digits", *a) if name == "digits" else (load("digits", *a)[0].flip(2, 3), load("digits", *a)[1])
-        ),
-    )
-    torch.save(load("digits", data_dir, 28, "train")[0][:3000], tmp_path / "x.pt")
+    load = metrics.load_data
+
+    def turned_around(name, *more):
+        """In place of mnist: the digits turned by 180 degrees."""
+        x, y, names = load("digits", *more)
+        return (x if name == "digits" else x.flip(2, 3)), y, names
+
+    monkeypatch.setattr(metrics, "load_data", turned_around)
+    torch.save(digits("train")[0][:1000], tmp_path / "x.pt")
     flags = ["--classifier", "digits", "--data-dir", data_dir, "--json", "--fake", tmp_path / "x.pt", "--real"]
     own, other = (json.loads(run(capsys, *flags, name)) for name in ("digits", "mnist"))
     assert other["fid"] > 20 * own["fid"] and other["features"] == own["features"]
@@ -810,8 +812,10 @@ def test_out_paths_that_cannot_be_written_are_one_line(tmp_path, capsys):
 
 
 def test_the_command_itself(tmp_path):
-    command = [sys.executable, str(ROOT / "metrics.py"), "--plot", "nowhere"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    """metrics.py alone in a folder."""
+    shutil.copy(metrics.__file__, tmp_path)
+    command = [sys.executable, "-B", "metrics.py", "--plot", "nowhere"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "nowhere" in done.stderr
 
 
@@ -851,7 +855,7 @@ def test_every_command_of_readme_runs(command, tmp_path, monkeypatch, capsys, qu
     small = {s: tuple(t[:n] for t in digits(s)) for s, n in (("train", 400), ("test", 200))}
     monkeypatch.setattr(metrics, "render_digits", lambda n, seed: small["train" if seed == 1 else "test"])
     monkeypatch.setattr(
-        wgan_gp,
+        metrics,
         "from_torchvision",
         lambda name, root, train: as_torchvision(*small["train" if train else "test"], metrics.CHANNELS[name]),
     )
@@ -1029,7 +1033,7 @@ def test_two_scripts_and_two_runs_of_one_seed_are_no_seeds(study_runs, tmp_path)
 
 def test_digits_are_the_same_on_every_cpu():
     """Without vector instructions here; float32 gave other pictures, and so another network and scale."""
-    code = "import zlib, wgan_gp; print(zlib.crc32(metrics.render_digits(4000, 1)[0].numpy()))"
+    code = "import zlib, metrics; print(zlib.crc32(metrics.render_digits(4000, 1)[0].numpy()))"
     plain = subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,

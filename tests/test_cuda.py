@@ -1,60 +1,65 @@
 """On a CUDA GPU: python -m pytest -m cuda. Captured equals eager, through resumes and reloads; each test that compares
 the two counts the replays, since without a capture it would compare eager with eager. No data is needed."""
+
 import functools
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from test_run import CASES, EVERY, ROOT, TINY, losses, scripted_judge, small, tensors, w  # noqa: F401  fixtures
-from test_speed import leaves
+from conftest import CASES, EVERY, ROOT, TINY, checkpoint, leaves, scripted_judge, tensors, timeless
 
-import wgan_gp
+import metrics
 
-pytestmark = pytest.mark.cuda
-FLAGS = [*TINY, "--device", "cuda", "--batch-size", "16", "--lr-decay", "linear"]
+pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("small")]
+CUDA = ["--device", "cuda", "--batch-size", "16"]
+FLAGS = [*TINY, *CUDA]
 
 
 @pytest.fixture(autouse=True)
 def exact(monkeypatch):
     """float32 throughout and the same kernels each time, so that only the graph can make a difference."""
-    def strict(pick, args):
-        device = pick(args)
+
+    def strict(start, args):
+        device = start(args)
         torch.set_float32_matmul_precision("highest")
-        torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = False
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.deterministic = True
         return device
 
     for script in {case.module for case in CASES.values()}:
-        monkeypatch.setattr(script, "pick_device", functools.partial(strict, script.pick_device))
+        monkeypatch.setattr(script, "start", functools.partial(strict, script.start))
     yield
     torch.backends.cudnn.deterministic = False
 
 
 @pytest.fixture
 def replayed(monkeypatch):
-    """replayed(main, flags) runs it; returns how many times a graph was replayed."""
-    count, replay = [0], torch.cuda.CUDAGraph.replay
+    """replayed(main, flags) runs it, and returns how many times a graph was replayed."""
+    count = 0
+    replay = torch.cuda.CUDAGraph.replay
 
     def counted(graph):
-        count[0] += 1
+        nonlocal count
+        count += 1
         replay(graph)
 
     def run(main, *flags):
-        before = count[0]
+        before = count
         main([*flags])
-        return count[0] - before
+        return count - before
 
     monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", counted)
     return run
 
 
 def close(a, b, atol=1e-5):
-    for key in ("nets", "ema", "opts"):
-        x, y = leaves(a[key]), leaves(b[key])
-        assert len(x) == len(y) > 5
+    """The networks, averages and moments of two checkpoints."""
+    for name in a.keys() & {"G", "D", "E", "ema", "ema_e", "opt_g", "opt_d"}:
+        x, y = leaves(a[name]), leaves(b[name])
+        assert len(x) == len(y) > 1, name
         for p, q in zip(x, y):
             torch.testing.assert_close(p, q, rtol=1e-5, atol=atol)
 
@@ -68,147 +73,169 @@ def both(replayed, main, iterations, *flags):
     return graph, eager
 
 
-@pytest.mark.parametrize("more, iterations", [
-    ([], 8), (["--arch", "mlp"], 8), (["--g-steps", "2", "--prior", "uniform", "--d-steps", "2"], 20)])
-def test_captured_equals_eager(replayed, more, iterations):
-    """40 critic updates."""
-    close(*both(replayed, wgan_gp.main, iterations, *FLAGS, *more, "--steps", "40"))
-    assert len(losses("graph")) == len(losses("eager")) >= 6
-    for a, b in zip(losses("graph"), losses("eager")):
-        assert [float(v) for v in a[:7]] == pytest.approx([float(v) for v in b[:7]], rel=1e-4, abs=1e-5)
+@EVERY
+@pytest.mark.parametrize("more", [[], ["--arch", "mlp"], ["--paper"]], ids=" ".join)
+def test_captured_equals_eager(replayed, w, more):
+    """With g_steps and d_steps, so that a replay holds several updates, and rates that fall."""
+    flags = [*w.tiny, *more, *CUDA, *"--d-steps 2 --g-steps 2 --steps 16 --log-every 2 --lr-decay linear".split()]
+    close(*both(replayed, w.main, 8, *flags))
+    graph, eager = timeless("graph"), timeless("eager")
+    assert len(graph) == len(eager) == 8
+    for a, b in zip(graph, eager):
+        assert [float(v) for v in a.values()] == pytest.approx([float(v) for v in b.values()], rel=1e-3, abs=1e-4)
+
+
+def test_the_graph_is_the_default(replayed, w):
+    assert replayed(w.main, *FLAGS, "--steps", "8", "--run-dir", "a") == 8 - 3
+
+
+def test_z_is_the_same_eager_replayed_and_resumed(replayed, w, monkeypatch):
+    """The noise of each update of G, which the step writes into a buffer that outlives it."""
+    sample_z = w.sample_z
+    add = metrics.Study.add
+    seen = {}
+    steady = [*FLAGS, "--lr-decay", "none"]
+
+    def run(name, replays, *flags):
+        buffer = torch.zeros(16, 6, device="cuda")
+        seen[name] = []
+
+        def watched(args, n, device, generator=None):
+            z = sample_z(args, n, device, generator)
+            if generator is None:
+                buffer.copy_(z)
+            return z
+
+        def noted(study, losses):
+            add(study, losses)
+            seen[name].append(buffer.cpu().clone())
+
+        with monkeypatch.context() as m:
+            m.setattr(w.module, "sample_z", watched)
+            m.setattr(metrics.Study, "add", noted)
+            assert replayed(w.main, *flags) == replays
+
+    run("eager", 0, *steady, "--steps", "12", "--no-graph", "--run-dir", "eager")
+    run("graph", 12 - 3, *steady, "--steps", "12", "--graph", "--run-dir", "graph")
+    run("first", 6 - 3, *steady, "--steps", "6", "--graph", "--run-dir", "part")
+    run("rest", 6 - 3, "--resume", "part/last.pt", "--steps", "12", "--graph", "--device", "cuda")
+    assert len(seen["eager"]) == 12
+    for i, z in enumerate(seen["eager"]):
+        assert torch.equal(z, seen["graph"][i]), i
+        assert torch.equal(z, (seen["first"] + seen["rest"])[i]), i
+    assert not torch.equal(seen["graph"][10], seen["graph"][11])
 
 
 @EVERY
-@pytest.mark.parametrize("arch", ["dcgan", "mlp"])
-def test_every_script_captured_equals_eager(replayed, w, arch):  # noqa: F811
-    flags = [*w.tiny, "--device", "cuda", "--batch-size", "16", "--steps", "40"]
-    close(*both(replayed, w.main, 8, *flags, "--arch", arch))
-
-
-def test_the_graph_is_the_default(replayed):
-    assert replayed(wgan_gp.main, *FLAGS, "--steps", "40", "--run-dir", "a") == 8 - 3
-
-
-def test_a_dry_run_replays(replayed):
-    assert replayed(wgan_gp.main, *FLAGS, "--dry-run", "--graph", "--run-dir", "a") == 1
-
-
-def test_z_is_the_same_eager_replayed_and_resumed(monkeypatch, replayed):
-    """The noise of each G update, written by step() into a buffer that outlives it."""
-    sample, seen = wgan_gp.sample_z, {}
-
-    def run(name, iterations, *flags):
-        zs, buffer, record = [], torch.zeros(16, 6, device="cuda"), wgan_gp.Run.record
-
-        def watched(args, n, device, generator=None):
-            z = sample(args, n, device, generator)
-            if generator is None: buffer.copy_(z)
-            return z
-
-        def noted(r, values):
-            record(r, values)
-            zs.append((r.step, buffer.cpu().clone()))
-
-        with monkeypatch.context() as m:
-            m.setattr(wgan_gp, "sample_z", watched)
-            m.setattr(wgan_gp.Run, "record", noted)
-            assert replayed(wgan_gp.main, *flags) == iterations
-        seen[name] = dict(zs)
-
-    run("eager", 0, *FLAGS, "--steps", "60", "--no-graph", "--run-dir", "eager")
-    run("graph", 12 - 3, *FLAGS, "--steps", "60", "--graph", "--run-dir", "graph")
-    run("first", 6 - 3, *FLAGS, "--steps", "30", "--graph", "--run-dir", "part")
-    run("rest", 6 - 3, "--resume", "part/last.pt", "--steps", "60", "--graph", "--device", "cuda")
-    for step, z in seen["eager"].items():
-        assert torch.equal(z, seen["graph"][step]), step
-        assert torch.equal(z, (seen["first"] if step <= 30 else seen["rest"])[step]), step
-    assert not torch.equal(seen["graph"][40], seen["graph"][45])
-
-
-def test_resume_under_graphs(replayed):
-    flags = [*FLAGS[:-2], "--graph"]
-    assert replayed(wgan_gp.main, *flags, "--steps", "60", "--run-dir", "whole") == 12 - 3
-    assert replayed(wgan_gp.main, *flags, "--steps", "30", "--run-dir", "half") == 6 - 3
-    resumed = ["--resume", "half/last.pt", "--steps", "60", "--device", "cuda", "--graph"]
-    assert replayed(wgan_gp.main, *resumed) == 6 - 3
+def test_resume_under_graphs(replayed, w):
+    flags = [*w.tiny, *CUDA, "--lr-decay", "none", "--graph"]
+    assert replayed(w.main, *flags, "--steps", "12", "--run-dir", "whole") == 12 - 3
+    assert replayed(w.main, *flags, "--steps", "6", "--run-dir", "half") == 6 - 3
+    resumed = ["--resume", "half/last.pt", "--steps", "12", "--device", "cuda", "--graph"]
+    assert replayed(w.main, *resumed) == 6 - 3
     close(tensors("half/last.pt"), tensors("whole/last.pt"))
 
 
-def test_back_to_best_under_graphs(monkeypatch, replayed):
-    flags = [*FLAGS[:-2], "--steps", "50", "--eval-every", "5", "--lr-decay", "best-fid", "--patience", "2"]
-    for flag, iterations in (("--graph", 10 - 3), ("--no-graph", 0)):
-        scripted_judge(monkeypatch, [50, 40, 45, 46, 30, 31, 32])
-        assert replayed(wgan_gp.main, *flags, flag, "--run-dir", flag[2:]) == iterations
-    close(tensors("graph/last.pt"), tensors("no-graph/last.pt"))
+def test_scores_and_reloads_leave_the_graph_as_it_is(replayed, w, monkeypatch):
+    """At an evaluation the average makes images; at the end last.pt and best.pt are loaded into the same networks."""
+    flags = [*FLAGS, "--steps", "12", "--eval-every", "4", "--sample-every", "3"]
+    runs = []
+    for flag, replays in (("--graph", 12 - 3), ("--no-graph", 0)):
+        scripted_judge(monkeypatch, [50, 40, 60], w)
+        assert replayed(w.main, *flags, flag, "--run-dir", flag[2:]) == replays
+        runs.append(flag[2:])
+    for name in ("last.pt", "best.pt"):
+        a, b = (checkpoint(f"{run}/{name}") for run in runs)
+        assert a["step"] == b["step"] == {"last.pt": 12, "best.pt": 8}[name]
+        close(a, b)
+
+
+BAD = """
+import sys
+sys.path.insert(0, {root!r})
+import torch
+import metrics
+import wgan_gp
+kind = sys.argv[1]
+render = metrics.render_digits
+metrics.render_digits = lambda n, seed: render(300, seed)
+metrics.FEWEST = 301
+loss = wgan_gp.generator_loss
+
+
+def bad(score):
+    if torch.cuda.is_current_stream_capturing():
+        if kind == "raised":
+            raise RuntimeError("not in\\na capture")
+        score.sum().item()
+    return loss(score)
+
+
+wgan_gp.generator_loss = bad
+wgan_gp.main(sys.argv[2:])
+"""
 
 
 @pytest.mark.parametrize("kind", ["raised", "sync"])
 def test_a_failed_capture_is_one_line_that_names_the_way_out(kind):
     """In a process of its own, as a broken capture leaves traces: the step raises, or waits for the device. What was
     saved before it resumes eagerly."""
-    code = ("import sys; sys.path.insert(0, sys.argv.pop(1)); kind = sys.argv.pop(1)\n"
-            "import torch, wgan_gp as w\n"
-            "render = w.render_digits; w.render_digits = lambda n, seed: render(300, seed)\n"
-            "loss = w.generator_loss\n"
-            "def bad(score):\n"
-            "    if torch.cuda.is_current_stream_capturing():\n"
-            "        if kind == 'raised': raise RuntimeError('not in\\na capture')\n"
-            "        score.sum().item()\n"
-            "    return loss(score)\n"
-            "w.generator_loss = bad\n"
-            "w.main(sys.argv[1:])")
 
     def call(*flags):
-        return subprocess.run([sys.executable, "-c", code, str(ROOT), kind, *flags], capture_output=True, text=True)
+        command = [sys.executable, "-c", BAD.format(root=str(ROOT)), kind, *flags]
+        return subprocess.run(command, capture_output=True, text=True)
 
-    done = call(*FLAGS, "--steps", "40", "--graph", "--run-dir", "a", "--checkpoint-every", "5")
+    done = call(*FLAGS, *"--steps 8 --graph --run-dir a --checkpoint-every 1".split())
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     errors = [line for line in done.stderr.splitlines() if "error: " in line]
     assert len(errors) == 1 and "--no-graph" in errors[0], done.stderr
-    assert torch.load("a/last.pt", weights_only=True)["step"] == 15 and "samples.png" not in os.listdir("a")
+    assert checkpoint("a/last.pt")["step"] == 3 and "samples.png" not in os.listdir("a")
     done = call("--resume", "a/last.pt", "--no-graph", "--device", "cuda")
     assert done.returncode == 0, done.stderr
-    assert torch.load("a/last.pt", weights_only=True)["step"] == 40
+    assert checkpoint("a/last.pt")["step"] == 8
 
 
-def test_checkpoints_move_between_cpu_and_cuda():
-    cpu = [*FLAGS, "--device", "cpu"]
-    wgan_gp.main([*cpu, "--steps", "20", "--run-dir", "cpu"])
-    wgan_gp.main(["--resume", "cpu/last.pt", "--steps", "60", "--device", "cuda", "--run-dir", "to_cuda"])
-    wgan_gp.main(["--resume", "to_cuda/last.pt", "--steps", "70", "--device", "cpu", "--run-dir", "back"])
-    assert torch.load("back/last.pt", weights_only=True)["step"] == 70
-    start, moved = tensors("cpu/last.pt"), tensors("to_cuda/last.pt")
-    assert all(v.device.type == "cpu" for v in leaves(torch.load("to_cuda/last.pt", map_location="cpu")["nets"]))
-    assert leaves(moved["opts"]["d"])[0].item() == 60 and leaves(start["opts"]["d"])[0].item() == 20
-    assert all(p.isfinite().all() for p in leaves(tensors("back/last.pt")["nets"]))
+@EVERY
+def test_checkpoints_move_between_cpu_and_cuda(w):
+    """And load() gives a generator on the CPU, whatever made it."""
+    cpu = [*w.tiny, "--device", "cpu"]
+    w.main([*cpu, "--steps", "4", "--run-dir", "cpu"])
+    w.main(["--resume", "cpu/last.pt", "--steps", "12", "--device", "cuda", "--run-dir", "cuda"])
+    w.main(["--resume", "cuda/last.pt", "--steps", "14", "--device", "cpu", "--run-dir", "back"])
+    assert [checkpoint(f"{run}/last.pt")["step"] for run in ("cpu", "cuda", "back")] == [4, 12, 14]
+    updates = [leaves(checkpoint(f"{run}/last.pt")["opt_d"]["state"]) for run in ("cpu", "cuda", "back")]
+    assert [min(t.item() for t in part if t.dim() == 0) for part in updates] == [4, 12, 14]
+    assert all(p.isfinite().all() for p in leaves(checkpoint("back/last.pt")["G"]))
+    assert next(w.load("cuda/last.pt").parameters()).device.type == "cpu"
 
 
-def test_amp_under_graphs_equals_amp_eager(replayed):
-    graph, eager = both(replayed, wgan_gp.main, 8, *FLAGS, "--amp", "--steps", "40")
+def test_amp_under_graphs_equals_amp_eager(replayed, w):
+    graph, eager = both(replayed, w.main, 8, *FLAGS, "--amp", "--steps", "8")
     close(graph, eager, atol=1e-3)
-    wgan_gp.main([*FLAGS, "--steps", "40", "--run-dir", "exact"])
-    assert not torch.equal(graph["nets"]["D"]["0.weight"], tensors("exact/last.pt")["nets"]["D"]["0.weight"])
+    w.main([*FLAGS, "--steps", "8", "--run-dir", "exact"])
+    exact = tensors("exact/last.pt")
+    assert any(not torch.equal(p, q) for p, q in zip(leaves(graph["D"]), leaves(exact["D"])))
 
 
-def test_the_graph_needs_at_most_twice_the_memory(replayed):
+def test_the_graph_needs_at_most_twice_the_memory(replayed, w):
     peaks = []
-    for flag, iterations in (("--no-graph", 0), ("--graph", 8 - 3)):
+    for flag, replays in (("--no-graph", 0), ("--graph", 8 - 3)):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        flags = [*FLAGS, "--ngf", "32", "--ndf", "32", "--batch-size", "64", "--steps", "40"]
-        assert replayed(wgan_gp.main, *flags, flag, "--run-dir", flag[2:]) == iterations
+        flags = [*FLAGS, *"--ngf 32 --ndf 32 --batch-size 64 --steps 8".split()]
+        assert replayed(w.main, *flags, flag, "--run-dir", flag[2:]) == replays
         peaks.append(torch.cuda.max_memory_reserved())
     assert peaks[1] < 2 * peaks[0] + 2**26, [p >> 20 for p in peaks]
-    assert Path("graph/last.pt").exists()
 
 
 def test_two_scores_of_one_network_are_the_same_on_both_devices():
     """The network that scores computes in float32, not TF32, whatever the training's own setting is."""
-    import metrics
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(0)
-    net, x = metrics.Classifier(1, 10).eval(), torch.randint(256, (200, 1, 28, 28), dtype=torch.uint8)
+    net = metrics.Classifier(1, 10).eval()
+    x = torch.randint(256, (200, 1, 28, 28), dtype=torch.uint8)
     here = net.embed(x)
     there = net.to("cuda").embed(x)
-    for a, b in zip(here, there): torch.testing.assert_close(a, b.cpu(), rtol=1e-4, atol=1e-4)
+    for a, b in zip(here, there):
+        torch.testing.assert_close(a, b.cpu(), rtol=1e-4, atol=1e-4)
     assert torch.get_float32_matmul_precision() == "high"

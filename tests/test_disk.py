@@ -306,13 +306,14 @@ def test_what_is_no_log_is_one_line_and_stays(tmp_path, capsys, content):
     assert (tmp_path / "a" / "log.csv").read_bytes() == content
 
 
-def test_scores_that_a_spreadsheet_saved_still_tell_the_best(tmp_path):
+def test_scores_that_a_spreadsheet_saved_still_tell_the_best(tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics, "step_of", lambda path: 200)
     s = study(tmp_path / "a", resume=str(tmp_path / "a" / "last.pt"))
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "best.pt").write_bytes(b"")
     (tmp_path / "a" / "scores.csv").write_bytes(b"\xef\xbb\xbfstep;fid_train\r\n100;9,5\r\n200;7,5\r\n300;\r\n")
     s.start(300, 1000, 10)
-    assert s.best_fid == 7.5 and s.scored_at == 300
+    assert s.best_fid == 7.5 and s.scored_at == 200
 
 
 # streams
@@ -422,3 +423,9 @@ def test_a_clusters_world_size_alone_is_no_torchrun(monkeypatch, rank, world):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert (module.WORLD, module.RANK) == (world, int(rank or 0))
+
+
+def test_a_class_that_is_not_there_is_one_line_and_no_folder(tmp_path, capsys):
+    s = study(tmp_path / "run", {"cat": 4, "dog": 4}, label="cow", generate_to=str(tmp_path / "out"))
+    assert "--label cow is no class; there are: cat, dog" in one_line(capsys, lambda: s.generate(5))
+    assert not (tmp_path / "out").exists()

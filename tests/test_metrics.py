@@ -750,6 +750,28 @@ def test_a_table_cut_into_blocks_is_the_whole_table(monkeypatch):
     assert got == pytest.approx((other["density"], other["coverage"]), abs=1e-12)
 
 
+def test_compare_puts_the_scores_together():
+    """Each as its own function gives it, prdc's at the k that the table prints: 3, and 5."""
+    x, y = randn(300, 8), randn(200, 8) * 0.8 + 0.2
+
+    def sample(features):
+        moments = metrics.Moments()
+        moments.add(features)
+        return metrics.Sample(moments, features, 2 * features)
+
+    s = metrics.compare(sample(y), sample(x), train=sample(x[:100]))
+    prdc = {k: compute_prdc(x.numpy(), y.numpy(), k) for k in (3, 5)}
+    wanted = {name: prdc[3][name] for name in ("precision", "recall")}
+    wanted |= {name: prdc[5][name] for name in ("density", "coverage")}
+    wanted |= {"fid": metrics.fid(x, y), "fid_train": metrics.fid(x[:100], y)}
+    wanted["kid"], wanted["kid_std"] = metrics.kid(x, y)
+    wanted["inception_score"], wanted["inception_score_std"] = metrics.inception_score(2 * y)
+    wanted["mode_score"] = metrics.mode_score(2 * y, 2 * x)[1]
+    assert s == pytest.approx(wanted, rel=1e-9)
+    few = metrics.compare(sample(y), sample(x), ["coverage"])
+    assert few == {"coverage": s["coverage"]}
+
+
 # stacked MNIST
 
 

@@ -1301,7 +1301,7 @@ def test_a_script_needs_metrics_beside_it_and_nothing_else(w, tmp_path):
     as_folder(40, home / "few")  # too few test images for scores
     flags = [*TINY, *"--dataset folder --data-dir few --image-size 16 --steps 10 --run-dir run".split()]
     done = call(*flags)
-    assert done.returncode == 0 and done.stderr == "" and "no scores" in done.stdout, done.stderr
+    assert done.returncode == 0 and "no scores" in done.stdout and "Traceback" not in done.stderr, done.stderr
     done = call("--resume", "run/last.pt", "--generate", "2")
     assert done.returncode == 0 and len(os.listdir(home / "run/generated")) == 2
     done = call("--steps", "no")

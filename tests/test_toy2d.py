@@ -208,7 +208,7 @@ def test_runs_of_one_second_have_folders_of_their_own(tmp_path, monkeypatch):
 @pytest.mark.cuda
 @pytest.mark.parametrize("method", toy2d.METHODS)
 def test_every_method_runs_on_a_gpu(method, tmp_path):
-    """Its networks start as on the CPU, and its fixed noise is the same, so before training both make the same points."""
+    """Networks start as on the CPU and fixed noise is the same, so untrained ones make the same points."""
     flags = ["--method", method, "--seeds", "2", "--steps", "1", "--lr-g", "0", "--lr-d", "0"]
     points = []
     for device in ("cpu", "cuda"):

@@ -1,5 +1,6 @@
 """Trains the networks that come with the collection, so that every machine scores MNIST and the rendered digits on one
 scale: python tests/judges/make.py [data]. About a minute each on two cores."""
+
 import sys
 import tempfile
 from pathlib import Path
