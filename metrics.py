@@ -297,6 +297,7 @@ BETWEEN_CLASSES = 9
 PROBE = 10  # bigan.py
 MIRROR = 11  # --flip
 ASKED = 12  # labels that a conditional generator is asked for
+RANKS = 13  # the noise of training, under torchrun
 
 
 def fail(message):

@@ -11,16 +11,17 @@ f_k is D's logit after k further updates on one batch, starting from the current
     python unrolled.py --dataset mnist --epochs 200
     python unrolled.py --dataset mnist --paper           five steps ahead by Adam, as in the authors' demo
 
-Expect FID[classifier] 19.9 +- 0.8 of --dataset mnist --amp --steps 5100, 3 minutes of one CPU core; real digits have
-1.3. Seeds 0-2, 10,000 samples against the test set, network 565494b9; tests/gallery/README.md has the protocol.
+`--dataset mnist --amp --steps 5100` takes 3 minutes of one CPU core and ends at an FID[classifier] of 19.9 +- 0.8, the
+mean and the standard deviation over seeds 0 to 2. FID is a distance between generated and real images: lower is better,
+and real digits have 1.3. tests/gallery/README.md has the protocol.
 
 The default looks one short step of gradient descent ahead: on MNIST looking further costs more than it gives. It is for
 games that collapse, such as that of toy2d.py --protocol metz.
 
 The steps ahead are thrown away: D and its optimizer stay as they are, bit for bit. D moves first. Then G looks ahead
 from the new D, on D's last images and a fresh z, so --k 0 is dcgan.py. D has no batch norm, whose statistics would have
-to be unrolled too. G is in train mode for D's fakes, and is sampled in eval mode with averaged weights. Under torchrun
-each rank looks ahead on its own rows of the batch.
+to be unrolled too. While training, G's batch norm uses the current batch. The images to look at come from `ema`, a copy
+of G with averaged weights, in eval mode. Under torchrun each rank looks ahead on its own rows of the batch.
 """
 
 import argparse
@@ -42,6 +43,7 @@ from metrics import (
     MIRROR,
     ORDER,
     RANK,
+    RANKS,
     WORLD,
     HelpFormatter,
     Stop,
@@ -73,18 +75,35 @@ def parse_args(argv=None):
     p.add_argument("--inner-lr", type=number(float, 0), default=0.001, help="rate of --inner sgd")
     p.add_argument("--loss", choices=("ns", "minimax"), default="ns", help="G's: non-saturating, or the paper's game")
     p.add_argument("--r1", type=number(float, 0), default=0.05, help="gamma of R1 in D's own steps; not in the paper")
-    p.add_argument("--penalty-share", type=number(float, 0.01, 1), default=0.5, help="share of the batch penalized")
-    p.add_argument("--batch-size", type=number(int, 2), default=32, help="images a step")
+    p.add_argument(
+        "--penalty-share",
+        type=number(float, 0.01, 1),
+        default=0.5,
+        help="part of each batch that the penalty is taken on",
+    )
+    p.add_argument("--batch-size", type=number(int, 2), default=32, help="images in each update")
     p.add_argument("--d-steps", "--n-critic", type=number(int, 1, 1000), default=1, help="updates of D an iteration")
     p.add_argument("--g-steps", type=number(int, 1, 1000), default=1, help="updates of G an iteration")
     p.add_argument("--lr-g", type=number(float, 0, 10), default=2e-3, help="learning rate of G")
     p.add_argument("--lr-d", type=number(float, 0, 10), default=2e-3, help="learning rate of D")
-    p.add_argument("--lr-decay", choices=("none", "linear"), default="linear", help="linear: to 0 over the run")
+    p.add_argument(
+        "--lr-decay", choices=("none", "linear"), default="linear", help="linear: falls to 0 at the last update"
+    )
     p.add_argument("--beta1", type=number(float, 0, 0.999999), default=0.0, help="Adam's decay of the first moment")
     p.add_argument("--beta2", type=number(float, 0, 0.999999), default=0.9, help="Adam's decay of the second moment")
     p.add_argument("--ema", type=number(float, 0, 0.999999), default=0.995, help="decay of G's average; 0: none")
-    p.add_argument("--ngf", type=number(int, 1, 4096), default=16, help="dcgan: channels of G's largest map")
-    p.add_argument("--ndf", type=number(int, 1, 4096), default=16, help="dcgan: channels of D's largest map")
+    p.add_argument(
+        "--ngf",
+        type=number(int, 1, 4096),
+        default=16,
+        help="channels of G's last map; earlier ones have 2, 4, ... times as many",
+    )
+    p.add_argument(
+        "--ndf",
+        type=number(int, 1, 4096),
+        default=16,
+        help="channels of D's first map; later ones have 2, 4, ... times as many",
+    )
     add_run_flags(p)
     args, given = resolve(p, argv, PAPER, MLP)
     if args.inner == "adam" and "inner_lr" in given:
@@ -115,8 +134,8 @@ class Generator(nn.Module):
             width = args.ngf * 2 ** (n - 1)
             layers = [nn.Unflatten(1, (args.latent_dim, 1, 1))]  # (B, latent_dim, 1, 1)
             layers += [nn.ConvTranspose2d(args.latent_dim, width, 4, 1, 0, bias=False)]  # (B, width, 4, 4)
-            for i in range(n):  # twice the side, half the channels
-                kernel = 3 if S == 28 and i == 0 else 4  # 3 makes 7 of 4, and 4 doubles
+            for i in range(n):  # twice the side, half the channels; the last one makes the image
+                kernel = 3 if S == 28 and i == 0 else 4  # new side = 2 side - 4 + kernel: 3 makes 7 of 4, 4 doubles it
                 w = channels if i == n - 1 else width // 2
                 layers += [nn.BatchNorm2d(width), nn.ReLU(), nn.ConvTranspose2d(width, w, kernel, 2, 1, bias=False)]
                 width = w
@@ -125,7 +144,7 @@ class Generator(nn.Module):
         self.apply(dcgan_init)
 
     def forward(self, z):
-        return self.net(z).to(z.dtype)  # float32 under --amp too
+        return self.net(z).to(z.dtype)  # under --amp the layers return bfloat16, and the losses want float32
 
 
 class Discriminator(nn.Module):
@@ -146,7 +165,7 @@ class Discriminator(nn.Module):
             layers = []
             width = channels
             for i in range(n):  # half the side, twice the channels
-                kernel = 3 if S == 28 and i == n - 1 else 4  # 3 makes 4 of 7, and 4 halves
+                kernel = 3 if S == 28 and i == n - 1 else 4  # 3 makes 4 of 7, 4 halves the side
                 w = args.ndf * 2**i
                 layers += [nn.Conv2d(width, w, kernel, 2, 1), nn.LeakyReLU(negative_slope=0.2)]
                 width = w
@@ -155,11 +174,11 @@ class Discriminator(nn.Module):
         self.apply(dcgan_init)
 
     def forward(self, x):
-        return self.net(x).to(x.dtype)  # float32 under --amp too
+        return self.net(x).to(x.dtype)  # under --amp the layers return bfloat16, and the losses want float32
 
 
 def doublings(side):
-    """How often a side of 4 doubles to reach this one: 2 for 16, 3 for 28 (4, 7, 14, 28) and 32, 4 for 64."""
+    """How many times a side of 4 doubles to reach this one: 2 for 16, 3 for 28 (4, 7, 14, 28) and 32, 4 for 64."""
     if side == 28:
         return 3
     if side not in (16, 32, 64, 128, 256):
@@ -168,11 +187,12 @@ def doublings(side):
 
 
 def dcgan_init(module):
-    """Radford et al. 2016, section 4: weights N(0, .02). As in its code, the scale of a batch norm is N(1, .02)."""
+    """Convolutions start at N(0, .02), Radford et al. 2016, section 4, and batch norm's scales at N(1, .02), as in its
+    code. Linear layers keep PyTorch's own start."""
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)):
         mean = 1.0 if isinstance(module, nn.BatchNorm2d) else 0.0
         for name, p in module.named_parameters():
-            if "weight" in name:  # under spectral norm it is parametrizations.weight.original
+            if "weight" in name:  # not only "weight": a layer that you wrap in spectral_norm has another name for it
                 nn.init.normal_(p, mean, 0.02)
 
 
@@ -248,31 +268,32 @@ def train(args):
     device = start(args)
     batches = Batches(args, device)
     torch.manual_seed(args.seed)
+    # channels_last is another order in memory, in which convolutions are faster
     G = Generator(args, batches.channels).to(device, memory_format=torch.channels_last)
     D = Discriminator(args, batches.channels).to(device, memory_format=torch.channels_last)
     ema = averaged(G)
     opt_g = adam(G, args.lr_g, args)
     opt_d = adam(D, args.lr_d, args)
-    seed_noise(args.seed)
+    seed_noise(args.seed)  # under torchrun: other noise on each GPU from here on
     amp = functools.partial(torch.autocast, device.type, torch.bfloat16, args.amp, cache_enabled=False)
 
     def step(x):
         """One iteration: an update of D for each batch in x, uint8 (d_steps, B, C, S, S), then --g-steps of G.
 
-        It returns scalars on the device and never waits for it, which is what a CUDA graph needs."""
+        The losses stay on the device: to print one would wait for it, which a CUDA graph (see captured) forbids."""
         for x_uint8 in x:
             x_real = from_uint8(x_uint8)
-            with torch.no_grad(), amp():  # D's backward ends at the image
+            with torch.no_grad(), amp():  # to train D takes no gradient of G
                 x_fake = G(sample_z(args, len(x_real), device))
             with amp():
-                logit_real, logit_fake = D(torch.cat([x_real, x_fake])).chunk(2)  # no batch norm: one forward for both
+                logit_real, logit_fake = D(torch.cat([x_real, x_fake])).chunk(2)  # no batch norm: one call for both
                 d_loss = discriminator_loss(logit_real, logit_fake)
                 if args.r1:  # not in the steps ahead, where it would be a third derivative
-                    k = math.ceil(args.penalty_share * len(x_real))  # the first k only: unbiased, and cheaper
+                    k = math.ceil(args.penalty_share * len(x_real))  # the first k are a random part
                     d_loss = d_loss + args.r1 / 2 * squared_gradient(D, x_real[:k])
             opt_d.zero_grad(set_to_none=True)
             d_loss.backward()
-            average_gradients(D)  # over the GPUs of a torchrun
+            average_gradients(D)  # under torchrun, over the GPUs
             opt_d.step()
 
         for _ in range(args.g_steps):
@@ -283,7 +304,7 @@ def train(args):
                 real = functional_call(D, ahead, (x_real,)) if args.loss == "minimax" else None
                 g_loss = generator_loss(fake, args.loss, real)
             opt_g.zero_grad(set_to_none=True)
-            g_loss.backward(inputs=list(G.parameters()))  # D's weights get no gradient
+            g_loss.backward(inputs=list(G.parameters()))  # through D, whose weights get no gradient
             average_gradients(G)
             opt_g.step()
             update_ema(ema, G, args.ema)
@@ -300,6 +321,7 @@ def train(args):
     def score(x, y):
         return D(from_uint8(x))
 
+    # Study logs, draws and scores, and never trains. sample and score are how it sees the networks.
     study = Study(args, batches.held, sample, score, script=SCRIPT)
     state = {"G": G, "D": D, "ema": ema, "opt_g": opt_g, "opt_d": opt_d}
     i = restore(args.resume, state, study) if args.resume else 0  # updates of D so far
@@ -312,6 +334,7 @@ def train(args):
     if args.graph:
         step = captured(step)
 
+    # i counts updates of D, and so do --steps and every --*-every. A pass of this loop makes d_steps of them.
     while i < total and not stop.is_set():
         decay = 1 - i / total if args.lr_decay == "linear" else 1.0
         set_rate(opt_g, decay * args.lr_g)
@@ -324,13 +347,13 @@ def train(args):
             study.log(i)
         if due(i, args.sample_every, args):
             study.sheet(i)
-        if due(i, args.eval_every, args) and study.evaluate(i):  # better than before
+        if due(i, args.eval_every, args) and study.evaluate(i):  # True: the best so far
             save("best.pt", i, state, study)
         if due(i, args.checkpoint_every, args):
             save("last.pt", i, state, study)
 
     save("last.pt", i, state, study)
-    stop.leave_if_set(i, study)
+    stop.leave_if_set(i, study)  # after Ctrl-C the program ends here
     if study.evaluate(i):
         save("best.pt", i, state, study)
     study.finish(i, restore=lambda path: restore(path, {"ema": ema, "D": D}))
@@ -352,7 +375,8 @@ def load(path):
 
 SCRIPT = Path(__file__)
 
-# A resumed run has its checkpoint's flags. FIXED ones cannot change: they make the networks and the order of the data.
+# A resumed run has its checkpoint's flags. FIXED ones (of all seven scripts) cannot change: the networks, z or the
+# order of the data would no longer fit. NOT_KEPT are not taken from it: they are about this machine or this call.
 FIXED = """dataset image_size holdout flip batch_size d_steps g_steps seed paper arch ngf ndf latent_dim prior upsample
     d_norm g_norm norm_first conditional d_ignores_label label_embedding_dim mixture embedding_dim""".split()
 NOT_KEPT = "device graph run_dir resume generate generate_to label probe".split()
@@ -362,7 +386,7 @@ NOT_KEPT = "device graph run_dir resume generate generate_to label probe".split(
 
 def add_run_flags(p):
     """The flags that have the same default in every script."""
-    p.error = fail
+    p.error = fail  # one line, without the usage
     count = number(int, 0)
     p.add_argument("--dataset", choices=CHANNELS, default="digits", help="digits: rendered here, no download")
     p.add_argument("--data-dir", default="data", help="folder of the data sets, and of the network that scores")
@@ -373,7 +397,7 @@ def add_run_flags(p):
     p.add_argument("--latent-dim", type=number(int, 1, 65536), help="size of z. Default: 16 for grey images, else 100")
     p.add_argument("--prior", choices=("normal", "uniform"), default="normal", help="of z: N(0, I) or U[-1, 1]")
     p.add_argument("--paper", action="store_true", help="the paper's settings, where no flag says otherwise")
-    p.add_argument("--epochs", type=number(int, 1), default=20, help="of N // batch updates of D")
+    p.add_argument("--epochs", type=number(int, 1), default=20, help="passes over the training images")
     p.add_argument("--steps", type=number(int, 1), help="updates of D in all; overrides --epochs")
     p.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of networks, data order and noise")
     p.add_argument("--log-every", type=count, default=100, help="updates of D between rows of log.csv; 0: never")
@@ -388,18 +412,25 @@ def add_run_flags(p):
     p.add_argument("--resume", metavar="FILE", help="a checkpoint to go on from, with its flags unless given here")
     p.add_argument("--generate", type=number(int, 1), metavar="N", help="with --resume: write N images as PNG files")
     p.add_argument("--generate-to", metavar="DIR", help="where to. Default: generated, in the run's folder")
-    p.add_argument("--label", default="shares", help="with --generate: a class, turn, or shares of the training set")
-    p.add_argument("--reject", choices=("none", "naive", "drs"), default="none", help="choose images by D's score")
-    p.add_argument("--drs-percentile", type=number(float, 0, 100), default=60.0, help="of D's scores, kept by half")
+    p.add_argument("--label", default="shares", help="with --generate: a class's name, or turn, or shares")
+    p.add_argument("--reject", choices=("none", "naive", "drs"), default="none", help="keep images by D's score")
+    p.add_argument(
+        "--drs-percentile",
+        type=number(float, 0, 100),
+        default=60.0,
+        help="an image with this score is kept half the time",
+    )
 
 
 def resolve(p, argv, paper, mlp):
     """The flags as a namespace, and the names of those given. Ends the program with one line where they cannot be.
 
-    A flag has the value given on the command line, else the resumed checkpoint's, else that of --paper or of --arch
-    mlp, else its default, else what suits the data."""
+    A flag has the first of these: the value on the command line, in the resumed checkpoint, of --paper, of --arch mlp,
+    its default, and what suits the data."""
     p.epilog = f"--paper sets {paper}. --arch mlp sets {mlp}."
     defaults = vars(p.parse_args([]))
+    # argparse fills in a default only where the namespace lacks the name. Here all are there, as None, so what is not
+    # None afterwards was given.
     unset = argparse.Namespace(**dict.fromkeys(defaults))
     given = {name: value for name, value in vars(p.parse_args(argv, unset)).items() if value is not None}
     if "" in given.values():
@@ -413,16 +444,17 @@ def resolve(p, argv, paper, mlp):
         if "epochs" in given:
             saved["steps"] = None
         for name in saved.keys() & given.keys() & set(FIXED):
+            # --generate may take another seed, for other images; not so drs, as the seed chose what was held out
             another_seed = name == "seed" and "generate" in given and given.get("reject", saved["reject"]) != "drs"
             if given[name] != saved[name] and not another_seed:
                 fail(f"--{name.replace('_', '-')} is {saved[name]} in {given['resume']}: it cannot change")
-    values = {**defaults, **saved, **given}
+    chosen = {**saved, **given}
     preset = {}
-    if values["arch"] == "mlp":
+    if chosen.get("arch") == "mlp":
         preset |= mlp
-    if values["paper"]:
+    if chosen.get("paper"):
         preset |= paper
-    args = argparse.Namespace(**{**defaults, **preset, **saved, **given})
+    args = argparse.Namespace(**{**defaults, **preset, **chosen})
     side, latent_dim = suited_to(args)
     args.image_size = args.image_size or side
     args.latent_dim = args.latent_dim or latent_dim
@@ -450,7 +482,7 @@ def suited_to(args):
     if args.paper:
         return 32, 100
     side = {"cifar10": 32, "celeba": 64, "folder": 64}.get(args.dataset, 28)
-    return side, 16 if CHANNELS[args.dataset] == 1 else 100  # on grey images 16 beat 100 by a third
+    return side, 16 if CHANNELS[args.dataset] == 1 else 100  # on MNIST 16 gave a third less FID than 100
 
 
 def resolve_device(args):
@@ -464,11 +496,11 @@ def resolve_device(args):
     if args.graph is None:
         args.graph = one_gpu
     if args.graph and not one_gpu:
-        fail("--graph needs CUDA, and one process: ranks are not captured")
+        fail("--graph needs one process on CUDA, not several by torchrun")
     if args.amp and args.device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         fail("--amp: this GPU has no bfloat16 of its own")
     if args.batch_size % WORLD or args.batch_size < 2 * WORLD:
-        fail(f"--batch-size {args.batch_size} does not give each of {WORLD} ranks as many images, two or more")
+        fail(f"--batch-size {args.batch_size} does not split evenly over {WORLD} processes, two images or more each")
 
 
 def start(args):
@@ -479,7 +511,7 @@ def start(args):
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if WORLD > 1:
         backend = "nccl" if args.device == "cuda" else "gloo"
-        torch.distributed.init_process_group(backend, timeout=timedelta(days=1))  # the others wait while rank 0 scores
+        torch.distributed.init_process_group(backend, timeout=timedelta(days=1))  # while rank 0 scores, the others wait
     return torch.device(args.device)
 
 
@@ -487,10 +519,12 @@ def start(args):
 
 
 class Batches:
-    """The training set on the device. batches(i, n) is n batches from update i on, this rank's rows of them:
+    """The training set, on the device. batches(i, n) is what the n updates of D from update i on train on:
 
-    images uint8 (n, B, C, S, S) and labels (n, B). The order of an epoch is a pure function of (seed, epoch), so a
-    checkpoint need not hold it. .held is (images, labels) of --holdout or None, .classes {name: number of images}."""
+    images uint8 (n, B, C, S, S) and labels (n, B); under torchrun this process's part of each batch. The order follows
+    from the seed and the epoch alone, so a resumed run goes on with the right batch.
+    .held       (images, labels) set aside by --holdout, or None
+    .classes    {name: number of training images}"""
 
     def __init__(self, args, device):
         self.args = args
@@ -498,14 +532,14 @@ class Batches:
         self.channels = CHANNELS[args.dataset]
         self.held = None
         self.epoch = None
-        if args.generate and args.reject != "drs":  # no image is needed
+        if args.generate and args.reject != "drs":  # to draw from G takes no data
             self.classes = read_checkpoint(args.resume)["classes"]
             return
-        if RANK:
-            from_rank_0()  # waits while that one downloads or decodes
+        if RANK != 0:
+            from_rank_0()  # waits here until rank 0 has downloaded or decoded the data,
         x, y, names = load_data(args.dataset, args.data_dir, args.image_size, "train")
-        if not RANK:
-            from_rank_0()
+        if RANK == 0:
+            from_rank_0()  # which it tells the others here
         counts = y.bincount(minlength=len(names)).tolist() if names and y.min() >= 0 else []
         self.classes = dict(zip(names, counts))
         if args.holdout:
@@ -531,8 +565,9 @@ class Batches:
             self.epoch = epoch
             n = len(self.x)
             self.order = torch.randperm(n, generator=seeded(self.args.seed, ORDER, epoch)).to(self.device)
-            mirror = torch.randint(2, (n, 1, 1, 1), generator=seeded(self.args.seed, MIRROR, epoch))
-            self.mirror = mirror.to(self.device) > 0
+            if self.args.flip:
+                mirror = torch.randint(2, (n, 1, 1, 1), generator=seeded(self.args.seed, MIRROR, epoch))
+                self.mirror = mirror.to(self.device) > 0
         size = self.args.batch_size
         rows = self.order[k * size : (k + 1) * size][RANK::WORLD]
         x = self.x[rows]
@@ -555,7 +590,7 @@ def to_uint8(x):
 
 
 def adam(net, lr, args):
-    """Adam. On CUDA the rate is a tensor on the device, so that a captured step sees it change."""
+    """Adam. On CUDA the rate is a tensor, which set_rate fills: a CUDA graph would freeze a Python number."""
     cuda = next(net.parameters()).is_cuda
     rate = torch.tensor(lr, device="cuda") if cuda else lr
     return torch.optim.Adam(net.parameters(), rate, (args.beta1, args.beta2), fused=True, capturable=cuda)
@@ -570,7 +605,7 @@ def set_rate(opt, rate):
 
 
 def averaged(G):
-    """The copy of G that update_ema averages into, and that every image comes from."""
+    """A copy of G for the running average of its weights, which makes better images than the last weights alone."""
     ema = copy.deepcopy(G).eval().requires_grad_(False)
     ema.register_buffer("updates", torch.zeros((), device=next(G.parameters()).device))
     return ema
@@ -578,58 +613,67 @@ def averaged(G):
 
 @torch.no_grad()
 def update_ema(ema, G, decay):
-    """ema <- d ema + (1 - d) G with d = min(decay, (1 + t) / (10 + t)) at its t-th update. Buffers are copied."""
+    """ema <- d ema + (1 - d) G, with d = min(decay, (1 + t) / (10 + t)) at the t-th update.
+
+    d is smaller at first, so that the average soon forgets the untrained G. Batch norm's buffers are copied."""
     ema.updates += 1
-    weight = 1 - ((1 + ema.updates) / (10 + ema.updates)).clamp(max=decay)
+    d = ((1 + ema.updates) / (10 + ema.updates)).clamp(max=decay)
     for average, p in zip(ema.parameters(), G.parameters()):
-        average.lerp_(p, weight)
+        average.lerp_(p, 1 - d)
     for name, b in G.named_buffers():
         ema.get_buffer(name).copy_(b)
 
 
 def pair_accuracy(score_real, score_fake):
-    """The share, 0 to 1, of all pairs with score(real) > score(fake): it compares across all losses."""
+    """The share of pairs with score(real) > score(fake), whatever the loss. 1/2: D cannot tell; 1: it always can."""
     return (score_real.detach()[:, None] > score_fake.detach()).float().mean()
 
 
 def seed_noise(seed, i=0):
-    """Gives each rank of a torchrun noise of its own from update i on. They have made the same networks before."""
+    """Under torchrun: other noise on each rank from update i on. Before, all drew the same, for the same networks."""
     if WORLD > 1:
-        torch.manual_seed(seeded(seed, RANK, i).initial_seed())
+        torch.manual_seed(seeded(seed, RANKS, RANK, i).initial_seed())
 
 
 def average_gradients(net):
     """The mean of the gradients over the ranks of a torchrun."""
     if WORLD > 1:
         for p in net.parameters():
-            torch.distributed.all_reduce(p.grad.div_(WORLD))
+            p.grad /= WORLD
+            torch.distributed.all_reduce(p.grad)  # the sum over the ranks, in place
 
 
 def captured(step):
-    """step(x), or step(x, y), replayed as one CUDA graph: launching its many small kernels one by one takes longer.
+    """step(x), or step(x, y), as one CUDA graph. It changes no result, only the time: you may skip this.
 
-    It keeps tensors of its own for the arguments. The first three calls run as they are, and count as training: cuDNN
-    chooses its kernels and Adam makes its moments, on the stream that then captures. From then on a tensor that step
-    uses may be written to, but never replaced."""
+    A step starts hundreds of small GPU operations, and starting them takes longer than running them. A graph records
+    them once; replay() starts all with one call, always on the same memory. So each batch is copied into tensors of its
+    own, and the losses come out in the same tensors every time. The first three calls run without a graph, as real
+    training: cuDNN chooses its kernels and Adam makes its moments before the recording. After it a tensor that step
+    uses may be written to, but not replaced."""
     stream = torch.cuda.Stream()
     graph = torch.cuda.CUDAGraph()
     calls = 0
-    mine = losses = None
+    inputs = losses = None
 
-    def replayed(*tensors):
-        nonlocal calls, mine, losses
-        mine = mine or [t.clone() for t in tensors]
-        for own, t in zip(mine, tensors):
+    def run():
+        return {name: value.detach() for name, value in step(*inputs).items()}
+
+    def replayed(*batch):
+        nonlocal calls, inputs, losses
+        if inputs is None:
+            inputs = [t.clone() for t in batch]
+        for own, t in zip(inputs, batch):
             own.copy_(t)
         if calls < 3:
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                losses = {name: value.detach() for name, value in step(*mine).items()}
+                losses = run()
             torch.cuda.current_stream().wait_stream(stream)
         else:
-            if calls == 3:  # a capture computes nothing
+            if calls == 3:  # a recording computes nothing
                 with or_fail("the step cannot be captured: give --no-graph"), torch.cuda.graph(graph, stream=stream):
-                    losses = {name: value.detach() for name, value in step(*mine).items()}
+                    losses = run()
             graph.replay()
         calls += 1
         return losses
@@ -641,12 +685,14 @@ def captured(step):
 
 
 def due(i, every, args):
-    """Is this the first end of an iteration at or past a multiple of `every` updates of D? 0: never."""
+    """True once for each multiple of `every`; 0: never. i grows by d_steps, which may jump over the multiple itself."""
     return every > 0 and i % every < args.d_steps
 
 
 def save(name, i, state, study):
-    """Writes a checkpoint into the run's folder: one dict of plain types and tensors. Rank 0 does."""
+    """Writes a checkpoint into the run's folder: one dict of plain types and tensors. Only rank 0 writes.
+
+    A weight that is not finite ends the program before, so that the last good file stays."""
     for part in state.values():
         if isinstance(part, nn.Module) and not all(p.isfinite().all() for p in part.parameters()):
             not_finite("a weight", i, study.folder)
@@ -667,14 +713,18 @@ def save(name, i, state, study):
 
 
 def read_checkpoint(path):
-    """The dict that save wrote, on the CPU. Ends the program where it is none of this collection's."""
+    """The dict that save wrote, on the CPU. Ends the program with one line if the file holds another."""
     with or_fail(f"{path} is not a whole checkpoint of these scripts"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        return {name: checkpoint[name] for name in ("script", "args", "step", "classes", "seconds", "rng")} | checkpoint
+        for name in ("script", "args", "step", "classes", "seconds", "rng"):
+            checkpoint[name]  # a KeyError here: another program's file
+    return checkpoint
 
 
 def restore(path, state, study=None):
-    """Loads the networks and optimizers in `state`; with a study the noise and its clock too. Returns the step.
+    """Loads the networks and optimizers in `state`; with a study the noise and its clock too.
+
+    Returns the number of updates of D that it has had.
 
     An optimizer takes its moments from the checkpoint, but keeps its own rate and betas: these are flags."""
     checkpoint = read_checkpoint(path)
@@ -689,14 +739,14 @@ def restore(path, state, study=None):
         torch.set_rng_state(checkpoint["rng"]["cpu"])
         if study.args.device == "cuda" and "cuda" in checkpoint["rng"]:  # from a CPU its noise starts from the seed
             torch.cuda.set_rng_state(checkpoint["rng"]["cuda"])
-        seed_noise(study.args.seed, checkpoint["step"])
+        seed_noise(study.args.seed, checkpoint["step"])  # under torchrun: what was saved is rank 0's
     return checkpoint["step"]
 
 
 def main(argv=None):
     try:
         train(parse_args(argv))
-    except KeyboardInterrupt:  # outside the loop, where nothing is lost
+    except KeyboardInterrupt:  # before or after the loop, during which Stop catches it
         raise SystemExit(130) from None
     finally:
         if WORLD > 1 and torch.distributed.is_initialized():
