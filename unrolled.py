@@ -378,7 +378,7 @@ SCRIPT = Path(__file__)
 # A resumed run has its checkpoint's flags. FIXED ones (of all seven scripts) cannot change: the networks, z or the
 # order of the data would no longer fit. NOT_KEPT are not taken from it: they are about this machine or this call.
 FIXED = """dataset image_size holdout flip batch_size d_steps g_steps seed paper arch ngf ndf latent_dim prior upsample
-    d_norm g_norm norm_first conditional d_ignores_label label_embedding_dim mixture embedding_dim""".split()
+    d_norm g_norm norm_first conditional d_ignores_label label_embedding_dim mixture embedding_dim optimizer""".split()
 NOT_KEPT = "device graph run_dir resume generate generate_to label probe".split()
 
 # FLAGS ----------------------------------------------------------------------------------------------------------------
@@ -540,8 +540,8 @@ class Batches:
         x, y, names = load_data(args.dataset, args.data_dir, args.image_size, "train")
         if RANK == 0:
             from_rank_0()  # which it tells the others here
-        counts = y.bincount(minlength=len(names)).tolist() if names and y.min() >= 0 else []
-        self.classes = dict(zip(names, counts))
+        counts = y.bincount().tolist() if names and y.min() >= 0 else []
+        self.classes = dict(zip(names, counts))  # those of the training images come first
         if args.holdout:
             order = torch.randperm(len(x), generator=seeded(args.seed, HELD_OUT))
             held, kept = order.tensor_split([args.holdout])
