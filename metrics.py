@@ -1500,7 +1500,7 @@ class Study:
                 shutil.copyfile(self.script, self.folder / self.script.name)
             script = self.script.stem if self.script else None
             text = json.dumps({"script": script, **vars(args), "classes": self.classes}, indent=1)
-            write_whole(self.folder / "args.json", lambda file: file.write(text.encode()))
+            replace_file(self.folder / "args.json", lambda file: file.write(text.encode()))
             (self.folder / "scores.json").unlink(missing_ok=True)  # of an earlier end
             for sheet in (self.folder / "samples").glob("step_*.png"):
                 if int(sheet.stem.removeprefix("step_")) > i:

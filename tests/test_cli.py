@@ -838,7 +838,7 @@ def test_library_calls_raise_value_errors(tmp_path):
 
 def readme_commands():
     """Those of metrics.py in README, in the record of the experiments and in its own docstring, in code and in text."""
-    text = "\n".join(p.read_text() for p in (ROOT / "README.md", ROOT / "tests/gallery/README.md") if p.exists())
+    text = "\n".join(p.read_text() for p in (ROOT / "README.md", *(ROOT / "tests/gallery").glob("*.md")))
     blocks = "\n".join(re.findall(r"```\w*\n(.*?)```", text, re.S))
     found = re.findall(r"^\s*(?:\.venv/bin/)?python3? metrics\.py(.*?)(?:\s\s+|\s#|&&|\||$)", blocks, re.M)
     found += re.findall(r"`(?:python )?metrics\.py( --\w+ [^`]*)`", re.sub(r"```\w*\n.*?```", "", text, flags=re.S))

@@ -27,7 +27,7 @@ IMAGE = [ROOT / f"{n}.py" for n in ("dcgan", "cdcgan", "wgan_clip", "wgan_gp", "
 SCRIPTS = sorted(ROOT.glob("*.py"))
 NAMES = {path.stem for path in SCRIPTS}
 BY_NAME = pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
-RECORD = ROOT / "tests/gallery/README.md"
+RECORD = sorted((ROOT / "tests/gallery").glob("*.md"))
 
 
 # the plumbing ---------------------------------------------------------------------------------------------------------
@@ -156,7 +156,7 @@ def ours(command):
 
 
 README = sorted(commands_of(ROOT / "README.md"))
-ALL = sorted({*README, *commands_of(RECORD)})
+ALL = sorted({command for page in (ROOT / "README.md", *RECORD) for command in commands_of(page)})
 
 
 def test_there_are_commands_of_each_kind():
