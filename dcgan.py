@@ -67,6 +67,9 @@ from metrics import (
 PAPER = dict(batch_size=128, lr_g=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999, ema=0.999, ngf=32, ndf=32)
 PAPER |= dict(d_norm="batch", r1=0.0, penalty_share=1.0, lr_decay="none")
 MLP = dict(lr_g=2e-3, lr_d=5e-4)  # --arch mlp sets these
+COLOUR = dict(
+    batch_size=16, r1=10.0, ngf=32, ndf=32
+)  # colour images of 64 pixels or more set these: R1 grows with them
 
 
 def parse_args(argv=None):
@@ -115,7 +118,7 @@ def parse_args(argv=None):
         help="channels of D's first map; later ones have 2, 4, ... times as many",
     )
     add_run_flags(p)
-    args, given = resolve(p, argv, PAPER, MLP)
+    args, given = resolve(p, argv, PAPER, MLP, COLOUR)
     penalized = args.gp or args.r1 or args.r2
     if args.paper and not args.resume and "d_norm" not in given and (penalized or args.arch == "mlp"):
         args.d_norm = "none"
@@ -429,12 +432,13 @@ def add_run_flags(p):
     )
 
 
-def resolve(p, argv, paper, mlp):
+def resolve(p, argv, paper, mlp, colour=None):
     """The flags as a namespace, and the names of those given. Ends the program with one line where they cannot be.
 
-    A flag has the first of these: the value on the command line, in the resumed checkpoint, of --paper, of --arch mlp,
-    its default, and what suits the data."""
-    p.epilog = f"--paper sets {paper}. --arch mlp sets {mlp}."
+    A flag has the first of these: the value on the command line, in the resumed checkpoint, of --paper, of --arch mlp
+    or of colour images of 64 pixels or more, its default, and what suits the data."""
+    colour = colour or {}
+    p.epilog = f"--paper sets {paper}. --arch mlp sets {mlp}. Colour images of 64 pixels or more set {colour}."
     defaults = vars(p.parse_args([]))
     # argparse fills in a default only where the namespace lacks the name. Here all are there, as None, so what is not
     # None afterwards was given.
@@ -456,13 +460,16 @@ def resolve(p, argv, paper, mlp):
             if given[name] != saved[name] and not another_seed:
                 fail(f"--{name.replace('_', '-')} is {saved[name]} in {given['resume']}: it cannot change")
     chosen = {**saved, **given}
+    args = argparse.Namespace(**{**defaults, **chosen})
+    side, latent_dim = suited_to(args)
     preset = {}
-    if chosen.get("arch") == "mlp":
+    if args.arch == "mlp":
         preset |= mlp
-    if chosen.get("paper"):
+    elif CHANNELS[args.dataset] == 3 and (args.image_size or side) >= 64:
+        preset |= colour
+    if args.paper:
         preset |= paper
     args = argparse.Namespace(**{**defaults, **preset, **chosen})
-    side, latent_dim = suited_to(args)
     args.image_size = args.image_size or side
     args.latent_dim = args.latent_dim or latent_dim
     if args.resume and not args.run_dir:

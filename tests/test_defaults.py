@@ -252,3 +252,21 @@ def test_r1_adds_half_of_gamma_times_the_gradient(monkeypatch):
     rows = [torch.autograd.grad(runs[0].D(x, y)[i], x)[0][i].square().sum().item() for i in range(2)]
     difference = runs[0].logged[0]["d_loss"] - runs[1].logged[0]["d_loss"]
     assert difference == pytest.approx(sum(rows) / 2, rel=1e-6) and difference > 1e-9
+
+
+@pytest.mark.parametrize(
+    "flags, batch_size, r1, ngf",
+    [
+        ("--dataset mnist", 64, 1.0, 16),
+        ("--dataset cifar10", 64, 1.0, 16),
+        ("--dataset cifar10 --image-size 64", 16, 10.0, 32),
+        ("--dataset folder", 16, 10.0, 32),
+        ("--dataset folder --image-size 32", 64, 1.0, 16),
+        ("--dataset folder --arch mlp", 64, 1.0, 16),
+        ("--dataset folder --paper --image-size 64", 128, 0.0, 32),
+        ("--dataset folder --batch-size 8 --ngf 8", 8, 10.0, 8),
+    ],
+)
+def test_colour_images_of_64_pixels_have_settings_of_their_own(flags, batch_size, r1, ngf):
+    args = dcgan.parse_args(flags.split())
+    assert (args.batch_size, args.r1, args.ngf) == (batch_size, r1, ngf)
