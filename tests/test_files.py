@@ -291,3 +291,19 @@ def test_readmes_lines_that_load_a_checkpoint_run(run):
     space = {}
     exec(code, space)
     assert space["x"].shape == (64, 1, 28, 28) and space["x"].abs().max() <= 1
+
+
+def anchors(page):
+    """The names that GitHub gives a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *RECORD], ids=lambda page: page.name)
+def test_every_link_to_a_file_or_heading_resolves(page):
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", page.read_text()) if not link.startswith("http")]
+    for link in links:
+        path, _, heading = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        assert not heading or heading in anchors(target), link
