@@ -274,7 +274,7 @@ def test_a_batch_that_does_not_divide_is_refused(w, monkeypatch, capsys, size):
     monkeypatch.setattr(w.module, "WORLD", 3)
     with pytest.raises(SystemExit) as stop:
         w.main([*TINY, "--steps", "5", "--batch-size", size])
-    assert stop.value.code == 2 and "3 ranks" in capsys.readouterr().err and not Path("runs").exists()
+    assert stop.value.code == 2 and "3 processes" in capsys.readouterr().err and not Path("runs").exists()
 
 
 # bfloat16 -------------------------------------------------------------------------------------------------------------
