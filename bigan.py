@@ -27,7 +27,6 @@ has no batch norm. G and E are in train mode for D's pairs, and are used in eval
 
 import argparse
 import copy
-import functools
 import math
 import os
 from datetime import datetime, timedelta
@@ -221,21 +220,20 @@ class Discriminator(nn.Module):
 
 
 def doublings(side):
-    """How many times a side of 4 doubles to reach this one: 2 for 16, 3 for 28 (4, 7, 14, 28) and 32, 4 for 64."""
-    if side == 28:
-        return 3
-    if side not in (16, 32, 64, 128, 256):
+    """How many layers of stride 2 lead from a side of 4 to this one."""
+    layers = {16: 2, 28: 3, 32: 3, 64: 4, 128: 5, 256: 6}  # 28: 4, 7, 14, 28
+    if side not in layers:
         fail(f"--arch dcgan makes images of 16, 28, 32, 64, 128 or 256 pixels, not --image-size {side}")
-    return int(math.log2(side)) - 2
+    return layers[side]
 
 
 def dcgan_init(module):
-    """Convolutions start at N(0, .02), Radford et al. 2016, section 4, and batch norm's scales at N(1, .02), as in its
-    code. Linear layers keep PyTorch's own start."""
+    """DCGAN's initialization (Radford et al. 2016, section 4): weights of convolutions from N(0, .02), scales of batch
+    norm from N(1, .02) as in its code. Linear layers keep PyTorch's default."""
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)):
         mean = 1.0 if isinstance(module, nn.BatchNorm2d) else 0.0
         for name, p in module.named_parameters():
-            if "weight" in name:  # not only "weight": a layer that you wrap in spectral_norm has another name for it
+            if "weight" in name:  # spectral_norm, if you add it, renames it to parametrizations.weight.original
                 nn.init.normal_(p, mean, 0.02)
 
 
@@ -281,7 +279,10 @@ def train(args):
     opt_g = adam(G_and_E, args.lr_g, args)
     opt_d = adam(D, args.lr_d, args)
     seed_noise(args.seed)  # under torchrun: other noise on each GPU from here on
-    amp = functools.partial(torch.autocast, device.type, torch.bfloat16, args.amp, cache_enabled=False)
+
+    def amp():
+        """bfloat16 for --amp. No cache of cast weights: one that is filled under no_grad would cut gradients."""
+        return torch.autocast(device.type, torch.bfloat16, enabled=args.amp, cache_enabled=False)
 
     def pairs(x_real):
         """Images and codes of the real pairs (x, E(x)), and below them of as many fake ones (G(z), z)."""
@@ -291,7 +292,8 @@ def train(args):
     def step(x):
         """One iteration: an update of D for each batch in x, uint8 (d_steps, B, C, S, S), then --g-steps of G and E.
 
-        The losses stay on the device: to print one would wait for it, which a CUDA graph (see captured) forbids."""
+        Returns the losses of the last update of D and of G. They stay on the device: to print one would wait for it,
+        which a CUDA graph (see captured) forbids."""
         for x_uint8 in x:
             x_real = from_uint8(x_uint8)
             with torch.no_grad(), amp():  # D's backward ends at the pairs
@@ -300,7 +302,7 @@ def train(args):
                 score_real, score_fake = D(x_both, z_both).chunk(2)  # no batch norm: one call for both
             d_loss = discriminator_loss(score_real, score_fake)
             if args.r1:
-                k = math.ceil(args.penalty_share * len(x_real))  # the penalty costs most; the first k are a random part
+                k = math.ceil(args.penalty_share * len(x_real))  # the penalty is costly; the batch is shuffled
                 with amp():
                     penalty = squared_gradient(D, x_both[:k], z_both[:k])
                 d_loss = d_loss + args.r1 / 2 * penalty
@@ -313,7 +315,7 @@ def train(args):
             with amp():
                 g_loss = generator_loss(*D(*pairs(x_real)).chunk(2))  # D's last images, a fresh z
             opt_g.zero_grad(set_to_none=True)
-            g_loss.backward(inputs=list(G_and_E.parameters()))  # through D, whose weights get no gradient
+            g_loss.backward(inputs=list(G_and_E.parameters()))  # back through D, but only G's weights get gradients
             average_gradients(G_and_E)
             opt_g.step()
             update_ema(ema, G, args.ema)
@@ -337,7 +339,7 @@ def train(args):
     def score(x, y):
         return D(from_uint8(x), encode(x))
 
-    # Study logs, draws and scores, and never trains. sample and score are how it sees the networks.
+    # Study writes logs, sheets and scores, and never trains. It calls these two; y is for the conditional scripts.
     study = Study(args, batches.held, sample, score, script=SCRIPT)
     state = {"G": G, "D": D, "E": E, "ema": ema, "ema_e": ema_e, "opt_g": opt_g, "opt_d": opt_d}
     if args.probe:
@@ -363,9 +365,9 @@ def train(args):
 
     # i counts updates of D, and so do --steps and every --*-every. A pass of this loop makes d_steps of them.
     while i < total and not stop.is_set():
-        decay = 1 - i / total if args.lr_decay == "linear" else 1.0
-        set_rate(opt_g, decay * args.lr_g)
-        set_rate(opt_d, decay * args.lr_d)
+        lr_scale = 1 - i / total if args.lr_decay == "linear" else 1.0
+        set_rate(opt_g, lr_scale * args.lr_g)
+        set_rate(opt_d, lr_scale * args.lr_d)
         x, _ = batches(i, args.d_steps)
         losses = step(x)
         i += args.d_steps
@@ -431,7 +433,11 @@ def add_run_flags(p):
     p.add_argument("--flip", action="store_true", help="mirror images at random: for faces, not for digits")
     p.add_argument("--holdout", type=count, default=0, help="training images that D never sees, for --reject drs")
     p.add_argument("--arch", choices=("dcgan", "mlp"), default="dcgan", help="convolutional or fully connected")
-    p.add_argument("--latent-dim", type=number(int, 1, 65536), help="size of z. Default: 16 for grey images, else 100")
+    p.add_argument(
+        "--latent-dim",
+        type=number(int, 1, 65536),
+        help="size of z. Default: 100; 16 for grey images, without --paper and mlp",
+    )
     p.add_argument("--prior", choices=("normal", "uniform"), default="normal", help="of z: N(0, I) or U[-1, 1]")
     p.add_argument("--paper", action="store_true", help="the paper's settings, where no flag says otherwise")
     p.add_argument("--epochs", type=number(int, 1), default=20, help="passes over the training images")
@@ -459,20 +465,22 @@ def add_run_flags(p):
     )
 
 
-def resolve(p, argv, paper, mlp, colour=None):
-    """The flags as a namespace, and the names of those given. Ends the program with one line where they cannot be.
+def resolve(p, argv, paper, mlp, colour=()):
+    """The flags as a namespace, and the names of those given. Ends the program where they contradict each other.
 
     A flag has the first of these: the value on the command line, in the resumed checkpoint, of --paper, of --arch mlp
     or of colour images of 64 pixels or more, its default, and what suits the data."""
-    colour = colour or {}
-    p.epilog = f"--paper sets {paper}. --arch mlp sets {mlp}. Colour images of 64 pixels or more set {colour}."
+    p.epilog = f"--paper sets {paper}. --arch mlp sets {mlp}."
+    if colour:
+        p.epilog += f" Colour images of 64 pixels or more set {colour}."
     defaults = vars(p.parse_args([]))
     # argparse fills in a default only where the namespace lacks the name. Here all are there, as None, so what is not
     # None afterwards was given.
     unset = argparse.Namespace(**dict.fromkeys(defaults))
     given = {name: value for name, value in vars(p.parse_args(argv, unset)).items() if value is not None}
-    if "" in given.values():
-        fail("a flag was given an empty value")
+    for name, value in given.items():
+        if value == "":
+            fail(f"--{name.replace('_', '-')} was given an empty value")
     saved = {}
     if given.get("resume"):
         checkpoint = read_checkpoint(given["resume"])
@@ -481,6 +489,8 @@ def resolve(p, argv, paper, mlp, colour=None):
         saved = {name: value for name, value in checkpoint["args"].items() if name in defaults and name not in NOT_KEPT}
         if "epochs" in given:
             saved["steps"] = None
+        if not Path(saved["data_dir"]).exists():  # a checkpoint of another machine
+            del saved["data_dir"]
         for name in saved.keys() & given.keys() & set(FIXED):
             # --generate may take another seed, for other images; not so drs, as the seed chose what was held out
             another_seed = name == "seed" and "generate" in given and given.get("reject", saved["reject"]) != "drs"
@@ -493,7 +503,7 @@ def resolve(p, argv, paper, mlp, colour=None):
     if args.arch == "mlp":
         preset |= mlp
     elif CHANNELS[args.dataset] == 3 and (args.image_size or side) >= 64:
-        preset |= colour
+        preset |= dict(colour)
     if args.paper:
         preset |= paper
     args = argparse.Namespace(**{**defaults, **preset, **chosen})
@@ -523,21 +533,22 @@ def suited_to(args):
     if args.paper:
         return 32, 100
     side = {"cifar10": 32, "celeba": 64, "folder": 64}.get(args.dataset, 28)
-    return side, 16 if CHANNELS[args.dataset] == 1 else 100  # on MNIST 16 gave a third less FID than 100
+    latent_dim = 16 if CHANNELS[args.dataset] == 1 else 100  # on MNIST 16 gave an FID a third lower than 100
+    return side, latent_dim
 
 
 def resolve_device(args):
     """Sets args.device and args.graph to what this machine has. Ends the program where it lacks what a flag asks."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if args.device == "auto":
-        args.device = next(name for name in there if there[name])
-    if not there[args.device]:
+        args.device = next(name for name in available if available[name])
+    if not available[args.device]:
         fail(f"--device {args.device}: this PyTorch finds no such device")
     one_gpu = args.device == "cuda" and WORLD == 1
     if args.graph is None:
         args.graph = one_gpu
     if args.graph and not one_gpu:
-        fail("--graph needs one process on CUDA, not several by torchrun")
+        fail("--graph needs CUDA and a single process")
     if args.amp and args.device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         fail("--amp: this GPU has no bfloat16 of its own")
     if args.batch_size % WORLD or args.batch_size < 2 * WORLD:
@@ -565,7 +576,9 @@ class Batches:
     images uint8 (n, B, C, S, S) and labels (n, B); under torchrun this process's part of each batch. The order follows
     from the seed and the epoch alone, so a resumed run goes on with the right batch.
     .held       (images, labels) set aside by --holdout, or None
-    .classes    {name: number of training images}"""
+    .classes    {name: number of training images}, those of --holdout among them
+
+    An epoch is len(x) // batch_size batches; what is left over is another part of the images in each epoch."""
 
     def __init__(self, args, device):
         self.args = args
@@ -577,12 +590,14 @@ class Batches:
             self.classes = read_checkpoint(args.resume)["classes"]
             return
         if RANK != 0:
-            from_rank_0()  # waits here until rank 0 has downloaded or decoded the data,
+            from_rank_0()  # waits until rank 0 has downloaded or decoded the data
         x, y, names = load_data(args.dataset, args.data_dir, args.image_size, "train")
         if RANK == 0:
-            from_rank_0()  # which it tells the others here
+            from_rank_0()  # and lets the others go on
         counts = y.bincount().tolist() if names and y.min() >= 0 else []
-        self.classes = dict(zip(names, counts))  # those of the training images come first
+        self.classes = dict(zip(names, counts))  # without those that only the test images have
+        if args.holdout >= len(x):
+            fail(f"--holdout {args.holdout} leaves nothing of {len(x)} training images to train on")
         if args.holdout:
             order = torch.randperm(len(x), generator=seeded(args.seed, HELD_OUT))
             held, kept = order.tensor_split([args.holdout])
@@ -666,7 +681,7 @@ def update_ema(ema, G, decay):
 
 
 def pair_accuracy(score_real, score_fake):
-    """The share of pairs with score(real) > score(fake), whatever the loss. 1/2: D cannot tell; 1: it always can."""
+    """The share of (real, fake) pairs that D puts in the right order, the AUC of its score. 1/2: it cannot tell."""
     return (score_real.detach()[:, None] > score_fake.detach()).float().mean()
 
 
@@ -690,8 +705,8 @@ def captured(step):
     A step starts hundreds of small GPU operations, and starting them takes longer than running them. A graph records
     them once; replay() starts all with one call, always on the same memory. So each batch is copied into tensors of its
     own, and the losses come out in the same tensors every time. The first three calls run without a graph, as real
-    training: cuDNN chooses its kernels and Adam makes its moments before the recording. After it a tensor that step
-    uses may be written to, but not replaced."""
+    training: cuDNN chooses its kernels and Adam makes its moments before the recording. After the recording write into
+    tensors that step uses (fill_, copy_), and never replace them."""
     stream = torch.cuda.Stream()
     graph = torch.cuda.CUDAGraph()
     calls = 0
@@ -726,22 +741,24 @@ def captured(step):
 
 
 def due(i, every, args):
-    """True once for each multiple of `every`; 0: never. i grows by d_steps, which may jump over the multiple itself."""
+    """Did i reach or pass a multiple of `every` in this iteration? i grows by d_steps, so it may skip the multiple.
+
+    every 0: never."""
     return every > 0 and i % every < args.d_steps
 
 
 def save(name, i, state, study):
     """Writes a checkpoint into the run's folder: one dict of plain types and tensors. Only rank 0 writes.
 
-    A weight that is not finite ends the program before, so that the last good file stays."""
+    Ends the program if a weight is NaN or infinite, before the last good file is overwritten."""
     for part in state.values():
         if isinstance(part, nn.Module) and not all(p.isfinite().all() for p in part.parameters()):
             not_finite("a weight", i, study.folder)
-    if RANK:
+    if RANK != 0:
         return
     checkpoint = {
         "script": SCRIPT.stem,
-        "args": vars(study.args),
+        "args": {**vars(study.args), "data_dir": str(Path(study.args.data_dir).resolve())},  # resumed from anywhere
         "step": i,
         "classes": study.classes,
         "seconds": study.seconds(),
@@ -750,22 +767,23 @@ def save(name, i, state, study):
     }
     if study.args.device == "cuda":
         checkpoint["rng"]["cuda"] = torch.cuda.get_rng_state()
-    write_whole(study.folder / name, functools.partial(torch.save, checkpoint))
+    write_whole(study.folder / name, lambda file: torch.save(checkpoint, file))
 
 
 def read_checkpoint(path):
     """The dict that save wrote, on the CPU. Ends the program with one line if the file holds another."""
     with or_fail(f"{path} is not a whole checkpoint of these scripts"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        for name in ("script", "args", "step", "classes", "seconds", "rng"):
-            checkpoint[name]  # a KeyError here: another program's file
+        missing = {"script", "args", "step", "classes", "seconds", "rng"} - checkpoint.keys()
+        if missing:
+            raise KeyError(*missing)
     return checkpoint
 
 
 def restore(path, state, study=None):
     """Loads the networks and optimizers in `state`; with a study the noise and its clock too.
 
-    Returns the number of updates of D that it has had.
+    Returns the checkpoint's count of updates of D.
 
     An optimizer takes its moments from the checkpoint, but keeps its own rate and betas: these are flags."""
     checkpoint = read_checkpoint(path)

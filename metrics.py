@@ -53,6 +53,11 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 from torch import fx, nn
 from torch.nn import functional as F
 
+try:
+    import fcntl
+except ImportError:  # Windows: no lock on a run's folder
+    fcntl = None
+
 # SCORES: pure functions of features and logits ------------------------------------------------------------------------
 
 
@@ -1495,6 +1500,7 @@ class Study:
                 writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter
         undo = contextlib.nullcontext() if goes_on else removed_if_it_fails(self.folder)
         with undo, or_fail(f"--run-dir {self.folder}"):
+            self.claim()
             (self.folder / "samples").mkdir(parents=True, exist_ok=True)
             if self.script and not goes_on:
                 shutil.copyfile(self.script, self.folder / self.script.name)
@@ -1509,10 +1515,22 @@ class Study:
             rows = self.scores_file.keep(i)
             if args.tensorboard:
                 self.board = writer(self.folder, purge_step=i + 1)
+            self.claim()  # the file that has just been written
         self.find_best(rows, i)
         ranks = f"{WORLD} x " if WORLD > 1 else ""
         say(f"{self.folder}: update {i} to {total} of D, {args.batch_size} images each, on {ranks}{args.device}")
         self.mark(i)
+
+    def claim(self):
+        """Keeps other processes out of the run's folder until this one ends: two would write one last.pt."""
+        if fcntl and (self.folder / "args.json").exists():
+            self.claimed = open(self.folder / "args.json", "r+b")  # the lock goes with the process, however it ends
+            try:
+                fcntl.lockf(self.claimed, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                fail(f"--run-dir {self.folder}: another process is training there")
+            except OSError:  # a file system without locks
+                pass
 
     def find_best(self, rows, i):
         """best.pt counts if it is of the best row. Else it is of an abandoned branch, or was not written in time."""

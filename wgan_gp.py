@@ -1,4 +1,4 @@
-"""WGAN-GP: a critic scores images, G raises its own, and a penalty keeps the critic's slope near 1.
+"""WGAN-GP: a critic scores images, G learns to score high, and a penalty keeps the critic's slope near 1.
 
 Gulrajani, Ahmed, Arjovsky, Dumoulin and Courville, "Improved Training of Wasserstein GANs", arXiv 1704.00028, eq. (3).
 D, class Discriminator, is the critic: it gives a score without bounds, not a probability.
@@ -7,9 +7,10 @@ D, class Discriminator, is the critic: it gives a score without bounds, not a pr
     generator  min_G  -E[D(G(z))]
     where      x_hat = eps x + (1 - eps) G(z), one eps ~ U[0, 1] for each image; z ~ N(0, I) or U[-1, 1]
 
-grad is by the numbers of the image x_hat, not by the weights. Without a limit on this slope the critic could raise the
-difference of its scores for ever. With slopes of at most 1 (a 1-Lipschitz critic) the largest E[D(x)] - E[D(G(z))] is
-the Wasserstein distance between real and generated images. The penalty looks at random points between the two.
+grad is with respect to the pixels of x_hat, not to the weights. Without a limit on this slope the critic could raise
+the difference of its scores for ever. With slopes of at most 1 (a 1-Lipschitz critic) the largest E[D(x)] - E[D(G(z))]
+is the Wasserstein distance between real and generated images. The penalty looks at random points on lines from a fake
+image to a real one.
 
     python wgan_gp.py                                    digits rendered at start-up, no download
     python wgan_gp.py --dataset mnist --epochs 200
@@ -19,6 +20,9 @@ the Wasserstein distance between real and generated images. The penalty looks at
 mean and the standard deviation over seeds 0 to 2. FID is a distance between generated and real images: lower is better,
 and real digits have 1.3. tests/gallery/README.md has the protocol.
 
+The defaults differ from the paper: one update of the critic for one of G, the penalty on a quarter of each batch, beta1
+of 0, and higher rates that fall to 0. --paper undoes this.
+
 The critic has no batch norm: with it a score would depend on all images of the batch, and the slope at one image would
 mean nothing. While training, G's batch norm uses the current batch. The images to look at come from `ema`, a copy of G
 with averaged weights, in eval mode.
@@ -26,7 +30,6 @@ with averaged weights, in eval mode.
 
 import argparse
 import copy
-import functools
 import math
 import os
 from datetime import datetime, timedelta
@@ -59,8 +62,8 @@ from metrics import (
     write_whole,
 )
 
-# --paper sets these; lambda, the batch and beta2 are the paper's already. beta1 is 0 in its text and .5 in its code.
-# The average and the widths are ours.
+# --paper sets these: the paper's optimization, on networks of ours. lambda 10, batch 64 and beta2 .9 are its too.
+# beta1 is 0 in its text and .5 in the authors' gan_mnist.py. The average and the widths are ours.
 PAPER = dict(d_steps=5, lr_g=1e-4, lr_d=1e-4, beta1=0.5, ema=0.999, ngf=32, ndf=32, penalty_share=1.0, lr_decay="none")
 MLP = dict(lr_g=2e-3, lr_d=5e-4)  # --arch mlp sets these
 
@@ -140,7 +143,9 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Image (B, channels, S, S) -> score (B,), any real number, larger for more real. No norm, so the biases stay."""
+    """Image (B, channels, S, S) -> score (B,), any real number, larger for more real.
+
+    There is no batch norm after its layers, so each has a bias."""
 
     def __init__(self, args, channels):
         super().__init__()
@@ -170,21 +175,20 @@ class Discriminator(nn.Module):
 
 
 def doublings(side):
-    """How many times a side of 4 doubles to reach this one: 2 for 16, 3 for 28 (4, 7, 14, 28) and 32, 4 for 64."""
-    if side == 28:
-        return 3
-    if side not in (16, 32, 64, 128, 256):
+    """How many layers of stride 2 lead from a side of 4 to this one."""
+    layers = {16: 2, 28: 3, 32: 3, 64: 4, 128: 5, 256: 6}  # 28: 4, 7, 14, 28
+    if side not in layers:
         fail(f"--arch dcgan makes images of 16, 28, 32, 64, 128 or 256 pixels, not --image-size {side}")
-    return int(math.log2(side)) - 2
+    return layers[side]
 
 
 def dcgan_init(module):
-    """Convolutions start at N(0, .02), Radford et al. 2016, section 4, and batch norm's scales at N(1, .02), as in its
-    code. Linear layers keep PyTorch's own start."""
+    """DCGAN's initialization (Radford et al. 2016, section 4): weights of convolutions from N(0, .02), scales of batch
+    norm from N(1, .02) as in its code. Linear layers keep PyTorch's default."""
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)):
         mean = 1.0 if isinstance(module, nn.BatchNorm2d) else 0.0
         for name, p in module.named_parameters():
-            if "weight" in name:  # not only "weight": a layer that you wrap in spectral_norm has another name for it
+            if "weight" in name:  # spectral_norm, if you add it, renames it to parametrizations.weight.original
                 nn.init.normal_(p, mean, 0.02)
 
 
@@ -192,7 +196,9 @@ def dcgan_init(module):
 
 
 def discriminator_loss(score_real, score_fake):
-    """E[D(G(z))] - E[D(x)] for scores (B,): eq. (3) without its penalty. The log has its negative as w_dist."""
+    """E[D(G(z))] - E[D(x)] for scores (B,): eq. (3) without its penalty.
+
+    Its negative is logged as w_dist, the critic's estimate of the Wasserstein distance."""
     return score_fake.mean() - score_real.mean()
 
 
@@ -208,13 +214,11 @@ def gradient_penalty(D, x_real, x_fake):
     an image. A common mistake is norm(2, dim=1) of (B, C, H, W): that is a norm, and so a penalty, for each pixel."""
     eps = torch.rand(len(x_real), 1, 1, 1, device=x_real.device, dtype=x_real.dtype)
     x_hat = torch.lerp(x_fake, x_real, eps)  # eps x_real + (1 - eps) x_fake
-    x_hat = x_hat.detach().requires_grad_(True)  # so that a gradient by it can be asked for
+    x_hat = x_hat.detach().requires_grad_(True)  # a leaf, with respect to which autograd can differentiate
     # A score depends on its own image alone, so the gradient of their sum holds the gradient of each. create_graph: the
-    # backward of d_loss will differentiate this gradient once more, by the critic's weights.
+    # backward of d_loss will differentiate this gradient once more, with respect to the critic's weights.
     (grad,) = torch.autograd.grad(D(x_hat).sum(), x_hat, create_graph=True)
-    norm = (
-        grad.flatten(1).square().sum(1) + 1e-12
-    ).sqrt()  # the square root has an infinite slope at 0, which makes NaN
+    norm = (grad.flatten(1).square().sum(1) + 1e-12).sqrt()  # the derivative of sqrt is infinite at 0
     return (norm - 1).square().mean(), norm.mean()
 
 
@@ -233,17 +237,21 @@ def train(args):
     opt_g = adam(G, args.lr_g, args)
     opt_d = adam(D, args.lr_d, args)
     seed_noise(args.seed)  # under torchrun: other noise on each GPU from here on
-    amp = functools.partial(torch.autocast, device.type, torch.bfloat16, args.amp, cache_enabled=False)
+
+    def amp():
+        """bfloat16 for --amp. No cache of cast weights: one that is filled under no_grad would cut gradients."""
+        return torch.autocast(device.type, torch.bfloat16, enabled=args.amp, cache_enabled=False)
 
     def step(x):
         """One iteration: an update of D for each batch in x, uint8 (d_steps, B, C, S, S), then --g-steps of G.
 
-        The losses stay on the device: to print one would wait for it, which a CUDA graph (see captured) forbids."""
+        Returns the losses of the last update of D and of G. They stay on the device: to print one would wait for it,
+        which a CUDA graph (see captured) forbids."""
         for x_uint8 in x:
             x_real = from_uint8(x_uint8)
-            with torch.no_grad(), amp():  # to train D takes no gradient of G
+            with torch.no_grad(), amp():  # D's update needs no gradient through G
                 x_fake = G(sample_z(args, len(x_real), device))
-            k = math.ceil(args.penalty_share * len(x_real))  # the penalty costs most; the first k are a random part
+            k = math.ceil(args.penalty_share * len(x_real))  # the penalty is costly; the batch is shuffled
             with amp():
                 score_real, score_fake = D(torch.cat([x_real, x_fake])).chunk(2)  # no batch norm: one call for both
                 penalty, grad_norm = gradient_penalty(D, x_real[:k], x_fake[:k])
@@ -257,7 +265,7 @@ def train(args):
             with amp():
                 g_loss = generator_loss(D(G(sample_z(args, len(x_real), device))))  # a fresh z
             opt_g.zero_grad(set_to_none=True)
-            g_loss.backward(inputs=list(G.parameters()))  # through D, whose weights get no gradient
+            g_loss.backward(inputs=list(G.parameters()))  # back through D, but only G's weights get gradients
             average_gradients(G)
             opt_g.step()
             update_ema(ema, G, args.ema)
@@ -276,7 +284,7 @@ def train(args):
     def score(x, y):
         return D(from_uint8(x))
 
-    # Study logs, draws and scores, and never trains. sample and score are how it sees the networks.
+    # Study writes logs, sheets and scores, and never trains. It calls these two; y is for the conditional scripts.
     study = Study(args, batches.held, sample, score, script=SCRIPT)
     state = {"G": G, "D": D, "ema": ema, "opt_g": opt_g, "opt_d": opt_d}
     i = restore(args.resume, state, study) if args.resume else 0  # updates of D so far
@@ -291,9 +299,9 @@ def train(args):
 
     # i counts updates of D, and so do --steps and every --*-every. A pass of this loop makes d_steps of them.
     while i < total and not stop.is_set():
-        decay = 1 - i / total if args.lr_decay == "linear" else 1.0
-        set_rate(opt_g, decay * args.lr_g)
-        set_rate(opt_d, decay * args.lr_d)
+        lr_scale = 1 - i / total if args.lr_decay == "linear" else 1.0
+        set_rate(opt_g, lr_scale * args.lr_g)
+        set_rate(opt_d, lr_scale * args.lr_d)
         x, _ = batches(i, args.d_steps)
         losses = step(x)
         i += args.d_steps
@@ -315,7 +323,7 @@ def train(args):
 
 
 def load(path):
-    """The averaged generator of a checkpoint: G = load("best.pt"); x = G(torch.randn(64, 16)), 16 the latent_dim."""
+    """The averaged generator of a checkpoint, in eval mode. It takes z (B, latent_dim): args.json has the size."""
     checkpoint = read_checkpoint(path)
     args = argparse.Namespace(**checkpoint["args"])
     G = averaged(Generator(args, CHANNELS[args.dataset]))
@@ -349,7 +357,11 @@ def add_run_flags(p):
     p.add_argument("--flip", action="store_true", help="mirror images at random: for faces, not for digits")
     p.add_argument("--holdout", type=count, default=0, help="training images that D never sees, for --reject drs")
     p.add_argument("--arch", choices=("dcgan", "mlp"), default="dcgan", help="convolutional or fully connected")
-    p.add_argument("--latent-dim", type=number(int, 1, 65536), help="size of z. Default: 16 for grey images, else 100")
+    p.add_argument(
+        "--latent-dim",
+        type=number(int, 1, 65536),
+        help="size of z. Default: 100; 16 for grey images, without --paper and mlp",
+    )
     p.add_argument("--prior", choices=("normal", "uniform"), default="normal", help="of z: N(0, I) or U[-1, 1]")
     p.add_argument("--paper", action="store_true", help="the paper's settings, where no flag says otherwise")
     p.add_argument("--epochs", type=number(int, 1), default=20, help="passes over the training images")
@@ -377,20 +389,22 @@ def add_run_flags(p):
     )
 
 
-def resolve(p, argv, paper, mlp, colour=None):
-    """The flags as a namespace, and the names of those given. Ends the program with one line where they cannot be.
+def resolve(p, argv, paper, mlp, colour=()):
+    """The flags as a namespace, and the names of those given. Ends the program where they contradict each other.
 
     A flag has the first of these: the value on the command line, in the resumed checkpoint, of --paper, of --arch mlp
     or of colour images of 64 pixels or more, its default, and what suits the data."""
-    colour = colour or {}
-    p.epilog = f"--paper sets {paper}. --arch mlp sets {mlp}. Colour images of 64 pixels or more set {colour}."
+    p.epilog = f"--paper sets {paper}. --arch mlp sets {mlp}."
+    if colour:
+        p.epilog += f" Colour images of 64 pixels or more set {colour}."
     defaults = vars(p.parse_args([]))
     # argparse fills in a default only where the namespace lacks the name. Here all are there, as None, so what is not
     # None afterwards was given.
     unset = argparse.Namespace(**dict.fromkeys(defaults))
     given = {name: value for name, value in vars(p.parse_args(argv, unset)).items() if value is not None}
-    if "" in given.values():
-        fail("a flag was given an empty value")
+    for name, value in given.items():
+        if value == "":
+            fail(f"--{name.replace('_', '-')} was given an empty value")
     saved = {}
     if given.get("resume"):
         checkpoint = read_checkpoint(given["resume"])
@@ -399,6 +413,8 @@ def resolve(p, argv, paper, mlp, colour=None):
         saved = {name: value for name, value in checkpoint["args"].items() if name in defaults and name not in NOT_KEPT}
         if "epochs" in given:
             saved["steps"] = None
+        if not Path(saved["data_dir"]).exists():  # a checkpoint of another machine
+            del saved["data_dir"]
         for name in saved.keys() & given.keys() & set(FIXED):
             # --generate may take another seed, for other images; not so drs, as the seed chose what was held out
             another_seed = name == "seed" and "generate" in given and given.get("reject", saved["reject"]) != "drs"
@@ -411,7 +427,7 @@ def resolve(p, argv, paper, mlp, colour=None):
     if args.arch == "mlp":
         preset |= mlp
     elif CHANNELS[args.dataset] == 3 and (args.image_size or side) >= 64:
-        preset |= colour
+        preset |= dict(colour)
     if args.paper:
         preset |= paper
     args = argparse.Namespace(**{**defaults, **preset, **chosen})
@@ -441,21 +457,22 @@ def suited_to(args):
     if args.paper:
         return 32, 100
     side = {"cifar10": 32, "celeba": 64, "folder": 64}.get(args.dataset, 28)
-    return side, 16 if CHANNELS[args.dataset] == 1 else 100  # on MNIST 16 gave a third less FID than 100
+    latent_dim = 16 if CHANNELS[args.dataset] == 1 else 100  # on MNIST 16 gave an FID a third lower than 100
+    return side, latent_dim
 
 
 def resolve_device(args):
     """Sets args.device and args.graph to what this machine has. Ends the program where it lacks what a flag asks."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if args.device == "auto":
-        args.device = next(name for name in there if there[name])
-    if not there[args.device]:
+        args.device = next(name for name in available if available[name])
+    if not available[args.device]:
         fail(f"--device {args.device}: this PyTorch finds no such device")
     one_gpu = args.device == "cuda" and WORLD == 1
     if args.graph is None:
         args.graph = one_gpu
     if args.graph and not one_gpu:
-        fail("--graph needs one process on CUDA, not several by torchrun")
+        fail("--graph needs CUDA and a single process")
     if args.amp and args.device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         fail("--amp: this GPU has no bfloat16 of its own")
     if args.batch_size % WORLD or args.batch_size < 2 * WORLD:
@@ -483,7 +500,9 @@ class Batches:
     images uint8 (n, B, C, S, S) and labels (n, B); under torchrun this process's part of each batch. The order follows
     from the seed and the epoch alone, so a resumed run goes on with the right batch.
     .held       (images, labels) set aside by --holdout, or None
-    .classes    {name: number of training images}"""
+    .classes    {name: number of training images}, those of --holdout among them
+
+    An epoch is len(x) // batch_size batches; what is left over is another part of the images in each epoch."""
 
     def __init__(self, args, device):
         self.args = args
@@ -495,12 +514,14 @@ class Batches:
             self.classes = read_checkpoint(args.resume)["classes"]
             return
         if RANK != 0:
-            from_rank_0()  # waits here until rank 0 has downloaded or decoded the data,
+            from_rank_0()  # waits until rank 0 has downloaded or decoded the data
         x, y, names = load_data(args.dataset, args.data_dir, args.image_size, "train")
         if RANK == 0:
-            from_rank_0()  # which it tells the others here
+            from_rank_0()  # and lets the others go on
         counts = y.bincount().tolist() if names and y.min() >= 0 else []
-        self.classes = dict(zip(names, counts))  # those of the training images come first
+        self.classes = dict(zip(names, counts))  # without those that only the test images have
+        if args.holdout >= len(x):
+            fail(f"--holdout {args.holdout} leaves nothing of {len(x)} training images to train on")
         if args.holdout:
             order = torch.randperm(len(x), generator=seeded(args.seed, HELD_OUT))
             held, kept = order.tensor_split([args.holdout])
@@ -584,7 +605,7 @@ def update_ema(ema, G, decay):
 
 
 def pair_accuracy(score_real, score_fake):
-    """The share of pairs with score(real) > score(fake), whatever the loss. 1/2: D cannot tell; 1: it always can."""
+    """The share of (real, fake) pairs that D puts in the right order, the AUC of its score. 1/2: it cannot tell."""
     return (score_real.detach()[:, None] > score_fake.detach()).float().mean()
 
 
@@ -608,8 +629,8 @@ def captured(step):
     A step starts hundreds of small GPU operations, and starting them takes longer than running them. A graph records
     them once; replay() starts all with one call, always on the same memory. So each batch is copied into tensors of its
     own, and the losses come out in the same tensors every time. The first three calls run without a graph, as real
-    training: cuDNN chooses its kernels and Adam makes its moments before the recording. After it a tensor that step
-    uses may be written to, but not replaced."""
+    training: cuDNN chooses its kernels and Adam makes its moments before the recording. After the recording write into
+    tensors that step uses (fill_, copy_), and never replace them."""
     stream = torch.cuda.Stream()
     graph = torch.cuda.CUDAGraph()
     calls = 0
@@ -644,22 +665,24 @@ def captured(step):
 
 
 def due(i, every, args):
-    """True once for each multiple of `every`; 0: never. i grows by d_steps, which may jump over the multiple itself."""
+    """Did i reach or pass a multiple of `every` in this iteration? i grows by d_steps, so it may skip the multiple.
+
+    every 0: never."""
     return every > 0 and i % every < args.d_steps
 
 
 def save(name, i, state, study):
     """Writes a checkpoint into the run's folder: one dict of plain types and tensors. Only rank 0 writes.
 
-    A weight that is not finite ends the program before, so that the last good file stays."""
+    Ends the program if a weight is NaN or infinite, before the last good file is overwritten."""
     for part in state.values():
         if isinstance(part, nn.Module) and not all(p.isfinite().all() for p in part.parameters()):
             not_finite("a weight", i, study.folder)
-    if RANK:
+    if RANK != 0:
         return
     checkpoint = {
         "script": SCRIPT.stem,
-        "args": vars(study.args),
+        "args": {**vars(study.args), "data_dir": str(Path(study.args.data_dir).resolve())},  # resumed from anywhere
         "step": i,
         "classes": study.classes,
         "seconds": study.seconds(),
@@ -668,22 +691,23 @@ def save(name, i, state, study):
     }
     if study.args.device == "cuda":
         checkpoint["rng"]["cuda"] = torch.cuda.get_rng_state()
-    write_whole(study.folder / name, functools.partial(torch.save, checkpoint))
+    write_whole(study.folder / name, lambda file: torch.save(checkpoint, file))
 
 
 def read_checkpoint(path):
     """The dict that save wrote, on the CPU. Ends the program with one line if the file holds another."""
     with or_fail(f"{path} is not a whole checkpoint of these scripts"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        for name in ("script", "args", "step", "classes", "seconds", "rng"):
-            checkpoint[name]  # a KeyError here: another program's file
+        missing = {"script", "args", "step", "classes", "seconds", "rng"} - checkpoint.keys()
+        if missing:
+            raise KeyError(*missing)
     return checkpoint
 
 
 def restore(path, state, study=None):
     """Loads the networks and optimizers in `state`; with a study the noise and its clock too.
 
-    Returns the number of updates of D that it has had.
+    Returns the checkpoint's count of updates of D.
 
     An optimizer takes its moments from the checkpoint, but keeps its own rate and betas: these are flags."""
     checkpoint = read_checkpoint(path)

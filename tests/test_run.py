@@ -1373,3 +1373,45 @@ def test_eight_lines_make_a_script_of_ones_own(tmp_path):
     D = module.Discriminator(module.parse_args(["--device", "cpu"]), 1)
     weights = [p for name, p in D.named_parameters() if name.endswith("original")]
     assert len(weights) == 4 and all(p.std().item() == pytest.approx(0.02, rel=0.06) for p in weights), weights
+
+
+# two processes, two places --------------------------------------------------------------------------------------------
+
+
+def test_another_process_in_the_runs_folder_is_one_line(w, capsys):
+    """Two would write one last.pt. The lock goes with its process, also by SIGKILL."""
+    w.main([*w.tiny, "--steps", "4", "--run-dir", "a"])
+    code = "import fcntl, time\nf = open('a/args.json', 'r+b')\nfcntl.lockf(f, 2 | 4)\nprint(1, flush=True)\ntime.sleep(99)"
+    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    try:
+        assert other.stdout.readline() == b"1\n"
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            w.main(["--resume", "a/last.pt", "--steps", "8"])
+        assert stop.value.code == 2 and "another process is training there" in capsys.readouterr().err
+        assert checkpoint("a/last.pt")["step"] == 4
+    finally:
+        other.kill()
+        other.wait()
+    w.main(["--resume", "a/last.pt", "--steps", "8"])
+    assert checkpoint("a/last.pt")["step"] == 8
+
+
+def test_a_run_goes_on_from_another_directory(w, monkeypatch, tmp_path):
+    """The checkpoint knows where its data lies; where that is gone, as on another machine, --data-dir is what it is."""
+    (tmp_path / "here" / "pictures").mkdir(parents=True)
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    w.main([*w.tiny, "--steps", "4", "--data-dir", "pictures", "--run-dir", "a"])
+    monkeypatch.chdir(tmp_path / "there")
+    args = w.parse_args(["--resume", "../here/a/last.pt"])
+    assert Path(args.data_dir) == (tmp_path / "here" / "pictures").resolve()
+    (tmp_path / "here" / "pictures").rmdir()
+    assert w.parse_args(["--resume", "../here/a/last.pt"]).data_dir == "data"
+
+
+def test_a_holdout_of_everything_is_one_line(w, capsys):
+    with pytest.raises(SystemExit):
+        w.main([*w.tiny, "--holdout", "300", "--run-dir", "a"])
+    assert "--holdout 300 leaves nothing of 300 training images" in capsys.readouterr().err
+    assert not Path("a").exists()
