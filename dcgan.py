@@ -68,7 +68,7 @@ from metrics import (
 PAPER = dict(batch_size=128, lr_g=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999, ema=0.999, ngf=32, ndf=32)
 PAPER |= dict(d_norm="batch", r1=0.0, penalty_share=1.0, lr_decay="none")
 MLP = dict(lr_g=2e-3, lr_d=5e-4)  # --arch mlp sets these
-# Colour images of 64 pixels or more set these. A larger image has a larger gradient, and small batches learn sooner.
+# Colour images of 64 pixels or more set these: the best of a search on faces (tests/gallery/search.md).
 COLOUR = dict(batch_size=16, r1=10.0, ngf=32, ndf=32)
 
 
@@ -256,8 +256,8 @@ def squared_gradient(D, x):
 
     gamma/2 of it on real images is R1, on fake ones R2: Mescheder et al. 2018, 1801.04406, eq. (9) and (10)."""
     x = x.detach().requires_grad_(True)
-    # A logit depends on its own image alone, so the gradient of their sum holds the gradient of each. create_graph: the
-    # backward of d_loss will differentiate this gradient once more, with respect to D's weights.
+    # Without batch norm a logit depends on its own image alone, so the gradient of their sum holds the gradient of each.
+    # create_graph: the backward of d_loss will differentiate this gradient once more, with respect to D's weights.
     (grad,) = torch.autograd.grad(D(x).sum(), x, create_graph=True)
     return grad.flatten(1).square().sum(1).mean()
 
@@ -279,7 +279,7 @@ def train(args):
     seed_noise(args.seed)  # under torchrun: other noise on each GPU from here on
 
     def amp():
-        """bfloat16 for --amp. No cache of cast weights: one that is filled under no_grad would cut gradients."""
+        """bfloat16 for --amp. No cache of cast weights, so that no pass can reuse those of another."""
         return torch.autocast(device.type, torch.bfloat16, enabled=args.amp, cache_enabled=False)
 
     weight_real = args.gp + args.r1 / 2
@@ -365,8 +365,10 @@ def train(args):
             study.log(i)
         if due(i, args.sample_every, args):
             study.sheet(i)
-        if due(i, args.eval_every, args) and study.evaluate(i):  # True: the best so far
-            save("best.pt", i, state, study)
+        if due(i, args.eval_every, args):
+            is_best = study.evaluate(i)
+            if is_best:
+                save("best.pt", i, state, study)
         if due(i, args.checkpoint_every, args):
             save("last.pt", i, state, study)
 
@@ -482,7 +484,7 @@ def resolve(p, argv, paper, mlp, colour=()):
     if args.arch == "mlp":
         preset |= mlp
     elif CHANNELS[args.dataset] == 3 and (args.image_size or side) >= 64:
-        preset |= dict(colour)
+        preset |= dict(colour)  # () in most scripts
     if args.paper:
         preset |= paper
     args = argparse.Namespace(**{**defaults, **preset, **chosen})
@@ -574,7 +576,7 @@ class Batches:
         if RANK == 0:
             from_rank_0()  # and lets the others go on
         counts = y.bincount().tolist() if names and y.min() >= 0 else []
-        self.classes = dict(zip(names, counts))  # without those that only the test images have
+        self.classes = dict(zip(names, counts))  # zip drops names that only the test images have
         if args.holdout >= len(x):
             fail(f"--holdout {args.holdout} leaves nothing of {len(x)} training images to train on")
         if args.holdout:

@@ -302,7 +302,7 @@ def train(args):
     seed_noise(args.seed)  # under torchrun: other noise on each GPU from here on
 
     def amp():
-        """bfloat16 for --amp. No cache of cast weights: one that is filled under no_grad would cut gradients."""
+        """bfloat16 for --amp. No cache of cast weights, so that no pass can reuse those of another."""
         return torch.autocast(device.type, torch.bfloat16, enabled=args.amp, cache_enabled=False)
 
     def step(x):
@@ -373,8 +373,10 @@ def train(args):
             study.log(i)
         if due(i, args.sample_every, args):
             study.sheet(i)
-        if due(i, args.eval_every, args) and study.evaluate(i):  # True: the best so far
-            save("best.pt", i, state, study)
+        if due(i, args.eval_every, args):
+            is_best = study.evaluate(i)
+            if is_best:
+                save("best.pt", i, state, study)
         if due(i, args.checkpoint_every, args):
             save("last.pt", i, state, study)
 
@@ -490,7 +492,7 @@ def resolve(p, argv, paper, mlp, colour=()):
     if args.arch == "mlp":
         preset |= mlp
     elif CHANNELS[args.dataset] == 3 and (args.image_size or side) >= 64:
-        preset |= dict(colour)
+        preset |= dict(colour)  # () in most scripts
     if args.paper:
         preset |= paper
     args = argparse.Namespace(**{**defaults, **preset, **chosen})
@@ -582,7 +584,7 @@ class Batches:
         if RANK == 0:
             from_rank_0()  # and lets the others go on
         counts = y.bincount().tolist() if names and y.min() >= 0 else []
-        self.classes = dict(zip(names, counts))  # without those that only the test images have
+        self.classes = dict(zip(names, counts))  # zip drops names that only the test images have
         if args.holdout >= len(x):
             fail(f"--holdout {args.holdout} leaves nothing of {len(x)} training images to train on")
         if args.holdout:

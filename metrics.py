@@ -1489,7 +1489,7 @@ class Study:
         if RANK:
             return
         args = self.args
-        if i > total:
+        if i >= total + args.d_steps:  # the last iteration may end past the total
             fail(f"{args.resume} is at update {i}, past the {total} asked for")
         goes_on = args.resume and Path(args.resume).resolve().parent == self.folder.resolve()
         if not goes_on and any(self.folder.glob("*")):

@@ -1381,7 +1381,8 @@ def test_eight_lines_make_a_script_of_ones_own(tmp_path):
 def test_another_process_in_the_runs_folder_is_one_line(w, capsys):
     """Two would write one last.pt. The lock goes with its process, also by SIGKILL."""
     w.main([*w.tiny, "--steps", "4", "--run-dir", "a"])
-    code = "import fcntl, time\nf = open('a/args.json', 'r+b')\nfcntl.lockf(f, 2 | 4)\nprint(1, flush=True)\ntime.sleep(99)"
+    lines = ("import fcntl, time", "f = open('a/args.json', 'r+b')", "fcntl.lockf(f, 2 | 4)", "print(1, flush=True)")
+    code = "\n".join((*lines, "time.sleep(99)"))
     other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     try:
         assert other.stdout.readline() == b"1\n"
@@ -1415,3 +1416,10 @@ def test_a_holdout_of_everything_is_one_line(w, capsys):
         w.main([*w.tiny, "--holdout", "300", "--run-dir", "a"])
     assert "--holdout 300 leaves nothing of 300 training images" in capsys.readouterr().err
     assert not Path("a").exists()
+
+
+def test_a_finished_run_whose_last_iteration_went_past_the_total_resumes(w):
+    w.main([*w.tiny, "--d-steps", "5", "--steps", "7", "--run-dir", "a"])
+    assert checkpoint("a/last.pt")["step"] == 10
+    w.main(["--resume", "a/last.pt"])
+    assert checkpoint("a/last.pt")["step"] == 10
