@@ -256,7 +256,7 @@ def squared_gradient(D, x):
 
     gamma/2 of it on real images is R1, on fake ones R2: Mescheder et al. 2018, 1801.04406, eq. (9) and (10)."""
     x = x.detach().requires_grad_(True)
-    # Without batch norm a logit depends on its own image alone, so the gradient of their sum holds the gradient of each.
+    # Without batch norm each logit depends on its own image alone, so the gradient of the sum holds the gradient of each.
     # create_graph: the backward of d_loss will differentiate this gradient once more, with respect to D's weights.
     (grad,) = torch.autograd.grad(D(x).sum(), x, create_graph=True)
     return grad.flatten(1).square().sum(1).mean()
