@@ -135,7 +135,8 @@ class Generator(nn.Module):
             layers = [nn.Unflatten(1, (args.latent_dim, 1, 1))]  # (B, latent_dim, 1, 1)
             layers += [nn.ConvTranspose2d(args.latent_dim, width, 4, 1, 0, bias=False)]  # (B, width, 4, 4)
             for i in range(n):  # twice the side, half the channels; the last one makes the image
-                kernel = 3 if S == 28 and i == 0 else 4  # new side = 2 side - 4 + kernel: 3 makes 7 of 4, 4 doubles it
+                # A kernel of 4 doubles the side; at 28 the first makes 7 of 4.
+                kernel = 3 if S == 28 and i == 0 else 4
                 w = channels if i == n - 1 else width // 2
                 layers += [nn.BatchNorm2d(width), nn.ReLU(), nn.ConvTranspose2d(width, w, kernel, 2, 1, bias=False)]
                 width = w
@@ -164,7 +165,8 @@ class Encoder(nn.Module):
             layers = []
             width = channels
             for i in range(n):  # half the side, twice the channels
-                kernel = 3 if S == 28 and i == n - 1 else 4  # 3 makes 4 of 7, 4 halves the side
+                # A kernel of 4 halves the side; at 28 the last makes 4 of 7.
+                kernel = 3 if S == 28 and i == n - 1 else 4
                 w = args.ngf * 2**i
                 layers += [nn.Conv2d(width, w, kernel, 2, 1, bias=False), nn.BatchNorm2d(w)]
                 layers += [nn.LeakyReLU(negative_slope=0.2)]
@@ -200,7 +202,8 @@ class Discriminator(nn.Module):
             layers = []
             width = channels
             for i in range(n):  # half the side, twice the channels
-                kernel = 3 if S == 28 and i == n - 1 else 4  # 3 makes 4 of 7, 4 halves the side
+                # A kernel of 4 halves the side; at 28 the last makes 4 of 7.
+                kernel = 3 if S == 28 and i == n - 1 else 4
                 w = args.ndf * 2**i
                 layers += [nn.Conv2d(width, w, kernel, 2, 1), nn.LeakyReLU(negative_slope=0.2)]
                 width = w
@@ -302,7 +305,8 @@ def train(args):
                 score_real, score_fake = D(x_both, z_both).chunk(2)  # no batch norm: one call for both
             d_loss = discriminator_loss(score_real, score_fake)
             if args.r1:
-                k = math.ceil(args.penalty_share * len(x_real))  # the penalty is costly; the batch is shuffled
+                # The penalty is costly: it takes the first k images of the batch, which is shuffled.
+                k = math.ceil(args.penalty_share * len(x_real))
                 with amp():
                     penalty = squared_gradient(D, x_both[:k], z_both[:k])
                 d_loss = d_loss + args.r1 / 2 * penalty
@@ -470,14 +474,19 @@ def add_run_flags(p):
 def resolve(p, argv, paper, mlp, colour=()):
     """The flags as a namespace, and the names of those given. Ends the program where they contradict each other.
 
-    A flag has the first of these: the value on the command line, in the resumed checkpoint, of --paper, of --arch mlp
-    or of colour images of 64 pixels or more, its default, and what suits the data."""
+    A flag's value comes from the first of these that has one:
+    1. the command line
+    2. the resumed checkpoint
+    3. --paper
+    4. --arch mlp, or colour images of 64 pixels or more
+    5. the flag's default
+    6. what suits the data"""
     p.epilog = f"--paper sets {paper}. --arch mlp sets {mlp}."
     if colour:
         p.epilog += f" Colour images of 64 pixels or more set {colour}."
     defaults = vars(p.parse_args([]))
-    # argparse fills in a default only where the namespace lacks the name. Here all are there, as None, so what is not
-    # None afterwards was given.
+    # argparse fills in a default only where the namespace lacks the name. With every name there, as None, it fills in
+    # none, and what is not None afterwards was given on the command line.
     unset = argparse.Namespace(**dict.fromkeys(defaults))
     given = {name: value for name, value in vars(p.parse_args(argv, unset)).items() if value is not None}
     for name, value in given.items():
@@ -490,7 +499,7 @@ def resolve(p, argv, paper, mlp, colour=()):
             fail(f"{given['resume']} is a checkpoint of {checkpoint['script']}.py")
         saved = {name: value for name, value in checkpoint["args"].items() if name in defaults and name not in NOT_KEPT}
         if "epochs" in given:
-            saved["steps"] = None
+            saved["steps"] = None  # new epochs replace the old steps
         if not Path(saved["data_dir"]).exists():  # a checkpoint of another machine
             del saved["data_dir"]
         for name in saved.keys() & given.keys() & set(FIXED):
@@ -499,7 +508,7 @@ def resolve(p, argv, paper, mlp, colour=()):
             if given[name] != saved[name] and not another_seed:
                 fail(f"--{name.replace('_', '-')} is {saved[name]} in {given['resume']}: it cannot change")
     chosen = {**saved, **given}
-    args = argparse.Namespace(**{**defaults, **chosen})
+    args = argparse.Namespace(**{**defaults, **chosen})  # for dataset, arch and paper, which no preset sets
     side, latent_dim = suited_to(args)
     preset = {}
     if args.arch == "mlp":
@@ -580,7 +589,7 @@ class Batches:
     .held       (images, labels) set aside by --holdout, or None
     .classes    {name: number of training images}, those of --holdout among them
 
-    An epoch is len(x) // batch_size batches; what is left over is another part of the images in each epoch."""
+    An epoch has len(x) // batch_size batches. The rest is dropped, other images in each epoch."""
 
     def __init__(self, args, device):
         self.args = args
@@ -758,9 +767,10 @@ def save(name, i, state, study):
             not_finite("a weight", i, study.folder)
     if RANK != 0:
         return
+    data_dir = str(Path(study.args.data_dir).resolve())  # absolute, so that --resume works from any directory
     checkpoint = {
         "script": SCRIPT.stem,
-        "args": {**vars(study.args), "data_dir": str(Path(study.args.data_dir).resolve())},  # resumed from anywhere
+        "args": {**vars(study.args), "data_dir": data_dir},
         "step": i,
         "classes": study.classes,
         "seconds": study.seconds(),
@@ -798,7 +808,7 @@ def restore(path, state, study=None):
     if study:
         study.seconds_before = checkpoint["seconds"]
         torch.set_rng_state(checkpoint["rng"]["cpu"])
-        if study.args.device == "cuda" and "cuda" in checkpoint["rng"]:  # from a CPU its noise starts from the seed
+        if study.args.device == "cuda" and "cuda" in checkpoint["rng"]:  # a CPU's has none: keep the seeded one
             torch.cuda.set_rng_state(checkpoint["rng"]["cuda"])
         seed_noise(study.args.seed, checkpoint["step"])  # under torchrun: what was saved is rank 0's
     return checkpoint["step"]

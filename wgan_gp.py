@@ -7,10 +7,10 @@ D, class Discriminator, is the critic: it gives a score without bounds, not a pr
     generator  min_G  -E[D(G(z))]
     where      x_hat = eps x + (1 - eps) G(z), one eps ~ U[0, 1] for each image; z ~ N(0, I) or U[-1, 1]
 
-grad is with respect to the pixels of x_hat, not to the weights. Without a limit on this slope the critic could raise
-the difference of its scores for ever. With slopes of at most 1 (a 1-Lipschitz critic) the largest E[D(x)] - E[D(G(z))]
-is the Wasserstein distance between real and generated images. The penalty looks at random points on lines from a fake
-image to a real one.
+grad is with respect to the pixels of x_hat, not to the weights. Its norm is the critic's slope. Without a limit on the
+slope the critic could raise the difference of its scores for ever. With slopes of at most 1 everywhere (a 1-Lipschitz
+critic) the largest E[D(x)] - E[D(G(z))] is the Wasserstein distance between real and generated images. The penalty
+approximates this: it pulls the slope to 1, at random points between a fake image and a real one.
 
     python wgan_gp.py                                    digits rendered at start-up, no download
     python wgan_gp.py --dataset mnist --epochs 200
@@ -62,8 +62,8 @@ from metrics import (
     write_whole,
 )
 
-# --paper sets these: the paper's optimization, on networks of ours. lambda 10, batch 64 and beta2 .9 are its too.
-# beta1 is 0 in its text and .5 in the authors' gan_mnist.py. The average and the widths are ours.
+# --paper sets these. lambda 10 and beta2 .9 are the paper's already. beta1 is 0 in its text and .5 in the authors'
+# gan_mnist.py, whose batch is 50, not 64. The networks, their widths and the average are ours.
 PAPER = dict(d_steps=5, lr_g=1e-4, lr_d=1e-4, beta1=0.5, ema=0.999, ngf=32, ndf=32, penalty_share=1.0, lr_decay="none")
 MLP = dict(lr_g=2e-3, lr_d=5e-4)  # --arch mlp sets these
 
@@ -130,7 +130,8 @@ class Generator(nn.Module):
             layers = [nn.Unflatten(1, (args.latent_dim, 1, 1))]  # (B, latent_dim, 1, 1)
             layers += [nn.ConvTranspose2d(args.latent_dim, width, 4, 1, 0, bias=False)]  # (B, width, 4, 4)
             for i in range(n):  # twice the side, half the channels; the last one makes the image
-                kernel = 3 if S == 28 and i == 0 else 4  # new side = 2 side - 4 + kernel: 3 makes 7 of 4, 4 doubles it
+                # A kernel of 4 doubles the side; at 28 the first makes 7 of 4.
+                kernel = 3 if S == 28 and i == 0 else 4
                 w = channels if i == n - 1 else width // 2
                 layers += [nn.BatchNorm2d(width), nn.ReLU(), nn.ConvTranspose2d(width, w, kernel, 2, 1, bias=False)]
                 width = w
@@ -162,7 +163,8 @@ class Discriminator(nn.Module):
             layers = []
             width = channels
             for i in range(n):  # half the side, twice the channels
-                kernel = 3 if S == 28 and i == n - 1 else 4  # 3 makes 4 of 7, 4 halves the side
+                # A kernel of 4 halves the side; at 28 the last makes 4 of 7.
+                kernel = 3 if S == 28 and i == n - 1 else 4
                 w = args.ndf * 2**i
                 layers += [nn.Conv2d(width, w, kernel, 2, 1), nn.LeakyReLU(negative_slope=0.2)]
                 width = w
@@ -215,8 +217,8 @@ def gradient_penalty(D, x_real, x_fake):
     eps = torch.rand(len(x_real), 1, 1, 1, device=x_real.device, dtype=x_real.dtype)
     x_hat = torch.lerp(x_fake, x_real, eps)  # eps x_real + (1 - eps) x_fake
     x_hat = x_hat.detach().requires_grad_(True)  # a leaf, with respect to which autograd can differentiate
-    # A score depends on its own image alone, so the gradient of their sum holds the gradient of each. create_graph: the
-    # backward of d_loss will differentiate this gradient once more, with respect to the critic's weights.
+    # Each score depends on its own image alone, so one gradient of the sum holds that of every image. create_graph: the
+    # backward of d_loss must differentiate this gradient again, with respect to the critic's weights.
     (grad,) = torch.autograd.grad(D(x_hat).sum(), x_hat, create_graph=True)
     norm = (grad.flatten(1).square().sum(1) + 1e-12).sqrt()  # the derivative of sqrt is infinite at 0
     return (norm - 1).square().mean(), norm.mean()
@@ -251,7 +253,8 @@ def train(args):
             x_real = from_uint8(x_uint8)
             with torch.no_grad(), amp():  # D's update needs no gradient through G
                 x_fake = G(sample_z(args, len(x_real), device))
-            k = math.ceil(args.penalty_share * len(x_real))  # the penalty is costly; the batch is shuffled
+            # The penalty is costly: it takes the first k images of the batch, which is shuffled.
+            k = math.ceil(args.penalty_share * len(x_real))
             with amp():
                 score_real, score_fake = D(torch.cat([x_real, x_fake])).chunk(2)  # no batch norm: one call for both
                 penalty, grad_norm = gradient_penalty(D, x_real[:k], x_fake[:k])
@@ -273,8 +276,8 @@ def train(args):
         return {
             "d_loss": d_loss,
             "g_loss": g_loss,
-            "w_dist": -discriminator_loss(score_real, score_fake),
-            "grad_norm": grad_norm,
+            "w_dist": score_real.mean() - score_fake.mean(),
+            "grad_norm": grad_norm,  # with respect to the pixels of x_hat: near 1
             "d_acc": pair_accuracy(score_real, score_fake),
         }
 
@@ -394,14 +397,19 @@ def add_run_flags(p):
 def resolve(p, argv, paper, mlp, colour=()):
     """The flags as a namespace, and the names of those given. Ends the program where they contradict each other.
 
-    A flag has the first of these: the value on the command line, in the resumed checkpoint, of --paper, of --arch mlp
-    or of colour images of 64 pixels or more, its default, and what suits the data."""
+    A flag's value comes from the first of these that has one:
+    1. the command line
+    2. the resumed checkpoint
+    3. --paper
+    4. --arch mlp, or colour images of 64 pixels or more
+    5. the flag's default
+    6. what suits the data"""
     p.epilog = f"--paper sets {paper}. --arch mlp sets {mlp}."
     if colour:
         p.epilog += f" Colour images of 64 pixels or more set {colour}."
     defaults = vars(p.parse_args([]))
-    # argparse fills in a default only where the namespace lacks the name. Here all are there, as None, so what is not
-    # None afterwards was given.
+    # argparse fills in a default only where the namespace lacks the name. With every name there, as None, it fills in
+    # none, and what is not None afterwards was given on the command line.
     unset = argparse.Namespace(**dict.fromkeys(defaults))
     given = {name: value for name, value in vars(p.parse_args(argv, unset)).items() if value is not None}
     for name, value in given.items():
@@ -414,7 +422,7 @@ def resolve(p, argv, paper, mlp, colour=()):
             fail(f"{given['resume']} is a checkpoint of {checkpoint['script']}.py")
         saved = {name: value for name, value in checkpoint["args"].items() if name in defaults and name not in NOT_KEPT}
         if "epochs" in given:
-            saved["steps"] = None
+            saved["steps"] = None  # new epochs replace the old steps
         if not Path(saved["data_dir"]).exists():  # a checkpoint of another machine
             del saved["data_dir"]
         for name in saved.keys() & given.keys() & set(FIXED):
@@ -423,7 +431,7 @@ def resolve(p, argv, paper, mlp, colour=()):
             if given[name] != saved[name] and not another_seed:
                 fail(f"--{name.replace('_', '-')} is {saved[name]} in {given['resume']}: it cannot change")
     chosen = {**saved, **given}
-    args = argparse.Namespace(**{**defaults, **chosen})
+    args = argparse.Namespace(**{**defaults, **chosen})  # for dataset, arch and paper, which no preset sets
     side, latent_dim = suited_to(args)
     preset = {}
     if args.arch == "mlp":
@@ -504,7 +512,7 @@ class Batches:
     .held       (images, labels) set aside by --holdout, or None
     .classes    {name: number of training images}, those of --holdout among them
 
-    An epoch is len(x) // batch_size batches; what is left over is another part of the images in each epoch."""
+    An epoch has len(x) // batch_size batches. The rest is dropped, other images in each epoch."""
 
     def __init__(self, args, device):
         self.args = args
@@ -682,9 +690,10 @@ def save(name, i, state, study):
             not_finite("a weight", i, study.folder)
     if RANK != 0:
         return
+    data_dir = str(Path(study.args.data_dir).resolve())  # absolute, so that --resume works from any directory
     checkpoint = {
         "script": SCRIPT.stem,
-        "args": {**vars(study.args), "data_dir": str(Path(study.args.data_dir).resolve())},  # resumed from anywhere
+        "args": {**vars(study.args), "data_dir": data_dir},
         "step": i,
         "classes": study.classes,
         "seconds": study.seconds(),
@@ -722,7 +731,7 @@ def restore(path, state, study=None):
     if study:
         study.seconds_before = checkpoint["seconds"]
         torch.set_rng_state(checkpoint["rng"]["cpu"])
-        if study.args.device == "cuda" and "cuda" in checkpoint["rng"]:  # from a CPU its noise starts from the seed
+        if study.args.device == "cuda" and "cuda" in checkpoint["rng"]:  # a CPU's has none: keep the seeded one
             torch.cuda.set_rng_state(checkpoint["rng"]["cuda"])
         seed_noise(study.args.seed, checkpoint["step"])  # under torchrun: what was saved is rank 0's
     return checkpoint["step"]
