@@ -1315,7 +1315,7 @@ MINE = {  # what is changed in a copy of wgan_gp.py, by its lines: hinge loss, s
     "[nn.Conv2d(width, w, kernel, 2, 1), ": "[spectral_norm(nn.Conv2d(width, w, kernel, 2, 1)), ",
     "[nn.Conv2d(width, 1, 4, 1, 0)]": "[spectral_norm(nn.Conv2d(width, 1, 4, 1, 0))]",
     "return score_fake.mean() - score_real.mean()": "return (1 - score_real).relu().mean() + (1 + score_fake).relu().mean()",  # noqa: E501
-    '"w_dist": -discriminator_loss(score_real, score_fake)': '"margin": (score_real - score_fake).mean()',
+    '"w_dist": score_real.mean() - score_fake.mean()': '"margin": (score_real - score_fake).mean()',
 }
 KMNIST = {  # and in metrics.py: one more data set of torchvision
     '"stacked_mnist": 3}': '"stacked_mnist": 3, "kmnist": 1}',
