@@ -527,11 +527,15 @@ def keep(folder, name, write, say=None, old=None):
     (say or warn_once)(f"not kept for the next run: {name} ({reason})")
 
 
-def save_sheet(x, path, columns=8):
-    """Images uint8 (N, C, H, W) as one PNG, row by row, with two white pixels between them. One stays as it is.
+def sheet_of(x, columns=8):
+    """Images uint8 (N, C, H, W) as one (C, H, W), row by row, two white pixels between them. One stays as it is."""
+    sheet = torchvision.utils.make_grid(x.cpu(), columns, padding=2, pad_value=255)
+    return sheet[: x.shape[1]]  # grey comes back RGB
 
-    OSError where the disk refuses; no part of a file is left then."""
-    sheet = torchvision.utils.make_grid(x.cpu(), columns, padding=2, pad_value=255)[: x.shape[1]]  # grey comes back RGB
+
+def save_sheet(x, path, columns=8):
+    """sheet_of(x) as a PNG. OSError where the disk refuses; no part of a file is left then."""
+    sheet = sheet_of(x, columns)
     file = io.BytesIO()
     Image.fromarray(sheet.permute(1, 2, 0).squeeze(2).contiguous().numpy()).save(file, "PNG")
     try:
@@ -1589,20 +1593,31 @@ class Study:
     def seconds(self):
         return time.time() - self.start_time
 
-    def to_board(self, row):
-        if self.board:
-            for name, value in row.items():
+    def to_board(self, row=None, sheet=None, i=None):
+        """A row, or a sheet at step i, to TensorBoard. Once its file cannot be written it takes nothing more."""
+        if not self.board:
+            return
+        try:
+            for name, value in (row or {}).items():
                 self.board.add_scalar(name, value, row["step"])
+            if sheet is not None:
+                self.board.add_image("samples", sheet, i)
+        except OSError as e:
+            self.board = None
+            warn(f"no more of this run in TensorBoard: its file cannot be written ({e})")
 
     def sheet(self, i):
         """samples/step_I.png: 64 images of a fixed z; of a conditional G eight of each of the first 20 classes."""
-        if not RANK:
-            with or_warn("no sheet of samples"):
-                (self.folder / "samples").mkdir(parents=True, exist_ok=True)  # somebody may have removed it
-                self.save_samples(self.folder / "samples" / f"step_{i:07}.png")
-            self.mark(i)
+        if RANK:
+            return
+        x = self.sample_sheet()
+        with or_warn("no sheet of samples"):
+            (self.folder / "samples").mkdir(parents=True, exist_ok=True)  # somebody may have removed it
+            save_sheet(x, self.folder / "samples" / f"step_{i:07}.png")
+        self.to_board(sheet=sheet_of(x), i=i)
+        self.mark(i)
 
-    def save_samples(self, path):
+    def sample_sheet(self):
         rows = min(len(self.classes), 20)
         if rows:
             z = self.noise(8, SHEETS).repeat(rows, 1)
@@ -1610,7 +1625,7 @@ class Study:
         else:
             z = self.noise(64, SHEETS)
             y = torch.zeros(64, dtype=torch.long)
-        save_sheet(self.sample(z, y), path)
+        return self.sample(z, y)
 
     def evaluate(self, i):
         """Scores fresh samples: a row of scores.csv. True if the FID to training images is the least of the run.
@@ -1670,7 +1685,7 @@ class Study:
         if RANK:
             return
         with or_warn("a figure is missing"):
-            self.save_samples(self.folder / "samples.png")
+            save_sheet(self.sample_sheet(), self.folder / "samples.png")
             save_gif(sorted((self.folder / "samples").glob("step_*.png")), self.folder / "training.gif")
             self.interpolations()
             self.traversal()

@@ -12,8 +12,10 @@ import sys
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import metrics
 
@@ -192,6 +194,43 @@ def test_figures_that_cannot_be_written_do_not_cost_the_scores(tmp_path, monkeyp
     s.finish(5, lambda path: 5)
     assert json.loads((tmp_path / "a" / "scores.json").read_text()) == {"last.pt": {"fid": 1.5}}
     assert "a figure is missing" in capsys.readouterr().err
+
+
+# TensorBoard
+
+
+def test_tensorboard_has_the_sheets_beside_the_curves(tmp_path):
+    """Read back from its own file: the pixels of samples/step_I.png."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    s = started(tmp_path / "a", tensorboard=True)
+    s.sheet(5)
+    s.to_board({"step": 5, "loss": 0.5})
+    s.sheet(10)
+    s.board.close()
+    events = EventAccumulator(str(tmp_path / "a")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(5, 0.5)]
+    sheets = events.Images("samples")
+    assert [e.step for e in sheets] == [5, 10]
+    for e in sheets:
+        shown = np.asarray(Image.open(io.BytesIO(e.encoded_image_string)).convert("L"))
+        assert np.array_equal(shown, np.asarray(Image.open(tmp_path / f"a/samples/step_{e.step:07}.png")))
+
+
+def test_tensorboard_on_a_full_disk_costs_a_line(tmp_path, monkeypatch, capsys):
+    """It ended the run with a traceback: its writer raises at the call after the one that failed."""
+    board = types.SimpleNamespace(
+        SummaryWriter=lambda *a, **k: types.SimpleNamespace(add_scalar=no_space, add_image=no_space)
+    )
+    monkeypatch.setattr(metrics.importlib, "import_module", lambda name: board)
+    s = started(tmp_path / "a", tensorboard=True)
+    s.add({"loss": torch.tensor(0.5)})
+    s.log(5)
+    s.sheet(5)
+    assert capsys.readouterr().err.count("no more of this run in TensorBoard") == 1
+    assert [r["loss"] for r in rows(tmp_path / "a" / "log.csv")] == ["0.5"]
+    assert os.listdir(tmp_path / "a" / "samples") == ["step_0000005.png"]
 
 
 # log.csv

@@ -577,7 +577,9 @@ def test_a_run_says_at_its_start_what_its_mixture_is(w, flags, said, capsys):
 
 
 class Board:
-    """Stands in for TensorBoard's SummaryWriter: keeps (name, step, value) and drops what its purge_step says."""
+    """Stands in for TensorBoard's SummaryWriter: keeps (name, step, value) and drops what its purge_step says.
+
+    A sheet's value is its size."""
 
     kept = []  # noqa: RUF012  of all boards, as the event files in a folder are
 
@@ -586,6 +588,10 @@ class Board:
 
     def add_scalar(self, name, value, step):
         Board.kept.append((name, step, value))
+
+    def add_image(self, name, image, step):
+        assert image.dtype == torch.uint8
+        Board.kept.append((name, step, tuple(image.shape)))
 
 
 def test_tensorboard_has_each_step_once_after_a_resume(w, monkeypatch):
@@ -600,6 +606,7 @@ def test_tensorboard_has_each_step_once_after_a_resume(w, monkeypatch):
     assert [step for step, _ in losses] == [5, 10, 15, 20]
     assert [value for _, value in losses] == pytest.approx([float(row["d_loss"]) for row in rows("a")], rel=1e-4)
     assert [step for name, step, _ in Board.kept if name == "fid_train"] == [10, 20]
+    assert [part[1:] for part in Board.kept if part[0] == "samples"] == [(20, (1, 242, 242))]  # 8 x 30 and 2
 
 
 def test_tensorboard_says_how_to_get_it(w, monkeypatch, capsys):
