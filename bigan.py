@@ -25,6 +25,12 @@ the other. E's last layer has the range of the prior, linear or tanh: else D cou
 has no batch norm. G and E are in train mode for D's pairs, and are used in eval mode with averaged weights.
 """
 
+# `uv run bigan.py` reads this block, installs the packages and runs the file. Without uv it is a comment.
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch>=2.11", "torchvision>=0.26", "numpy>=2", "pillow>=10.1"]
+# ///
+
 import argparse
 import copy
 import math

@@ -22,6 +22,12 @@ Where D has batch norm (--paper), real and fake go through it in separate batche
 the current batch. The images to look at come from `ema`, a copy of G with averaged weights, in eval mode.
 """
 
+# `uv run cdcgan.py` reads this block, installs the packages and runs the file. Without uv it is a comment.
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch>=2.11", "torchvision>=0.26", "numpy>=2", "pillow>=10.1"]
+# ///
+
 import argparse
 import copy
 import functools

@@ -29,6 +29,12 @@ it). Real and fake images then go through D as separate batches. While training,
 The images to look at come from `ema`, a copy of G with averaged weights, in eval mode.
 """
 
+# `uv run dcgan.py` reads this block, installs the packages and runs the file. Without uv it is a comment.
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch>=2.11", "torchvision>=0.26", "numpy>=2", "pillow>=10.1"]
+# ///
+
 import argparse
 import copy
 import math

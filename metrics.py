@@ -19,6 +19,12 @@ is printed), never with Inception FIDs. Everything after the network is computed
 ValueError where there is no answer: NaN, infinity, nothing to score, fewer rows than they need.
 """
 
+# `uv run metrics.py` reads this block, installs the packages and runs the file. Without uv it is a comment.
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch>=2.11", "torchvision>=0.26", "numpy>=2", "pillow>=10.1"]
+# ///
+
 import argparse
 import contextlib
 import copy

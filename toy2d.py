@@ -14,6 +14,12 @@ radius 1 and std .01, grid +-4 and std .05, 2,500 points; metz (1611.02163): rin
 resumed, and no points are chosen by D unless --reject is given.
 """
 
+# `uv run toy2d.py` reads this block, installs the packages and runs the file. Without uv it is a comment.
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch>=2.11", "torchvision>=0.26", "numpy>=2", "pillow>=10.1"]
+# ///
+
 import argparse
 import copy
 import csv

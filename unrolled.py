@@ -24,6 +24,12 @@ to be unrolled too. While training, G's batch norm uses the current batch. The i
 of G with averaged weights, in eval mode. Under torchrun each rank looks ahead on its own rows of the batch.
 """
 
+# `uv run unrolled.py` reads this block, installs the packages and runs the file. Without uv it is a comment.
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch>=2.11", "torchvision>=0.26", "numpy>=2", "pillow>=10.1"]
+# ///
+
 import argparse
 import copy
 import math

@@ -28,6 +28,12 @@ mean nothing. While training, G's batch norm uses the current batch. The images 
 with averaged weights, in eval mode.
 """
 
+# `uv run wgan_gp.py` reads this block, installs the packages and runs the file. Without uv it is a comment.
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch>=2.11", "torchvision>=0.26", "numpy>=2", "pillow>=10.1"]
+# ///
+
 import argparse
 import copy
 import math

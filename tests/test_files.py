@@ -117,6 +117,16 @@ def test_imports_are_the_four_packages_and_go_one_way(path):
                 assert package in allowed and "tensorboard" not in name, f"{path.name} imports {name}"
 
 
+@BY_NAME
+def test_uv_reads_the_packages_of_requirements_txt(path):
+    """The block that `uv run` looks for, by the pattern of PEP 723."""
+    (block,) = re.findall(r"(?m)^# /// script$\s(?P<content>(?:^#(?:| .*)$\s)+)^# ///$", path.read_text())
+    lines = [line[2:] for line in block.splitlines()]
+    metadata = tomllib.loads("\n".join(lines))
+    assert metadata["dependencies"] == (ROOT / "requirements.txt").read_text().split()
+    assert metadata["requires-python"] == ">=3.11"
+
+
 def test_the_linter_has_no_waivers_for_layout_and_comes_before_the_tests():
     settings = tomllib.loads((ROOT / ".ruff.toml").read_text())
     assert settings["line-length"] == 120
