@@ -12,8 +12,9 @@ idea at the same time: "Adversarially Learned Inference", arXiv 1606.00704. f is
     python bigan.py --dataset mnist --paper --arch mlp --latent-dim 50 --prior uniform --epochs 400 --lr-decay linear
 
 `--dataset mnist --amp --steps 2600` takes 3 minutes of one CPU core and ends at an FID[classifier] of 14.8 +- 1.7, the
-mean and the standard deviation over seeds 0 to 2. FID is a distance between generated and real images: lower is better,
-and real digits have 1.3. tests/gallery/README.md has the protocol.
+mean and the standard deviation over seeds 0 to 2. FID is a distance between generated and real images, here in the
+features of a small network that reads digits: lower is better, and real digits have 1.3. tests/gallery/README.md has
+the protocol.
 
 --resume FILE --probe prints what classifiers read from E. After the last command with --epochs 80, the nearest
 neighbour on the layer before E(x) gets 97 % of MNIST's test labels right, as many as on pixels. The paper has 97.39 %
@@ -75,7 +76,7 @@ MLP = dict(latent_dim=50, lr_d=5e-4)  # --arch mlp sets these
 
 
 def parse_args(argv=None):
-    """The flags, as a namespace. The defaults are the best of a search on MNIST (tests/gallery/README.md)."""
+    """The flags, as a namespace. The defaults come from a search on MNIST (tests/gallery/search.md)."""
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
     p.add_argument("--r1", type=number(float, 0), default=1.0, help="gamma of R1 on real pairs; the paper has none")
     p.add_argument(
@@ -84,13 +85,15 @@ def parse_args(argv=None):
         default=0.25,
         help="part of each batch that the penalty is taken on",
     )
-    p.add_argument("--batch-size", type=number(int, 2), default=64, help="images in each update")
-    p.add_argument("--d-steps", "--n-critic", type=number(int, 1, 1000), default=1, help="updates of D an iteration")
+    p.add_argument("--batch-size", type=number(int, 2), default=64, help="real images in each update, over all GPUs")
+    p.add_argument(
+        "--d-steps", "--n-critic", type=number(int, 1, 1000), default=1, help="updates of D, before each turn of G"
+    )
     p.add_argument("--g-steps", type=number(int, 1, 1000), default=1, help="updates of G and E an iteration")
     p.add_argument("--lr-g", type=number(float, 0, 10), default=2e-3, help="learning rate of G and E")
     p.add_argument("--lr-d", type=number(float, 0, 10), default=2e-3, help="learning rate of D")
     p.add_argument(
-        "--lr-decay", choices=("none", "linear"), default="linear", help="linear: falls to 0 at the last update"
+        "--lr-decay", choices=("none", "linear"), default="linear", help="linear: falls evenly to 0 at the end"
     )
     p.add_argument("--beta1", type=number(float, 0, 0.999999), default=0.0, help="Adam's decay of the first moment")
     p.add_argument("--beta2", type=number(float, 0, 0.999999), default=0.9, help="Adam's decay of the second moment")
@@ -130,28 +133,28 @@ class Generator(nn.Module):
         S = args.image_size
         if args.arch == "mlp":
             layers = []
-            width = args.latent_dim
-            for w in (1024, 1024):
-                layers += [nn.Linear(width, w, bias=False), nn.BatchNorm1d(w), nn.ReLU()]
-                width = w
-            layers += [nn.Linear(width, channels * S * S), nn.Tanh(), nn.Unflatten(1, (channels, S, S))]
+            w_in = args.latent_dim
+            for w_out in (1024, 1024):
+                layers += [nn.Linear(w_in, w_out, bias=False), nn.BatchNorm1d(w_out), nn.ReLU()]
+                w_in = w_out
+            layers += [nn.Linear(w_in, channels * S * S), nn.Tanh(), nn.Unflatten(1, (channels, S, S))]
         else:
             n = doublings(S)
-            width = args.ngf * 2 ** (n - 1)
+            w_in = args.ngf * 2 ** (n - 1)
             layers = [nn.Unflatten(1, (args.latent_dim, 1, 1))]  # (B, latent_dim, 1, 1)
-            layers += [nn.ConvTranspose2d(args.latent_dim, width, 4, 1, 0, bias=False)]  # (B, width, 4, 4)
-            for i in range(n):  # twice the side, half the channels; the last one makes the image
+            layers += [nn.ConvTranspose2d(args.latent_dim, w_in, 4, 1, 0, bias=False)]  # (B, w_in, 4, 4)
+            for i in range(n):  # twice the side, half the channels; the last layer makes the image
                 # A kernel of 4 doubles the side; at 28 the first makes 7 of 4.
                 kernel = 3 if S == 28 and i == 0 else 4
-                w = channels if i == n - 1 else width // 2
-                layers += [nn.BatchNorm2d(width), nn.ReLU(), nn.ConvTranspose2d(width, w, kernel, 2, 1, bias=False)]
-                width = w
+                w_out = channels if i == n - 1 else w_in // 2
+                layers += [nn.BatchNorm2d(w_in), nn.ReLU(), nn.ConvTranspose2d(w_in, w_out, kernel, 2, 1, bias=False)]
+                w_in = w_out
             layers += [nn.Tanh()]  # (B, channels, S, S)
         self.net = nn.Sequential(*layers)
         self.apply(dcgan_init)
 
     def forward(self, z):
-        return self.net(z).to(z.dtype)  # under --amp the layers return bfloat16, and the losses want float32
+        return self.net(z).to(z.dtype)  # under --amp the layers return bfloat16; real images are float32
 
 
 class Encoder(nn.Module):
@@ -162,24 +165,24 @@ class Encoder(nn.Module):
         S = args.image_size
         if args.arch == "mlp":
             layers = [nn.Flatten()]
-            width = channels * S * S
-            for w in (1024, 1024):
-                layers += [nn.Linear(width, w, bias=False), nn.BatchNorm1d(w), nn.LeakyReLU(negative_slope=0.2)]
-                width = w
+            w_in = channels * S * S
+            for w_out in (1024, 1024):
+                layers += [nn.Linear(w_in, w_out, bias=False), nn.BatchNorm1d(w_out), nn.LeakyReLU(negative_slope=0.2)]
+                w_in = w_out
         else:
             n = doublings(S)
             layers = []
-            width = channels
-            for i in range(n):  # half the side, twice the channels
+            w_in = channels
+            for i in range(n):  # half the side, twice the channels; the first layer makes ndf of the image's
                 # A kernel of 4 halves the side; at 28 the last makes 4 of 7.
                 kernel = 3 if S == 28 and i == n - 1 else 4
-                w = args.ngf * 2**i
-                layers += [nn.Conv2d(width, w, kernel, 2, 1, bias=False), nn.BatchNorm2d(w)]
+                w_out = args.ngf * 2**i
+                layers += [nn.Conv2d(w_in, w_out, kernel, 2, 1, bias=False), nn.BatchNorm2d(w_out)]
                 layers += [nn.LeakyReLU(negative_slope=0.2)]
-                width = w
-            layers += [nn.Flatten()]  # (B, width, 4, 4) -> (B, 16 width)
-            width = 16 * width
-        head = [nn.Linear(width, args.latent_dim)]
+                w_in = w_out
+            layers += [nn.Flatten()]  # (B, w_in, 4, 4) -> (B, 16 w_in)
+            w_in = 16 * w_in
+        head = [nn.Linear(w_in, args.latent_dim)]
         if args.prior == "uniform":
             head += [nn.Tanh()]
         self.body = nn.Sequential(*layers)
@@ -201,19 +204,19 @@ class Discriminator(nn.Module):
         if args.arch == "mlp":
             self.image = nn.Flatten()
             self.code = nn.Identity()
-            width = channels * S * S + args.latent_dim
-            layers = [nn.Linear(width, 1024), nn.LeakyReLU(negative_slope=0.2)]
+            w_in = channels * S * S + args.latent_dim
+            layers = [nn.Linear(w_in, 1024), nn.LeakyReLU(negative_slope=0.2)]
         else:
             n = doublings(S)
             layers = []
-            width = channels
-            for i in range(n):  # half the side, twice the channels
+            w_in = channels
+            for i in range(n):  # half the side, twice the channels; the first layer makes ndf of the image's
                 # A kernel of 4 halves the side; at 28 the last makes 4 of 7.
                 kernel = 3 if S == 28 and i == n - 1 else 4
-                w = args.ndf * 2**i
-                layers += [nn.Conv2d(width, w, kernel, 2, 1), nn.LeakyReLU(negative_slope=0.2)]
-                width = w
-            layers += [nn.Flatten(), nn.Linear(16 * width, 512), nn.LeakyReLU(negative_slope=0.2)]  # (B, 512)
+                w_out = args.ndf * 2**i
+                layers += [nn.Conv2d(w_in, w_out, kernel, 2, 1), nn.LeakyReLU(negative_slope=0.2)]
+                w_in = w_out
+            layers += [nn.Flatten(), nn.Linear(16 * w_in, 512), nn.LeakyReLU(negative_slope=0.2)]  # (B, 512)
             self.image = nn.Sequential(*layers)
             layers = [nn.Linear(args.latent_dim, 512), nn.LeakyReLU(negative_slope=0.2)]
             layers += [nn.Linear(512, 512), nn.LeakyReLU(negative_slope=0.2)]  # (B, 512)
@@ -229,7 +232,7 @@ class Discriminator(nn.Module):
 
 
 def doublings(side):
-    """How many layers of stride 2 lead from a side of 4 to this one."""
+    """How many layers of stride 2 lead from a side of 4 to this one. At 28 the first of them makes 7 of 4."""
     layers = {16: 2, 28: 3, 32: 3, 64: 4, 128: 5, 256: 6}  # 28: 4, 7, 14, 28
     if side not in layers:
         fail(f"--arch dcgan makes images of 16, 28, 32, 64, 128 or 256 pixels, not --image-size {side}")
@@ -237,8 +240,9 @@ def doublings(side):
 
 
 def dcgan_init(module):
-    """DCGAN's initialization (Radford et al. 2016, section 4): weights of convolutions from N(0, .02), scales of batch
-    norm from N(1, .02) as in its code. Linear layers keep PyTorch's default."""
+    """DCGAN's initialization (Radford et al. 2016, section 4): normal with a standard deviation of .02.
+
+    Weights of convolutions lie around 0, scales of BatchNorm2d around 1 (as in its code). Others keep PyTorch's."""
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)):
         mean = 1.0 if isinstance(module, nn.BatchNorm2d) else 0.0
         for name, p in module.named_parameters():
@@ -278,7 +282,7 @@ def train(args):
     device = start(args)
     batches = Batches(args, device)
     torch.manual_seed(args.seed)
-    # channels_last is another order in memory, in which convolutions are faster
+    # channels_last: the same shapes, stored pixel by pixel, which makes convolutions faster
     G = Generator(args, batches.channels).to(device, memory_format=torch.channels_last)
     D = Discriminator(args, batches.channels).to(device, memory_format=torch.channels_last)
     E = Encoder(args, batches.channels).to(device, memory_format=torch.channels_last)
@@ -290,7 +294,7 @@ def train(args):
     seed_noise(args.seed)  # under torchrun: other noise on each GPU from here on
 
     def amp():
-        """bfloat16 for --amp. No cache of cast weights, so that no pass can reuse those of another."""
+        """bfloat16 for --amp. No cache of cast weights: what a pass under no_grad caches has no gradient."""
         return torch.autocast(device.type, torch.bfloat16, enabled=args.amp, cache_enabled=False)
 
     def pairs(x_real):
@@ -301,8 +305,8 @@ def train(args):
     def step(x):
         """One iteration: an update of D for each batch in x, uint8 (d_steps, B, C, S, S), then --g-steps of G and E.
 
-        Returns the losses of the last update of D and of G. They stay on the device: to print one would wait for it,
-        which a CUDA graph (see captured) forbids."""
+        Returns what log.csv gets, of the last update of D and of G. The numbers stay on the device: reading one would
+        make the CPU wait, which a CUDA graph (see captured) forbids."""
         for x_uint8 in x:
             x_real = from_uint8(x_uint8)
             with torch.no_grad(), amp():  # D's backward ends at the pairs
@@ -311,7 +315,7 @@ def train(args):
                 score_real, score_fake = D(x_both, z_both).chunk(2)  # no batch norm: one call for both
             d_loss = discriminator_loss(score_real, score_fake)
             if args.r1:
-                # The penalty is costly: it takes the first k images of the batch, which is shuffled.
+                # The penalty is costly, so only k images get it: the first, as the batch is in random order.
                 k = math.ceil(args.penalty_share * len(x_real))
                 with amp():
                     penalty = squared_gradient(D, x_both[:k], z_both[:k])
@@ -373,9 +377,10 @@ def train(args):
     if args.graph:
         step = captured(step)
 
-    # i counts updates of D, and so do --steps and every --*-every. A pass of this loop makes d_steps of them.
+    # i counts updates of D, as --steps and every --*-every do. An iteration makes d_steps of them, so the last may pass
+    # total.
     while i < total and not stop.is_set():
-        lr_scale = 1 - i / total if args.lr_decay == "linear" else 1.0
+        lr_scale = (1 - i / total) if args.lr_decay == "linear" else 1.0
         set_rate(opt_g, lr_scale * args.lr_g)
         set_rate(opt_d, lr_scale * args.lr_d)
         x, _ = batches(i, args.d_steps)
@@ -426,8 +431,8 @@ def load_encoder(path):
 
 SCRIPT = Path(__file__)
 
-# A resumed run has its checkpoint's flags. FIXED ones (of all seven scripts) cannot change: the networks, z or the
-# order of the data would no longer fit. NOT_KEPT are not taken from it: they are about this machine or this call.
+# A resumed run keeps its checkpoint's flags, except NOT_KEPT, which are about this machine or this call. FIXED ones (of
+# all seven scripts) cannot change: networks, z, the order of the data or the optimizer's state would no longer fit.
 FIXED = """dataset image_size holdout flip batch_size d_steps g_steps seed paper arch ngf ndf latent_dim prior upsample
     d_norm g_norm norm_first conditional d_ignores_label label_embedding_dim mixture embedding_dim optimizer""".split()
 NOT_KEPT = "device graph run_dir resume generate generate_to label probe".split()
@@ -440,15 +445,19 @@ def add_run_flags(p):
     p.error = fail  # one line, without the usage
     count = number(int, 0)
     p.add_argument("--dataset", choices=CHANNELS, default="digits", help="digits: rendered here, no download")
-    p.add_argument("--data-dir", default="data", help="folder of the data sets, and of the network that scores")
-    p.add_argument("--image-size", type=number(int, 8, 1024), help="side in pixels. Default: what suits the data")
+    p.add_argument(
+        "--data-dir", default="data", help="folder of the data sets; of the images themselves with --dataset folder"
+    )
+    p.add_argument(
+        "--image-size", type=number(int, 8, 1024), help="side in pixels. Default: 28 to 64 by the data; 32 with --paper"
+    )
     p.add_argument("--flip", action="store_true", help="mirror images at random: for faces, not for digits")
     p.add_argument("--holdout", type=count, default=0, help="training images that D never sees, for --reject drs")
     p.add_argument("--arch", choices=("dcgan", "mlp"), default="dcgan", help="convolutional or fully connected")
     p.add_argument(
         "--latent-dim",
         type=number(int, 1, 65536),
-        help="size of z. Default: 100; 16 for grey images, without --paper and mlp",
+        help="size of z. Default: 16 for grey images, else 100; always 100 with --paper or --arch mlp",
     )
     p.add_argument("--prior", choices=("normal", "uniform"), default="normal", help="of z: N(0, I) or U[-1, 1]")
     p.add_argument("--paper", action="store_true", help="the paper's settings, where no flag says otherwise")
@@ -456,28 +465,42 @@ def add_run_flags(p):
     p.add_argument("--steps", type=number(int, 1), help="updates of D in all; overrides --epochs")
     p.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of networks, data order and noise")
     p.add_argument("--log-every", type=count, default=100, help="updates of D between rows of log.csv; 0: never")
-    p.add_argument("--sample-every", type=count, default=1000, help="updates of D between sheets of samples")
+    p.add_argument("--sample-every", type=count, default=1000, help="updates of D between sheets of samples; 0: never")
     p.add_argument("--eval-every", type=count, default=5000, help="updates of D between scores; 0: only the last")
-    p.add_argument("--checkpoint-every", type=count, default=2000, help="updates of D between writes of last.pt")
+    p.add_argument(
+        "--checkpoint-every", type=count, default=2000, help="updates of D between writes of last.pt; 0: at the end"
+    )
     p.add_argument("--tensorboard", action=argparse.BooleanOptionalAction, default=False, help="log for TensorBoard")
-    p.add_argument("--amp", action=argparse.BooleanOptionalAction, default=False, help="multiply in bfloat16")
-    p.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="mps is untested")
+    p.add_argument("--amp", action=argparse.BooleanOptionalAction, default=False, help="run the layers in bfloat16")
+    p.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda", "mps"),
+        default="auto",
+        help="auto: cuda, else mps (untested), else cpu",
+    )
     p.add_argument("--graph", action=argparse.BooleanOptionalAction, help="replay a CUDA graph. Default: on one GPU")
     p.add_argument("--run-dir", help="default: runs/SCRIPT-DATASET-sSEED-TIME")
     p.add_argument("--resume", metavar="FILE", help="a checkpoint to go on from, with its flags unless given here")
     p.add_argument("--generate", type=number(int, 1), metavar="N", help="with --resume: write N images as PNG files")
     p.add_argument("--generate-to", metavar="DIR", help="where to. Default: generated, in the run's folder")
-    p.add_argument("--label", default="shares", help="with --generate: a class's name, or turn, or shares")
-    p.add_argument("--reject", choices=("none", "naive", "drs"), default="none", help="keep images by D's score")
+    p.add_argument(
+        "--label", default="shares", help="class to --generate: its name; turn: each in turn; shares: as in the data"
+    )
+    p.add_argument(
+        "--reject",
+        choices=("none", "naive", "drs"),
+        default="none",
+        help="choose images by D's score, at the end and to --generate",
+    )
     p.add_argument(
         "--drs-percentile",
         type=number(float, 0, 100),
         default=60.0,
-        help="an image with this score is kept half the time",
+        help="drs: an image whose score is at this percentile is kept half the time",
     )
 
 
-def resolve(p, argv, paper, mlp, colour=()):
+def resolve(p, argv, paper, mlp, colour=None):
     """The flags as a namespace, and the names of those given. Ends the program where they contradict each other.
 
     A flag's value comes from the first of these that has one:
@@ -485,8 +508,7 @@ def resolve(p, argv, paper, mlp, colour=()):
     2. the resumed checkpoint
     3. --paper
     4. --arch mlp, or colour images of 64 pixels or more
-    5. the flag's default
-    6. what suits the data"""
+    5. the flag's default; --image-size and --latent-dim have none, so suited_to() gives them"""
     p.epilog = f"--paper sets {paper}. --arch mlp sets {mlp}."
     if colour:
         p.epilog += f" Colour images of 64 pixels or more set {colour}."
@@ -509,18 +531,18 @@ def resolve(p, argv, paper, mlp, colour=()):
         if not Path(saved["data_dir"]).exists():  # a checkpoint of another machine
             del saved["data_dir"]
         for name in saved.keys() & given.keys() & set(FIXED):
-            # --generate may take another seed, for other images; not so drs, as the seed chose what was held out
+            # --generate may take another seed, for other images. Not with drs: the seed also chose the images held out.
             another_seed = name == "seed" and "generate" in given and given.get("reject", saved["reject"]) != "drs"
             if given[name] != saved[name] and not another_seed:
                 fail(f"--{name.replace('_', '-')} is {saved[name]} in {given['resume']}: it cannot change")
     chosen = {**saved, **given}
-    args = argparse.Namespace(**{**defaults, **chosen})  # for dataset, arch and paper, which no preset sets
+    args = argparse.Namespace(**{**defaults, **chosen})  # no presets yet: to read dataset, arch, paper and sizes
     side, latent_dim = suited_to(args)
     preset = {}
     if args.arch == "mlp":
         preset |= mlp
-    elif CHANNELS[args.dataset] == 3 and (args.image_size or side) >= 64:
-        preset |= dict(colour)  # () in most scripts
+    elif colour and CHANNELS[args.dataset] == 3 and (args.image_size or side) >= 64:
+        preset |= colour
     if args.paper:
         preset |= paper
     args = argparse.Namespace(**{**defaults, **preset, **chosen})
@@ -535,7 +557,7 @@ def resolve(p, argv, paper, mlp, colour=()):
     if args.generate_to and not args.generate:
         fail("--generate-to needs --generate N")
     if args.reject == "drs" and args.holdout < 2:
-        fail("--reject drs needs images that D never saw: --holdout 1000, say")
+        fail("--reject drs needs images that D never saw: train with --holdout 1000, say")
     for name in ("ngf", "ndf", "upsample", "init"):
         if args.arch == "mlp" and name in given:
             warn(f"--{name} has no effect on --arch mlp")
@@ -544,18 +566,19 @@ def resolve(p, argv, paper, mlp, colour=()):
 
 
 def suited_to(args):
-    """The side of the images and the size of z that suit the data, where no flag says otherwise."""
+    """The side of the images and the size of z where no flag gives them: by --arch and --paper, then by the data."""
     if args.arch == "mlp":
         return 28, 100
     if args.paper:
         return 32, 100
     side = {"cifar10": 32, "celeba": 64, "folder": 64}.get(args.dataset, 28)
-    latent_dim = 16 if CHANNELS[args.dataset] == 1 else 100  # on MNIST 16 gave an FID a third lower than 100
+    latent_dim = 16 if CHANNELS[args.dataset] == 1 else 100  # on MNIST 16 gave a lower FID than 100 in every script
     return side, latent_dim
 
 
 def resolve_device(args):
-    """Sets args.device and args.graph to what this machine has. Ends the program where it lacks what a flag asks."""
+    """Sets args.device and args.graph to what this machine has. Ends the program where it lacks what a flag asks, or
+    where the batch does not split over the processes."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if args.device == "auto":
         args.device = next(name for name in available if available[name])
@@ -573,7 +596,7 @@ def resolve_device(args):
 
 
 def start(args):
-    """The device, after joining the other ranks of a torchrun."""
+    """Sets PyTorch's switches, joins the other ranks of a torchrun, and returns the device."""
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA
     torch.backends.cudnn.benchmark = True
     if args.device == "cuda":
@@ -588,14 +611,17 @@ def start(args):
 
 
 class Batches:
-    """The training set, on the device. batches(i, n) is what the n updates of D from update i on train on:
+    """The training set, on the device.
 
-    images uint8 (n, B, C, S, S) and labels (n, B); under torchrun this process's part of each batch. The order follows
-    from the seed and the epoch alone, so a resumed run goes on with the right batch.
-    .held       (images, labels) set aside by --holdout, or None
-    .classes    {name: number of training images}, those of --holdout among them
+    batches(i, n)  images uint8 (n, B, C, S, S) and labels (n, B), for n updates of D from update i on; under torchrun
+                   this process's part of each batch
+    .channels      of the images
+    .per_epoch     how many batches an epoch has
+    .held          (images, labels) set aside by --holdout, or None
+    .classes       {name: number of training images}, those of --holdout among them
 
-    An epoch has len(x) // batch_size batches. The rest is dropped, other images in each epoch."""
+    The order follows from the seed and the epoch alone, so a resumed run goes on with the right batch. An epoch leaves
+    out the last images of its order, which are too few for a batch: other images in each epoch."""
 
     def __init__(self, args, device):
         self.args = args
@@ -606,13 +632,14 @@ class Batches:
         if args.generate and args.reject != "drs":  # to draw from G takes no data
             self.classes = read_checkpoint(args.resume)["classes"]
             return
+        # Rank 0 goes first, as it may have to download or to decode. The others wait until it calls from_rank_0 too.
         if RANK != 0:
-            from_rank_0()  # waits until rank 0 has downloaded or decoded the data
+            from_rank_0()
         x, y, names = load_data(args.dataset, args.data_dir, args.image_size, "train")
         if RANK == 0:
-            from_rank_0()  # and lets the others go on
-        counts = y.bincount().tolist() if names and y.min() >= 0 else []
-        self.classes = dict(zip(names, counts))  # zip drops names that only the test images have
+            from_rank_0()
+        counts = y.bincount().tolist() if names and y.min() >= 0 else []  # -1: an image without a label
+        self.classes = dict(zip(names, counts))  # zip drops the last names, which only test images have
         if args.holdout >= len(x):
             fail(f"--holdout {args.holdout} leaves nothing of {len(x)} training images to train on")
         if args.holdout:
@@ -658,7 +685,7 @@ def from_uint8(x):
 
 
 def to_uint8(x):
-    """float -1..1 -> uint8 0..255, for files and for scores alike."""
+    """float -1..1 -> uint8 0..255: what is scored is rounded as a file would be."""
     return ((x + 1) * 127.5).round().clamp(0, 255).byte()
 
 
@@ -670,6 +697,7 @@ def adam(net, lr, args):
 
 
 def set_rate(opt, rate):
+    """Sets the learning rate; in place where it is a tensor (see adam)."""
     for group in opt.param_groups:
         if torch.is_tensor(group["lr"]):
             group["lr"].fill_(rate)
@@ -686,7 +714,7 @@ def averaged(G):
 
 @torch.no_grad()
 def update_ema(ema, G, decay):
-    """ema <- d ema + (1 - d) G, with d = min(decay, (1 + t) / (10 + t)) at the t-th update.
+    """ema <- d ema + (1 - d) G, with d = min(decay, (1 + t) / (10 + t)) at update t, which ema.updates counts.
 
     d is smaller at first, so that the average soon forgets the untrained G. Batch norm's buffers are copied."""
     ema.updates += 1
@@ -698,12 +726,15 @@ def update_ema(ema, G, decay):
 
 
 def pair_accuracy(score_real, score_fake):
-    """The share of (real, fake) pairs that D puts in the right order, the AUC of its score. 1/2: it cannot tell."""
-    return (score_real.detach()[:, None] > score_fake.detach()).float().mean()
+    """The share of (real, fake) pairs that D puts in the right order, the AUC of its score. 1/2: it cannot tell.
+
+    Equal scores count one half. There are some under --amp."""
+    difference = score_real.detach()[:, None] - score_fake.detach()
+    return ((difference.sign() + 1) / 2).mean()
 
 
 def seed_noise(seed, i=0):
-    """Under torchrun: other noise on each rank from update i on. Before, all drew the same, for the same networks."""
+    """Under torchrun: noise of its own for each rank. Until then all have one seed, so their networks are equal."""
     if WORLD > 1:
         torch.manual_seed(seeded(seed, RANKS, RANK, i).initial_seed())
 
@@ -719,11 +750,13 @@ def average_gradients(net):
 def captured(step):
     """step(x), or step(x, y), as one CUDA graph. It changes no result, only the time: you may skip this.
 
-    A step starts hundreds of small GPU operations, and starting them takes longer than running them. A graph records
-    them once; replay() starts all with one call, always on the same memory. So each batch is copied into tensors of its
-    own, and the losses come out in the same tensors every time. The first three calls run without a graph, as real
-    training: cuDNN chooses its kernels and Adam makes its moments before the recording. After the recording write into
-    tensors that step uses (fill_, copy_), and never replace them."""
+    A step starts hundreds of GPU operations. In networks this small, starting one takes longer than running it. A graph
+    records them once; replay() starts all with one call, always on the same memory. So each batch is copied into the
+    graph's own input tensors, and the losses come out in the same tensors every time. The first three calls run without
+    a graph, as real training: cuDNN chooses its kernels and Adam makes its moments before the recording.
+
+    If you edit this: a tensor that step uses must keep its memory. Write into it (fill_, copy_), never put a new one in
+    its place."""
     stream = torch.cuda.Stream()
     graph = torch.cuda.CUDAGraph()
     calls = 0
@@ -789,7 +822,7 @@ def save(name, i, state, study):
 
 
 def read_checkpoint(path):
-    """The dict that save wrote, on the CPU. Ends the program with one line if the file holds another."""
+    """The dict that save wrote, on the CPU. Ends the program with one line if the file is not one."""
     with or_fail(f"{path} is not a whole checkpoint of these scripts"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         missing = {"script", "args", "step", "classes", "seconds", "rng"} - checkpoint.keys()
@@ -799,9 +832,9 @@ def read_checkpoint(path):
 
 
 def restore(path, state, study=None):
-    """Loads the networks and optimizers in `state`; with a study the noise and its clock too.
+    """Loads the networks and optimizers in `state` from a checkpoint, and returns its count of updates of D.
 
-    Returns the checkpoint's count of updates of D.
+    With a study a run goes on: the noise and the seconds so far are restored too.
 
     An optimizer takes its moments from the checkpoint, but keeps its own rate and betas: these are flags."""
     checkpoint = read_checkpoint(path)
@@ -814,7 +847,8 @@ def restore(path, state, study=None):
     if study:
         study.seconds_before = checkpoint["seconds"]
         torch.set_rng_state(checkpoint["rng"]["cpu"])
-        if study.args.device == "cuda" and "cuda" in checkpoint["rng"]:  # a CPU's has none: keep the seeded one
+        # A checkpoint made on a CPU has no noise of CUDA: then the seed's goes on.
+        if study.args.device == "cuda" and "cuda" in checkpoint["rng"]:
             torch.cuda.set_rng_state(checkpoint["rng"]["cuda"])
         seed_noise(study.args.seed, checkpoint["step"])  # under torchrun: what was saved is rank 0's
     return checkpoint["step"]
@@ -824,7 +858,7 @@ def main(argv=None):
     try:
         train(parse_args(argv))
     except KeyboardInterrupt:  # before or after the loop, during which Stop catches it
-        raise SystemExit(130) from None
+        raise SystemExit(130) from None  # 128 + SIGINT, as shells expect
     finally:
         if WORLD > 1 and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

@@ -5,6 +5,7 @@ import copy
 
 import pytest
 import torch
+from sklearn.metrics import roc_auc_score
 from test_gan_losses import float64, forwards, run, steps  # noqa: F401  float64: a fixture
 from torch import nn
 
@@ -254,9 +255,9 @@ def test_averaged_weights(decay):
 @pytest.mark.parametrize(
     "real, fake, wanted",
     [
-        ([3.0, 1.0], [2.0, 1.0, 0.0], 4 / 6),  # all pairs, unequal sizes, a tie is not a win
+        ([3.0, 1.0], [2.0, 1.0, 0.0], 4.5 / 6),  # all pairs, unequal sizes, a tie is half a win
         ([2.0, 1.0], [0.0, 1.5], 3 / 4),
-        ([1.0, 1.0], [1.0], 0),
+        ([1.0, 1.0], [1.0], 1 / 2),
         ([-1.0], [-2.0, -3.0], 1),
         ([0.0], [1.0], 0),
     ],
@@ -266,6 +267,8 @@ def test_pair_accuracy(real, fake, wanted):
     accuracy = wgan_gp.pair_accuracy(real, torch.tensor(fake))
     assert accuracy.item() == pytest.approx(wanted, abs=1e-7)
     assert not accuracy.requires_grad
+    is_real = [1] * len(real) + [0] * len(fake)
+    assert accuracy.item() == pytest.approx(roc_auc_score(is_real, [*real.tolist(), *fake]), abs=1e-7)
 
 
 # batches --------------------------------------------------------------------------------------------------------------

@@ -1319,8 +1319,8 @@ def test_a_script_needs_metrics_beside_it_and_nothing_else(w, tmp_path):
 MINE = {  # what is changed in a copy of wgan_gp.py, by its lines: hinge loss, spectral norm, a column
     "from torch import nn\n": "from torch import nn\nfrom torch.nn.utils.parametrizations import spectral_norm\n",
     "default=10.0,": "default=0.0,",
-    "[nn.Conv2d(width, w, kernel, 2, 1), ": "[spectral_norm(nn.Conv2d(width, w, kernel, 2, 1)), ",
-    "[nn.Conv2d(width, 1, 4, 1, 0)]": "[spectral_norm(nn.Conv2d(width, 1, 4, 1, 0))]",
+    "[nn.Conv2d(w_in, w_out, kernel, 2, 1), ": "[spectral_norm(nn.Conv2d(w_in, w_out, kernel, 2, 1)), ",
+    "[nn.Conv2d(w_in, 1, 4, 1, 0)]": "[spectral_norm(nn.Conv2d(w_in, 1, 4, 1, 0))]",
     "return score_fake.mean() - score_real.mean()": "return (1 - score_real).relu().mean() + (1 + score_fake).relu().mean()",  # noqa: E501
     '"w_dist": score_real.mean() - score_fake.mean()': '"margin": (score_real - score_fake).mean()',
 }
