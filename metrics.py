@@ -68,17 +68,25 @@ except ImportError:  # Windows: no lock on a run's folder
 
 
 def checked(least, *tables):
-    """Features or logits (N, d), tensors or arrays, in float64. ValueError: no such table, fewer than `least` rows,
-    other widths, NaN."""
-    tables = [torch.as_tensor(t) if isinstance(t, np.ndarray) and t.dtype != object else t for t in tables]
+    """Features or logits (N, d), tensors, arrays or lists, in float64. ValueError: no such table, fewer than `least`
+    rows, other widths, NaN."""
+    tables = [t if torch.is_tensor(t) else of_numbers(t) for t in tables]
     for t in tables:
-        if not torch.is_tensor(t) or t.dim() != 2 or t.shape[1] != tables[0].shape[1]:
+        if t.is_complex() or t.dim() != 2 or t.shape[1] != tables[0].shape[1]:
             raise ValueError(f"tables (N, d) of one width d are needed, not {[tuple(np.shape(t)) for t in tables]}")
         if len(t) < least:
             raise ValueError(f"{len(t)} rows, where {least} or more are needed")
         if not (t.double().abs() <= 1e50).all():  # KID takes the sixth power
             raise ValueError("features or logits that are not finite, or above 1e50")
     return [t.double() for t in tables]
+
+
+def of_numbers(values):
+    """An array or nested lists as a float64 tensor of its own: numpy's may be read-only, reversed or big-endian."""
+    array = np.asarray(values)
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"tables of numbers are needed, not {type(values).__name__} of {array.dtype}")
+    return torch.from_numpy(array.astype(np.float64))
 
 
 def inception_score(logits, splits=10):
@@ -311,9 +319,14 @@ ASKED = 12  # labels that a conditional generator is asked for
 RANKS = 13  # the noise of training, under torchrun
 
 
+def one_line(text):
+    """The text without line ends, and what a terminal would obey, as ESC in a file's name, written out."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(str(text).split()))
+
+
 def fail(message):
     """Ends the program for a user's mistake: one line on stderr, exit code 2, no traceback."""
-    put(sys.stderr, f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}\n")
+    put(sys.stderr, f"{Path(sys.argv[0]).name}: error: {one_line(message)}\n")
     raise SystemExit(2)
 
 
@@ -383,7 +396,7 @@ def say(text, redraw=False):
 def warn(text):
     """Prints a line on stderr, from rank 0."""
     if not RANK:
-        put(sys.stderr, f"{text}\n")
+        put(sys.stderr, f"{one_line(text)}\n")
 
 
 @functools.cache
@@ -395,12 +408,12 @@ def warn_once(text):
 def progress(batches, total, what):
     """The batches, and a line on stderr on how far they are: kept fresh on a terminal, every 10 s elsewhere."""
     live = is_terminal(sys.stderr)
-    start = said = time.time()
+    start = said = time.monotonic()  # time.time() jumps where somebody sets the clock
     done = 0
     for batch in batches:
         yield batch
         done += len(batch)
-        now = time.time()
+        now = time.monotonic()
         if now - said > (0.5 if live else 10):
             text = f"{what}: {done} of {total}, {(now - start) / done * (total - done):.0f} s to go"
             put(sys.stderr, f"\r\033[K{text}" if live else f"{text}\n")
@@ -506,9 +519,11 @@ def read_csv(path):
 def cache_folders(folder):
     """Where to keep what takes long to make: `folder`, or if it cannot be written the user's folder for such files."""
     folder = Path(folder).resolve()
-    user = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     own = "gan-" + hashlib.sha256(os.fsencode(folder)).hexdigest()[:12]
-    return [folder, Path(user, own), Path(tempfile.gettempdir(), own)]
+    homes = [os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")]
+    with contextlib.suppress(OSError):  # nothing can be written, not even in the folder for temporary files
+        homes.append(tempfile.gettempdir())
+    return [folder, *[Path(home, own) for home in homes if os.path.isabs(home)]]  # "~" stays where a user has no home
 
 
 def cache_home(dataset, data_dir):
@@ -633,7 +648,7 @@ def list_images(root):
     """The image files below `root` as {path relative to it: (bytes, date)}, and a Counter of what else lies there.
 
     Of the suffixes that this Pillow opens, with plugins. Links are followed, but every file counts once, under a path
-    without links if it has one. Hidden files are no images."""
+    without links if it has one. Hidden files and folders, whose names begin with a dot, are no images."""
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     above = {(facts.st_dev, facts.st_ino) for facts in map(os.stat, root.resolve().parents)}
     seen = set()
@@ -658,12 +673,13 @@ def list_images(root):
             suffix = os.path.splitext(entry.name)[1].lower()
             by_link = linked or entry.is_symlink()
             path = folder + entry.name
+            if entry.name.startswith("."):
+                left_out["hidden"] += 1
+                continue
             try:
                 facts = os.stat(entry.path)
             except OSError:
-                left_out["link to nothing"] += 1
-                continue
-            if entry.name.startswith("."):
+                left_out["link to nothing" if entry.is_symlink() else "file without permission"] += 1
                 continue
             if stat.S_ISDIR(facts.st_mode):
                 heapq.heappush(todo, (by_link, f"{path}/"))
@@ -701,8 +717,10 @@ def split_images(paths):
 
 def read_folder(root, size, split):
     """load_data of a folder of images. Its sub-folders are the classes; those with training images come first."""
-    if not root.is_dir():
-        kind = "a file: unpack it, and name the folder" if root.exists() else "no such folder"
+    with or_fail(f"--dataset folder: --data-dir {root}"):  # no permission, or too long a name
+        is_folder, is_there = root.is_dir(), root.exists()
+    if not is_folder:
+        kind = "a file: unpack it, and name the folder" if is_there else "no such folder"
         fail(f"--dataset folder: --data-dir {root}: {kind}")
     found, left_out = list_images(root)
     parts, depth = split_images(found)
@@ -784,7 +802,7 @@ def count_copies(root, files, others):
     return sum(digest in known for digest in digests(files))
 
 
-READER = 2  # changes when read_image does, so that what was kept is made anew
+READER = 3  # changes when read_image does, so that what was kept is made anew
 
 
 def read_image(path, channels=3, size=None):
@@ -824,6 +842,8 @@ def eight_bits(image):
     if grey_16:
         values = np.asarray(image)
         clear = values.max() >= 2**14
+        if getattr(image, "tag_v2", {}).get(262) == 0:  # a TIFF in which 0 is white: with 8 bits Pillow turns it itself
+            values = 65535 - values
         grey = Image.fromarray((values / 257).round().astype(np.uint8))
         if "transparency" in image.info:
             grey.putalpha(Image.fromarray((values != image.info["transparency"]) * np.uint8(255)))
@@ -1493,7 +1513,7 @@ class Study:
         What an abandoned branch logged past i is dropped. Ends the program where the folder cannot be used."""
         self.total = total
         self.per_epoch = per_epoch
-        self.start_time = time.time() - self.seconds_before
+        self.start_time = time.monotonic() - self.seconds_before
         self.scored_at = None
         self.best_fid = math.inf
         if RANK:
@@ -1519,7 +1539,8 @@ class Study:
             replace_file(self.folder / "args.json", lambda file: file.write(text.encode()))
             (self.folder / "scores.json").unlink(missing_ok=True)  # of an earlier end
             for sheet in (self.folder / "samples").glob("step_*.png"):
-                if int(sheet.stem.removeprefix("step_")) > i:
+                step = sheet.stem.removeprefix("step_")
+                if step.isdecimal() and int(step) > i:  # "step_0001000 (1).png" is somebody's copy
                     sheet.unlink()
             self.log_file.keep(i)
             rows = self.scores_file.keep(i)
@@ -1556,7 +1577,7 @@ class Study:
 
     def mark(self, i):
         """From here on speed is measured, so that scoring and drawing do not count."""
-        self.marked = (time.time(), i)
+        self.marked = (time.monotonic(), i)
 
     def add(self, losses):
         """Adds an iteration's losses, a dict of scalars, to sums that stay on the device: nothing waits."""
@@ -1576,7 +1597,7 @@ class Study:
         if RANK:
             return
         since, update = self.marked
-        speed = (i - update) / max(time.time() - since, 1e-9)
+        speed = (i - update) / max(time.monotonic() - since, 1e-9)
         row = {
             "step": i,
             "epoch": i / self.per_epoch,
@@ -1588,7 +1609,9 @@ class Study:
         self.log_file.add(row)
         self.to_board(row)
         losses = "  ".join(f"{name} {value:.3f}" for name, value in means.items())
-        left = timedelta(seconds=int((self.total - i) / max(speed, 1e-9)))
+        left = timedelta(
+            seconds=min(int((self.total - i) / max(speed, 1e-9)), 10**12)
+        )  # a timedelta's end is near that
         epochs = f"epoch {row['epoch']:.1f}/{self.total / self.per_epoch:.4g}"
         say(
             f"{epochs}  D {i} G {row['g_updates']}  {losses}  {row['images_per_s']:.0f} images/s  ETA {left}",
@@ -1597,7 +1620,7 @@ class Study:
         self.mark(i)
 
     def seconds(self):
-        return time.time() - self.start_time
+        return time.monotonic() - self.start_time
 
     def to_board(self, row=None, sheet=None, i=None):
         """A row, or a sheet at step i, to TensorBoard. Once its file cannot be written it takes nothing more."""
@@ -1697,8 +1720,10 @@ class Study:
             self.traversal()
         self.last_scores(i, restore)
         if self.log_file.path.exists():
-            with contextlib.suppress(ValueError):  # rows without a number to plot
+            try:
                 plot([self.folder], self.folder / "curves.png")
+            except ValueError as e:  # rows without a number to plot, or a full disk
+                say(f"no curves.png: {e}")
         else:
             say("no curves.png: log.csv has no rows, which come every --log-every updates of D")
         say(f"done: {self.folder}")
@@ -2108,6 +2133,17 @@ def read_log(run):
     return columns
 
 
+def read_json(path):
+    """The dict in a file of a run. ValueError: it is empty, cut short or of another kind."""
+    try:
+        found = json.loads(Path(path).read_text())
+    except ValueError as e:
+        raise ValueError(f"{path} is damaged: {e}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged: no JSON object")
+    return found
+
+
 def groups(runs):
     """{label: [run folders]}: those that differ in the seed alone together, in the order given.
 
@@ -2119,7 +2155,7 @@ def groups(runs):
         if not (folder / "args.json").exists():
             flags[run] = folder.resolve().name, {}, None
             continue
-        args = json.loads((folder / "args.json").read_text())
+        args = read_json(folder / "args.json")
         compared = {name: value for name, value in args.items() if name not in NOT_COMPARED}
         if args.get("steps"):
             compared.pop("epochs", None)  # --steps overrides it
@@ -2159,7 +2195,7 @@ def scores_table(runs):
     networks = set()
     for label, members in groups(runs).items():
         try:
-            scores = [json.loads((Path(run) / "scores.json").read_text()) for run in members]
+            scores = [read_json(Path(run) / "scores.json") for run in members]
         except (OSError, ValueError) as e:
             raise ValueError(f"a run without scores: {e}") from None
         names = []
@@ -2170,7 +2206,10 @@ def scores_table(runs):
             if name != last and all(run.get(name) == run.get(last) for run in scores):
                 continue  # best.pt is last.pt
             mine = [run[name] for run in scores if name in run]  # a seed may lack what --reject keeps
-            used = {f"{s['features']}, floor {s['floor']:.1f}, n {s['n_fake']}" for s in mine}
+            try:
+                used = {f"{s['features']}, floor {s['floor']:.1f}, n {s['n_fake']}" for s in mine}
+            except (KeyError, TypeError, ValueError) as e:
+                raise ValueError(f"scores.json of {label} is damaged: {name} has no scores ({e})") from None
             networks |= used
             several = " (by several networks)" if len(used) > 1 else ""
             rows.append((label + several, name, mine))
@@ -2422,7 +2461,8 @@ def read_array(path):
     """The array in a file of ARRAYS, as a tensor. ValueError: none, or several of images."""
     try:
         if path.suffix.lower() in (".pt", ".pth"):
-            return torch.as_tensor(torch.load(path, map_location="cpu", weights_only=True))
+            loaded = torch.as_tensor(torch.load(path, map_location="cpu", weights_only=True))
+            return loaded.to_dense() if loaded.is_sparse else loaded
         loaded = np.load(path)
         if isinstance(loaded, np.ndarray):
             return torch.as_tensor(loaded)
@@ -2506,7 +2546,9 @@ def command(argv):
     p.add_argument("--scores", nargs="+", choices=SCORES, default=SCORES, metavar="SCORE", help=scores)
     p.add_argument("--data-dir", default="data", help="folder of the data sets, the networks and real statistics")
     p.add_argument("--no-cache", action="store_true", help="neither read nor keep statistics of real images")
-    p.add_argument("--n", type=int, help="images of each kind, at most; default 10000, of stacked_mnist 26000")
+    p.add_argument(
+        "--n", type=number(int, 1), help="images of each kind, at most; default 10000, of stacked_mnist 26000"
+    )
     p.add_argument("--json", action="store_true", help="print the scores as one JSON object")
     p.add_argument("--plot", nargs="+", metavar="RUN", help="run directories, or their log.csv, in one plot")
     p.add_argument("--table", nargs="+", metavar="RUN", help="run directories: their final scores as Markdown")

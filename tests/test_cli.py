@@ -993,6 +993,26 @@ def test_table_is_mean_and_deviation_over_seeds(study_runs, tmp_path, capsys):
     assert "without scores" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "flag, name, content",
+    [
+        ("--plot", "args.json", ""),
+        ("--plot", "args.json", "[]"),
+        ("--plot", "args.json", '{"script"'),
+        ("--table", "scores.json", ""),
+        ("--table", "scores.json", "[]"),
+        ("--table", "scores.json", '{"last.pt": 3}'),
+        ("--table", "scores.json", '{"last.pt": {"fid": 1.5}}'),
+    ],
+)
+def test_a_damaged_file_of_a_run_is_one_line_that_names_it(study_runs, tmp_path, capsys, flag, name, content):
+    (tmp_path / "a0" / name).write_text(content)
+    with pytest.raises(SystemExit) as stop:
+        metrics.main([flag, str(tmp_path / "a0")])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1 and name in err and "damaged" in err
+
+
 def test_table_of_seeds_that_differ_where_it_matters_or_does_not(study_runs, tmp_path):
     """One seed has nothing that --reject kept: the row is of the other two. One is scored by another network: said. One
     ran on a GPU, so by a graph: no matter. When it was scored is one, if scores change the rates."""

@@ -102,7 +102,52 @@ def test_pipes_sockets_and_dead_links_are_counted(tmp_path, capsys, monkeypatch)
     here.close()
     assert len(x) == 2 and err.count("\n") == 1
     assert "2 images to train, 1 to test; left out: " in err
-    assert all(part in err for part in ("pipe, socket or device (2)", "link to nothing (2)", ".txt (1)"))
+    assert all(part in err for part in ("pipe, socket or device (2)", "link to nothing (2)", ".txt (1)", "hidden (1)"))
+
+
+def test_what_may_not_be_read_is_counted_under_its_own_name(tmp_path, monkeypatch):
+    """A folder without the right to enter it names its files, and says nothing else of them."""
+    paint_all(tmp_path / "a", 3)
+    paint_all(tmp_path / "b", 2)
+    paint_all(tmp_path / ".thumbnails", 9)
+    scandir, stat = os.scandir, os.stat
+
+    def listed(path):
+        if metrics.Path(path).name == "b":
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    def known(path, *more, **named):
+        if str(path).endswith("001.bmp"):
+            raise PermissionError(13, "Permission denied")
+        return stat(path, *more, **named)
+
+    monkeypatch.setattr(os, "scandir", listed)
+    monkeypatch.setattr(os, "stat", known)
+    found, left_out = metrics.list_images(tmp_path)
+    assert sorted(found) == ["a/000.bmp", "a/002.bmp"]
+    assert left_out == {"folder that cannot be listed": 1, "file without permission": 1, "hidden": 1}
+
+
+def test_a_name_that_a_terminal_would_obey_is_written_out(tmp_path, capsys):
+    paint_all(tmp_path / "two\nlines", 12)
+    paint_all(tmp_path / "red \x1b[31m", 12)
+    assert load(tmp_path)[2] == ["red \x1b[31m", "two\nlines"]
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "classes: red \\x1b[31m (12), two lines (10)" in err
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b"])
+def test_a_folder_whose_name_no_disk_takes_is_one_line(capsys, tmp_path, name):
+    assert "--data-dir" in one_line(capsys, lambda: load(tmp_path / name))
+
+
+def test_a_folder_that_one_may_not_look_into_is_one_line(capsys, tmp_path, monkeypatch):
+    def denied(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(metrics.Path, "is_dir", denied)
+    assert "Permission denied" in one_line(capsys, lambda: load(tmp_path))
 
 
 def test_every_suffix_that_pillow_opens(tmp_path, capsys):
@@ -238,6 +283,16 @@ RAMP = np.linspace(0, 65535, 64).round().astype(np.uint16).reshape(8, 8)
 def test_16_bits_are_scaled_to_8(tmp_path, suffix):
     Image.fromarray(RAMP).save(tmp_path / f"a.{suffix}")
     assert np.array_equal(read(tmp_path / f"a.{suffix}", channels=1)[0], (RAMP / 257).round())
+
+
+def test_white_may_be_zero(tmp_path):
+    """PhotometricInterpretation 0 of TIFF: Pillow turns it with 8 bits, not with 16."""
+    n = RAMP.size * 2
+    tags = [(256, 8), (257, 8), (258, 16), (259, 1), (262, 0), (273, 8 + 2 + 9 * 12 + 4), (277, 1), (278, 8), (279, n)]
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    head = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + struct.pack("<I", 0)
+    (tmp_path / "a.tif").write_bytes(head + RAMP.astype("<u2").tobytes())
+    assert np.array_equal(read(tmp_path / "a.tif", channels=1)[0], ((65535 - RAMP.astype(int)) / 257).round())
 
 
 def test_16_bits_are_turned_upright(tmp_path):
@@ -382,6 +437,44 @@ def test_without_a_place_beside_it_the_cache_is_in_the_users_folder(tmp_path, mo
     assert not list(tmp_path.glob("*.npz")) and len(list(user_folder.rglob("*.npz"))) == 1
     monkeypatch.setattr(metrics.Image, "open", lambda *a: pytest.fail("decoded again"))
     assert torch.equal(load(folder)[0], x) and "not kept" not in capsys.readouterr().err
+
+
+def test_a_network_is_kept_in_the_users_folder_where_the_datas_cannot_be_written(
+    tmp_path, monkeypatch, user_folder, untrained
+):
+    """As on Kaggle, where it was trained anew each time."""
+    replace_file = metrics.replace_file
+
+    def read_only(path, *more):
+        if path.parent == tmp_path / "input":
+            raise OSError(30, "Read-only file system")
+        replace_file(path, *more)
+
+    monkeypatch.setattr(metrics, "replace_file", read_only)
+    train, test = (noise(60, 0), torch.arange(60) % 3), (noise(40, 1), torch.arange(40) % 3)
+    said = []
+    for _ in range(2):
+        metrics.classifier("folder", train, test, tmp_path / "input", say=said.append)
+    assert len(untrained) == 1 and len(list(user_folder.rglob("classifier-folder-*.pt"))) == 1
+    assert not any("not kept" in line for line in said)
+
+
+@pytest.mark.parametrize("lacks", ["home", "temporary"])
+def test_a_machine_without_a_home_or_a_temporary_folder_has_one_place_less(tmp_path, monkeypatch, lacks):
+    """In a container under a number without a name "~" stays "~": a folder of that name appeared."""
+    if lacks == "home":
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setattr(metrics.os.path, "expanduser", str)
+        rest = metrics.tempfile.gettempdir()
+    else:
+
+        def none():
+            raise FileNotFoundError(2, "No usable temporary directory found")
+
+        monkeypatch.setattr(metrics.tempfile, "gettempdir", none)
+        rest = os.environ["XDG_CACHE_HOME"]
+    first, second = metrics.cache_folders(tmp_path / "a")
+    assert first == tmp_path / "a" and str(second.parent) == rest
 
 
 def test_what_cannot_be_kept_anywhere_costs_a_line(tmp_path, monkeypatch, capsys):

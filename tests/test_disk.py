@@ -7,8 +7,10 @@ import importlib.util
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 import types
 from pathlib import Path
 
@@ -169,6 +171,28 @@ def test_a_folder_in_use_without_a_checkpoint_is_not_offered_for_resume(tmp_path
     assert (tmp_path / "a" / "args.json").exists()  # not ours to remove
 
 
+def test_a_disk_without_permissions_holds_a_run(tmp_path, monkeypatch):
+    """exFAT and some network mounts know no chmod."""
+
+    def refused(*args, **named):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    for name in ("chmod", "utime", "setxattr"):
+        monkeypatch.setattr(os, name, refused, raising=False)
+    started(tmp_path / "a").sheet(1)
+    assert (tmp_path / "a" / "wgan_gp.py").read_bytes() == (ROOT / "wgan_gp.py").read_bytes()
+
+
+def test_a_copy_of_a_sheet_is_not_ours_to_read_or_remove(tmp_path):
+    s = started(tmp_path / "a")
+    for i in (5, 10):
+        s.sheet(i)
+    copy = tmp_path / "a" / "samples" / "step_0000010 (1).png"
+    copy.write_bytes((tmp_path / "a" / "samples" / "step_0000010.png").read_bytes())
+    study(tmp_path / "a", resume=str(tmp_path / "a" / "last.pt")).start(5, 1000, 10)
+    assert sorted(os.listdir(tmp_path / "a" / "samples")) == ["step_0000005.png", "step_0000010 (1).png"]
+
+
 def test_samples_removed_while_it_trains_come_back(tmp_path):
     s = started(tmp_path / "a")
     s.sheet(1)
@@ -194,6 +218,19 @@ def test_figures_that_cannot_be_written_do_not_cost_the_scores(tmp_path, monkeyp
     s.finish(5, lambda path: 5)
     assert json.loads((tmp_path / "a" / "scores.json").read_text()) == {"last.pt": {"fid": 1.5}}
     assert "a figure is missing" in capsys.readouterr().err
+
+
+def test_curves_that_cannot_be_written_cost_a_line(tmp_path, monkeypatch, capsys):
+    s = started(tmp_path / "a")
+    s.judge = False
+    s.add({"loss": torch.tensor(0.5)})
+    s.log(5)
+    s.add({"loss": torch.tensor(0.25)})
+    s.log(10)
+    monkeypatch.setattr(Image.Image, "save", no_space)
+    s.finish(10, None)
+    out = capsys.readouterr()
+    assert "no curves.png: -o " in out.out and "No space left" in out.out and f"done: {tmp_path / 'a'}" in out.out
 
 
 # TensorBoard
@@ -379,7 +416,7 @@ def speak():
     metrics.warn("warned ü \U0001f600 \udcff")
     clock = iter([0.0, 0.0, *range(20, 200, 20)])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(metrics.time, "time", lambda: next(clock))
+        patch.setattr(metrics.time, "monotonic", lambda: next(clock))
         assert len(list(metrics.progress(torch.zeros(3, 2), 6, "what"))) == 3
     with pytest.raises(SystemExit) as stop:
         metrics.fail("wrong ü \U0001f600")
@@ -436,6 +473,44 @@ def test_scores_are_printed_where_stdout_lacks_a_letter(tmp_path, monkeypatch):
     path = str(tmp_path / "ü 数.pt")
     metrics.main(["--real", path, "--fake", path, "--data-dir", str(tmp_path), "--scores", "fid"])
     assert b"\nFID " in stream.buffer.getvalue() and b"\\u6570.pt" in stream.buffer.getvalue()
+
+
+# clocks
+
+
+def test_a_clock_that_is_set_moves_no_time_of_the_log(tmp_path, monkeypatch):
+    """time.time() jumps with it: seconds ran backwards, and images_per_s was 1e9."""
+    monkeypatch.setattr(metrics.time, "time", iter([1e9, 1e3, 1e12, *[0.0] * 99]).__next__)
+    monkeypatch.setattr(metrics.time, "monotonic", iter(range(100)).__next__)
+    s = started(tmp_path / "a")  # one look for the start, one for the mark
+    s.add({"loss": torch.tensor(0.5)})
+    s.log(10)
+    [row] = rows(tmp_path / "a" / "log.csv")
+    assert row["seconds"] == "3" and row["images_per_s"] == "80"
+
+
+def test_a_run_that_would_take_for_ever_says_so(tmp_path, monkeypatch, capsys):
+    """--steps 1e12, to be ended by Ctrl-C: the time to go was more than a timedelta holds."""
+    s = study(tmp_path / "a")
+    monkeypatch.setattr(metrics.time, "monotonic", iter(range(0, 10**6, 1000)).__next__)
+    s.start(0, 10**12, 10)
+    s.add({"loss": torch.tensor(0.5)})
+    s.log(1)
+    assert "ETA 11574074 days, 1:46:40" in capsys.readouterr().out
+
+
+# signals, in a program that imports a script
+
+
+def test_a_run_in_a_thread_listens_to_no_signal():
+    """signal.signal is for the main thread: it raised ValueError."""
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    made = []
+    thread = threading.Thread(target=lambda: made.append(metrics.Stop()))
+    thread.start()
+    thread.join()
+    assert not made[0].is_set() and [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
+    made[0].leave_if_set(1, None)
 
 
 # words

@@ -433,7 +433,7 @@ def test_fewer_rows_than_needed_are_refused_and_that_many_are_not(name):
 @pytest.mark.parametrize("name", [name for name in TABLES if "Moments" not in name])
 def test_what_is_no_table_or_of_another_width_is_refused(name):
     function, least = TABLES[name]
-    wrong = [[randn(40)] * len(least), [randn(40, 4, 2)] * len(least), [randn(40, 5).tolist()] * len(least)]
+    wrong = [[randn(40)] * len(least), [randn(40, 4, 2)] * len(least), [randn(40, 5) + 1j] * len(least)]
     for sets in wrong + ([[randn(40, 5), randn(40, 6)]] if len(least) == 2 else []):
         with pytest.raises(ValueError, match="of one width"):
             function(*sets)
@@ -442,7 +442,18 @@ def test_what_is_no_table_or_of_another_width_is_refused(name):
 def test_arrays_are_taken_as_tensors():
     x, y = randn(40, 5), randn(40, 5)
     for function in (metrics.fid, metrics.kid, metrics.mode_score, metrics.density_coverage):
-        assert function(x.numpy(), y.numpy()) == function(x, y)
+        assert function(x.numpy(), y.numpy()) == function(x, y) == function(x.tolist(), y.tolist())
+        kept = x.numpy().copy()
+        kept.flags.writeable = False
+        other_way = x.numpy()[::-1].copy()[::-1]  # a negative stride
+        for same in (kept, other_way, x.numpy().astype(">f8")):
+            assert function(same, y.numpy()) == function(x, y)
+
+
+@pytest.mark.parametrize("values", [None, [["a"] * 5] * 40, np.ones((40, 5), object), np.ones((40, 5)) * 1j])
+def test_what_is_no_numbers_is_refused_in_words_of_its_own(values):
+    with pytest.raises(ValueError, match="tables of numbers are needed, not"):
+        metrics.fid(values, randn(40, 5))
 
 
 def test_radii_labels_and_scores_without_an_answer_are_refused():
