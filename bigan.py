@@ -470,7 +470,9 @@ def add_run_flags(p):
     p.add_argument(
         "--checkpoint-every", type=count, default=2000, help="updates of D between writes of last.pt; 0: at the end"
     )
-    p.add_argument("--tensorboard", action=argparse.BooleanOptionalAction, default=False, help="log for TensorBoard")
+    p.add_argument(
+        "--tensorboard", action=argparse.BooleanOptionalAction, default=False, help="log and sheets for TensorBoard"
+    )
     p.add_argument("--amp", action=argparse.BooleanOptionalAction, default=False, help="run the layers in bfloat16")
     p.add_argument(
         "--device",
@@ -838,6 +840,12 @@ def restore(path, state, study=None):
 
     An optimizer takes its moments from the checkpoint, but keeps its own rate and betas: these are flags."""
     checkpoint = read_checkpoint(path)
+    before = list(checkpoint["classes"])
+    now = list(study.classes) if study else before
+    if len(now) != len(before):
+        fail(f"{path} knows {len(before)} classes ({', '.join(before[:9])}), not {len(now)} ({', '.join(now[:9])})")
+    if now != before:  # other images: the labels go on, under new names
+        warn(f"the classes are now called {', '.join(now[:9])}; in {path}: {', '.join(before[:9])}")
     with or_fail(f"{path} does not fit these networks"):
         for name, part in state.items():
             saved = checkpoint[name]
@@ -859,7 +867,10 @@ def main(argv=None):
         train(parse_args(argv))
     except KeyboardInterrupt:  # before or after the loop, during which Stop catches it
         raise SystemExit(130) from None  # 128 + SIGINT, as shells expect
+    except OSError as e:  # a disk that refuses, a name that is too long
+        fail(e)
     finally:
+        Stop.put_back()
         if WORLD > 1 and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 

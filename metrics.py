@@ -51,6 +51,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -319,6 +320,13 @@ ASKED = 12  # labels that a conditional generator is asked for
 RANKS = 13  # the noise of training, under torchrun
 
 
+for number in (0, 1, 2):  # after `>&-` or `2>&-` the next file that is opened, last.pt say, would be number 1 or 2,
+    try:  # and what a library written in C prints would stand in it
+        os.fstat(number)
+    except OSError:
+        os.open(os.devnull, os.O_RDWR)
+
+
 def one_line(text):
     """The text without line ends, and what a terminal would obey, as ESC in a file's name, written out."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(str(text).split()))
@@ -367,6 +375,8 @@ def removed_if_it_fails(folder):
     new = [f for f in (folder, *folder.parents) if not f.exists()]
     try:
         yield
+    except FileExistsError:  # another process was there first: it is not ours
+        raise
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         for f in new[1:]:
@@ -540,6 +550,9 @@ def keep(folder, name, write, say=None, old=None):
             home.mkdir(parents=True, exist_ok=True)
             replace_file(home / name, write, f".{os.getpid()}")
             for path in home.iterdir() if old else []:
+                cut = re.fullmatch(rf"{old}\.\d+\.tmp", path.name)  # by a kill, if it has not grown for a day
+                if cut and time.time() - path.stat().st_mtime > 86_400:
+                    path.unlink()
                 if path.name != name and re.fullmatch(old, path.name):
                     path.unlink()
             return
@@ -769,6 +782,8 @@ def read_images(root, size, split, files):
         except ValueError as e:
             bad[i] = str(e)
 
+    if len(paths) >= 2000:
+        warn(f"reading {len(paths)} {split} images of {root}, once: what becomes of them is kept")
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # each holds one image of full size
         for part in progress(torch.arange(len(paths)).split(1000), len(paths), f"reading {root}"):
             list(pool.map(decode, part.tolist()))
@@ -1529,9 +1544,9 @@ class Study:
             with or_fail("--tensorboard: pip install tensorboard"):
                 writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter
         undo = contextlib.nullcontext() if goes_on else removed_if_it_fails(self.folder)
-        with undo, or_fail(f"--run-dir {self.folder}"):
+        with or_fail(f"--run-dir {self.folder}"), undo:
+            (self.folder / "samples").mkdir(parents=True, exist_ok=bool(goes_on))  # of two that begin at once one fails
             self.claim()
-            (self.folder / "samples").mkdir(parents=True, exist_ok=True)
             if self.script and not goes_on:
                 shutil.copyfile(self.script, self.folder / self.script.name)
             script = self.script.stem if self.script else None
@@ -1550,6 +1565,7 @@ class Study:
         self.find_best(rows, i)
         ranks = f"{WORLD} x " if WORLD > 1 else ""
         say(f"{self.folder}: update {i} to {total} of D, {args.batch_size} images each, on {ranks}{args.device}")
+        self.say_what_takes_long(i)
         self.mark(i)
 
     def claim(self):
@@ -1562,6 +1578,17 @@ class Study:
                 fail(f"--run-dir {self.folder}: another process is training there")
             except OSError:  # a file system without locks
                 pass
+
+    def say_what_takes_long(self, i):
+        """The first scores of new images need a network that is trained on them. Once it is there they take seconds."""
+        args = self.args
+        if self.per_epoch * args.batch_size < 2000:  # then it is soon trained
+            return
+        home = cache_home(args.dataset, args.data_dir)
+        found = [path for place in cache_folders(home) for path in place.glob(f"*-{args.dataset}-*.pt")]
+        if not found and not (JUDGES / f"{args.dataset.removeprefix('stacked_')}.pt").exists():
+            at = min(self.total, i - i % args.eval_every + args.eval_every) if args.eval_every else self.total
+            say(f"the first scores, at update {at}, train their network: a minute or two, once; it is kept in {home}")
 
     def find_best(self, rows, i):
         """best.pt counts if it is of the best row. Else it is of an abandoned branch, or was not written in time."""
@@ -1875,10 +1902,11 @@ class Study:
 class Stop:
     """Set by Ctrl-C, SIGTERM or SIGHUP: the loop ends after its iteration. A second signal leaves at once."""
 
+    before: ClassVar[dict] = {}  # the handlers that it took the place of
+
     def __init__(self):
         self.signal = None
         self.asked = 0
-        self.before = {}
         if threading.current_thread() is not threading.main_thread():
             return  # only that one may listen
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
@@ -1904,11 +1932,17 @@ class Stop:
         """After the last checkpoint: ends the program if there was a signal. From here on any signal does, at once."""
         if WORLD > 1:
             self.signal = from_rank_0(self.signal)
-        for name, handler in self.before.items():
-            signal.signal(name, handler)
+        self.put_back()
         if self.signal is not None:
             say(f"stopped at step {i}: go on with --resume {study.folder / 'last.pt'}")
             raise SystemExit(128 + self.signal)
+
+    @classmethod
+    def put_back(cls):
+        """The handlers of before. After an error in the loop too: a notebook would lose its next Ctrl-C."""
+        if threading.current_thread() is threading.main_thread():
+            while cls.before:
+                signal.signal(*cls.before.popitem())
 
 
 def step_of(checkpoint):

@@ -401,6 +401,26 @@ def test_the_cache_lies_beside_the_folder_and_the_old_one_goes(tmp_path):
     assert len(list((tmp_path / "data").glob("*.npz"))) == 4  # another size is no older one
 
 
+def test_a_part_of_a_cache_that_a_kill_left_goes_with_the_next(tmp_path):
+    """Its name has the number of the process, so each kill left another; one of today may still be written."""
+    folder = paint_all(tmp_path / "set", 12)
+    old, new = (tmp_path / f"set-8-train-0123456789ab.npz.{number}.tmp" for number in (123, 456))
+    for path in (old, new):
+        path.write_bytes(b"PK")
+    os.utime(old, (1, 1))
+    load(folder)
+    assert not old.exists() and new.exists() and len(list(tmp_path.glob("*.npz"))) == 1
+
+
+def test_many_images_are_announced_before_they_are_read(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(metrics, "read_image", lambda path, size: (torch.zeros(3, size, size).byte(), "PNG"))
+    for n in (1999, 2000):
+        files = {"train": [(f"{i}.png", 1, 1) for i in range(n)], "test": []}
+        assert len(metrics.read_images(tmp_path / f"set {n}", 1, "train", files)[0]) == n
+        line = f"reading {n} train images of {tmp_path / f'set {n}'}, once: what becomes of them is kept\n"
+        assert capsys.readouterr().err == (line if n == 2000 else "")
+
+
 def test_a_cache_serves_until_a_file_changes(tmp_path, monkeypatch):
     folder = paint_all(tmp_path / "set", 12)
     first = load(folder)

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import errno
+import functools
 import importlib.util
 import io
 import json
@@ -101,6 +102,26 @@ def test_a_checkpoint_on_a_full_disk_is_one_line(tmp_path, monkeypatch, capsys):
     assert not list((tmp_path / "run").glob("*.pt*"))
 
 
+@pytest.fixture
+def few_digits(monkeypatch):
+    digits = metrics.render_digits(64, 1)
+    monkeypatch.setattr(metrics, "render_digits", lambda n, seed: digits)
+    monkeypatch.setattr(metrics, "FEWEST", 1000)
+
+
+TINY = "--ngf 2 --ndf 2 --latent-dim 6 --batch-size 8 --steps 4 --eval-every 0 --device cpu --run-dir".split()
+
+
+@pytest.mark.parametrize("flag", ["--run-dir", "--data-dir"])
+def test_a_name_that_no_disk_takes_is_one_line(tmp_path, capsys, few_digits, flag):
+    import wgan_gp
+
+    where = [str(tmp_path / "run"), "--dataset", "mnist"] if flag == "--data-dir" else []
+    long = str(tmp_path / ("x" * 300))
+    line = one_line(capsys, lambda: wgan_gp.main([*TINY, *where, *(["--data-dir"] if where else []), long]))
+    assert "File name too long" in line and os.listdir(tmp_path) == []
+
+
 def test_an_image_that_the_disk_refuses_is_not_left_in_part(tmp_path, monkeypatch):
     write = Path.write_bytes
 
@@ -161,6 +182,17 @@ def test_a_failed_start_leaves_no_folder(tmp_path, monkeypatch, capsys, fault):
     assert os.listdir(tmp_path) == []
     monkeypatch.undo()
     assert started(tmp_path / "runs" / "a").folder.is_dir()  # the second try is a first one
+
+
+def test_of_two_that_begin_at_once_one_is_refused_and_harms_nothing(tmp_path, monkeypatch, capsys):
+    """As under mpirun, which starts a script twice: both find no folder."""
+    s = started(tmp_path / "a")
+    before = {path: path.stat().st_ino for path in (tmp_path / "a").iterdir()}
+    monkeypatch.setattr(Path, "glob", lambda *a: iter([]))
+    assert "File exists" in one_line(capsys, lambda: started(tmp_path / "a"))
+    assert {path: path.stat().st_ino for path in (tmp_path / "a").iterdir()} == before
+    s.sheet(1)
+    assert os.listdir(tmp_path / "a" / "samples") == ["step_0000001.png"]
 
 
 def test_a_folder_in_use_without_a_checkpoint_is_not_offered_for_resume(tmp_path, capsys):
@@ -456,6 +488,15 @@ def test_a_letter_that_a_stream_lacks_is_written_as_its_number(monkeypatch, enco
     assert err.splitlines()[-1].endswith(f"error: wrong {letter} {smile}")
 
 
+def test_a_program_without_streams_opens_its_files_under_other_numbers(tmp_path):
+    """After `>&- 2>&-` the first file would be number 1, and what a library written in C prints would stand in it."""
+    code = "import metrics; f = open('file', 'w'); f.write(str(f.fileno()))"
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    line = f'exec "{sys.executable}" -c "{code}" <&- >&- 2>&-'
+    assert subprocess.run(["sh", "-c", line], cwd=tmp_path, env=env).returncode == 0
+    assert int((tmp_path / "file").read_text()) > 2
+
+
 def test_nobody_reads_any_more(tmp_path):
     """2>&1 | head -1: the rest is written into the void, and the exit code stays 0."""
     code = "import sys, metrics; metrics.say('x'); metrics.say('x' * 100_000); metrics.warn('x'); print('rest')"
@@ -511,6 +552,87 @@ def test_a_run_in_a_thread_listens_to_no_signal():
     thread.join()
     assert not made[0].is_set() and [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
     made[0].leave_if_set(1, None)
+
+
+@pytest.mark.parametrize("ends_by", [None, RuntimeError, KeyboardInterrupt])
+def test_after_a_run_the_handlers_are_those_of_before(tmp_path, monkeypatch, few_digits, ends_by):
+    """Else the next Ctrl-C in a notebook only sets a flag that nobody reads."""
+    import wgan_gp
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    seen = []
+
+    def add(study, losses):
+        seen.append([signal.getsignal(number) for number in numbers])
+        if ends_by:
+            raise ends_by
+
+    monkeypatch.setattr(metrics.Study, "add", add)
+    call = functools.partial(wgan_gp.main, [*TINY, str(tmp_path / "run"), "--log-every", "0"])
+    if ends_by:
+        with pytest.raises(SystemExit if ends_by is KeyboardInterrupt else ends_by):
+            call()
+    else:
+        call()
+    assert [signal.getsignal(number) for number in numbers] == before and seen[0] != before
+
+
+# other pictures
+
+
+def test_a_run_goes_on_with_other_images_and_other_classes(tmp_path, capsys, monkeypatch):
+    """--resume best.pt --data-dir other. The labels stay, under new names, which is said; not their number."""
+    import cdcgan
+    import wgan_gp
+
+    monkeypatch.setattr(metrics, "FEWEST", 1000)
+    for folder, names in (("pets", "cat dog"), ("wild", "fox wolf"), ("more", "cat dog fox")):
+        for name in names.split():
+            (tmp_path / folder / name).mkdir(parents=True)
+            for i in range(15):
+                Image.new("RGB", (8, 8), (9 * i, len(name), 0)).save(tmp_path / folder / name / f"{i}.png")
+
+    def resumed(module, run, folder):
+        flags = ["--resume", str(tmp_path / run / "last.pt"), "--data-dir", str(tmp_path / folder), "--steps", "8"]
+        capsys.readouterr()
+        module.main([*flags, "--run-dir", str(tmp_path / f"{run} on {folder}")])
+        return capsys.readouterr().err
+
+    shared = ["--dataset", "folder", "--data-dir", str(tmp_path / "pets"), "--image-size", "16"]
+    for module, run in ((cdcgan, "told"), (wgan_gp, "free")):
+        module.main([*TINY, str(tmp_path / run), *shared])
+    assert "now called" not in resumed(cdcgan, "told", "pets")
+    assert "the classes are now called fox, wolf; in " in resumed(cdcgan, "told", "wild")
+    assert list(json.loads((tmp_path / "told on wild" / "args.json").read_text())["classes"]) == ["fox", "wolf"]
+    assert "now called" not in resumed(wgan_gp, "free", "more")
+    with pytest.raises(SystemExit) as stop:
+        resumed(cdcgan, "told", "more")
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and "knows 2 classes (cat, dog), not 3 (cat, dog, fox)" in line
+    assert not (tmp_path / "told on more").exists()
+    cdcgan.main(["--resume", str(tmp_path / "told on wild" / "last.pt"), "--generate", "3", "--label", "wolf"])
+    assert [r["label"] for r in rows(tmp_path / "told on wild" / "generated" / "labels.csv")] == ["wolf"] * 3
+
+
+# a first run
+
+
+@pytest.mark.parametrize("every, at", [(400, 800), (0, 1000)])
+def test_a_first_run_says_what_its_first_scores_take(tmp_path, capsys, every, at):
+    """Not where the network is there already, shipped or kept, nor where it is soon trained."""
+    flags = {"dataset": "folder", "data_dir": str(tmp_path / "photos"), "eval_every": every}
+
+    def said(folder, per_epoch=1000, **more):
+        capsys.readouterr()
+        study(tmp_path / folder, **flags | more).start(400, 1000, per_epoch)
+        return capsys.readouterr().out
+
+    assert f"the first scores, at update {at}, train their network: a minute or two" in said("a")
+    assert "train their network" not in said("few", per_epoch=100)
+    assert "train their network" not in said("shipped", dataset="digits", data_dir="data")
+    (tmp_path / "rotation-folder-64-0123456789ab.pt").write_bytes(b"")
+    assert "train their network" not in said("again")
 
 
 # words
