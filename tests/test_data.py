@@ -606,6 +606,21 @@ def test_what_is_no_set_of_images_is_one_line(tmp_path, capsys, name, content, w
     assert words in one_line(capsys, lambda: metrics.main(argv))
 
 
+@pytest.mark.parametrize("n", ["0", "-3", "1.5"])
+def test_a_number_of_images_that_is_none_is_one_line(tmp_path, capsys, n):
+    argv = ["--real", str(tmp_path), "--fake", str(tmp_path), "--n", n]
+    assert f"argument --n: {n} is not " in one_line(capsys, lambda: metrics.main(argv))
+
+
+def test_a_sparse_tensor_and_a_number_with_an_exponent_are_taken(tmp_path, capsys, untrained):
+    x = noise(60, 0) * (noise(60, 1) > 99)
+    torch.save(x, tmp_path / "x.pt")
+    torch.save(x.to_sparse(), tmp_path / "sparse.pt")
+    torch.save(noise(60, 2), tmp_path / "real.pt")
+    flags = ["--real", tmp_path / "real.pt", "--data-dir", tmp_path, "--n", "1e3", "--fake"]
+    assert command(capsys, *flags, tmp_path / "sparse.pt") == command(capsys, *flags, tmp_path / "x.pt")
+
+
 def test_arrays_of_numpy_are_features_too():
     rng = np.random.RandomState(0)
     a, b = rng.randn(90, 5), rng.randn(80, 5).astype(np.float32)
