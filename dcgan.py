@@ -1,9 +1,8 @@
 """DCGAN: D tells real images from generated ones, G learns to be taken for real. Both are convolutional by default.
 
 Goodfellow et al. 2014, "Generative Adversarial Nets", arXiv 1406.2661, eq. (1), with the networks of Radford et al.
-2016, arXiv 1511.06434. The network D returns f(x), a logit: the probability that x is real, the D(x) of eq. (1), is
-sigmoid(f(x)). Since softplus(t) = log(1 + e^t), softplus(-f) is -log sigmoid(f) and softplus(f) is -log(1 -
-sigmoid(f)).
+2016, arXiv 1511.06434. In the paper D(x) is a probability. Here the network D returns a logit f(x), and D(x) is
+sigmoid(f(x)). With softplus(t) = log(1 + e^t), softplus(-f) is -log D(x) and softplus(f) is -log(1 - D(x)).
 
     discriminator  min_D  E[softplus(-f(x))] + E[softplus(f(G(z)))]
                           + (gp + r1/2) E||grad f(x)||^2 + (gp + r2/2) E||grad f(G(z))||^2
@@ -13,10 +12,10 @@ sigmoid(f)).
                    min_G  E[softplus(f(x) - f(G(z)))]    (Jolicoeur-Martineau 2018, 1807.00734)
     where          z ~ N(0, I), or each number of it from U[-1, 1] (--prior)
 
-grad is with respect to the pixels of the image, not to the weights. r1 and r2 are the gammas of R1 and R2 (Mescheder et
-al. 2018, 1801.04406): half of each weighs the squared gradient on real or on fake images. gp weighs it on both, so
---gp 0.5 is --r1 1 --r2 1. These penalties keep f from getting steep where they are taken. R1 and R2 with relativistic
-pairs are the loss of Huang et al. 2024, 2501.05441.
+The second line is a penalty that keeps f from changing too fast around these images. grad is with respect to the
+pixels of the image, not to the weights. R1 is the penalty at real images, R2 at fake ones, with the weights r1/2 and
+r2/2 (Mescheder et al. 2018, 1801.04406). gp is the weight at both. A relativistic D only has to rate a real image above
+a fake one; with R1 and R2 that is the loss of Huang et al. 2024, 2501.05441.
 
     python dcgan.py                                      digits rendered at start-up, no download
     python dcgan.py --dataset mnist --epochs 200
@@ -24,17 +23,17 @@ pairs are the loss of Huang et al. 2024, 2501.05441.
 
 `--dataset mnist --amp --steps 6000` takes 3 minutes of one CPU core and ends at an FID[classifier] of 10.6 +- 0.6, the
 mean and the standard deviation over seeds 0 to 2. FID is a distance between generated and real images, here in the
-features of a small network that reads digits: lower is better, and real digits have 1.3. tests/gallery/README.md has
-the protocol.
+features of a small network that reads digits: lower is better, and real digits against other real ones have 1.3.
+tests/gallery/README.md has the protocol.
 
 The defaults differ from the paper. D has R1, on a quarter of each batch, in place of batch norm. The rates are ten
-times as high and fall to 0. Networks, images and z are smaller. --paper undoes this; --help lists what it sets.
+times as high and fall to 0. Batch, betas and average differ too. --paper undoes this, and --help lists what it sets.
 
 With --paper D has batch norm in all blocks but the first, as in the paper. In the first block it would subtract the
-mean brightness of a batch, and D could not punish a grey background (--norm-first shows it). With batch norm real and
-fake images go through D as separate batches. While training, G's batch norm uses the statistics of the current batch.
-The images to look at come from `ema`, a copy of G with averaged weights. It is in eval mode, where batch norm uses its
-running averages."""
+average brightness of a batch, so D could not see that all fakes are too grey, and G would keep a grey background
+(--norm-first shows it). With batch norm real and fake images go through D as separate batches. While training, G's
+batch norm uses the statistics of the current batch. The images to look at come from `ema`, a copy of G with averaged
+weights. It is in eval mode, where batch norm uses its running averages."""
 
 # `uv run dcgan.py` reads this block, installs the packages and runs the file. Without uv it is a comment.
 # /// script
@@ -139,7 +138,7 @@ def parse_args(argv=None):
     args, given = resolve(p, argv, PAPER, MLP, COLOUR)
     penalized = max(args.gp, args.r1, args.r2) > 0
     if args.paper and not args.resume and "d_norm" not in given and (penalized or args.arch == "mlp"):
-        # The paper's batch norm is for the convolutional D without a penalty. Elsewhere it has to be asked for.
+        # With a penalty or --arch mlp, --paper leaves batch norm out unless --d-norm batch asks for it.
         args.d_norm = "none"
         if penalized:
             warn("with --paper a penalty sets --d-norm none: it is about one image, and batch norm mixes a batch")
@@ -206,7 +205,7 @@ class Discriminator(nn.Module):
             n = doublings(S)
             layers = []
             w_in = channels
-            for i in range(n):  # half the side, twice the channels; the first layer makes ndf of the image's
+            for i in range(n):  # half the side, twice the channels; the first makes ndf channels
                 # A kernel of 4 halves the side; at 28 the last makes 4 of 7.
                 kernel = 3 if S == 28 and i == n - 1 else 4
                 w_out = args.ndf * 2**i
@@ -257,8 +256,8 @@ def dcgan_init(module):
 def discriminator_loss(logit_real, logit_fake, kind="ns"):
     """E[softplus(-f(x))] + E[softplus(f(G(z)))] for logits (B,): the cross-entropies of real and of fake images.
 
-    While D cannot tell, it is 2 log 2.
-    relativistic: E[softplus(f(G(z)) - f(x))], which pairs each fake image with a real one."""
+    It is 2 log 2 while D cannot tell. relativistic: E[softplus(f(G(z)) - f(x))], which pairs each fake image with a
+    real one."""
     if kind == "relativistic":
         return F.softplus(logit_fake - logit_real).mean()
     return F.softplus(-logit_real).mean() + F.softplus(logit_fake).mean()
@@ -303,15 +302,15 @@ def train(args):
     ema = averaged(G)
     opt_g = adam(G, args.lr_g, args)
     opt_d = adam(D, args.lr_d, args)
-    seed_noise(args.seed)  # under torchrun: other noise on each GPU from here on
+    seed_noise(args.seed)  # torchrun, a process for each GPU: other noise in each from here on
 
     def amp():
-        """bfloat16 for --amp. No cache of cast weights: what a pass under no_grad caches has no gradient."""
+        """bfloat16, a float of 16 bits, for --amp. Each pass casts the weights anew, so that none lacks a gradient."""
         return torch.autocast(device.type, torch.bfloat16, enabled=args.amp, cache_enabled=False)
 
-    # of E||grad f||^2, on real and on fake images
-    penalty_real = args.gp + args.r1 / 2
-    penalty_fake = args.gp + args.r2 / 2
+    # the weights of the penalties on real and on fake images
+    weight_real = args.gp + args.r1 / 2
+    weight_fake = args.gp + args.r2 / 2
 
     def step(x):
         """One iteration: an update of D for each batch in x, uint8 (d_steps, B, C, S, S), then --g-steps of G.
@@ -322,20 +321,20 @@ def train(args):
             x_real = from_uint8(x_uint8)
             with torch.no_grad(), amp():  # D's update needs no gradient through G
                 x_fake = G(sample_z(args, len(x_real), device))
-            # The penalty is costly, so only k images get it: the first, as the batch is in random order.
+            # The penalty is costly, so it is taken on k images only: the first k, as the batch is shuffled.
             k = math.ceil(args.penalty_share * len(x_real))
             if args.d_norm == "batch":
-                k = max(k, 2)  # batch norm needs two images
+                k = max(k, 2)  # one image has no batch statistics
             penalty = torch.zeros((), device=device)
             with amp():
                 if args.d_norm == "batch":
                     logit_real, logit_fake = D(x_real), D(x_fake)  # each with the statistics of its own batch
                 else:
                     logit_real, logit_fake = D(torch.cat([x_real, x_fake])).chunk(2)  # one call for both
-                if penalty_real > 0:
-                    penalty = penalty + penalty_real * squared_gradient(D, x_real[:k])
-                if penalty_fake > 0:
-                    penalty = penalty + penalty_fake * squared_gradient(D, x_fake[:k])
+                if weight_real > 0:
+                    penalty = penalty + weight_real * squared_gradient(D, x_real[:k])
+                if weight_fake > 0:
+                    penalty = penalty + weight_fake * squared_gradient(D, x_fake[:k])
             d_loss = discriminator_loss(logit_real, logit_fake, args.loss) + penalty
             opt_d.zero_grad(set_to_none=True)
             d_loss.backward()
@@ -345,8 +344,9 @@ def train(args):
         for _ in range(args.g_steps):
             with amp():
                 x_fake = G(sample_z(args, len(x_real), device))  # a fresh z
-                real = D(x_real) if args.loss == "relativistic" else None  # logits of D's last images
-                g_loss = generator_loss(D(x_fake), args.loss, real)
+                # relativistic: G's loss needs the logits of real images too, of D's last batch
+                logit_real_now = D(x_real) if args.loss == "relativistic" else None
+                g_loss = generator_loss(D(x_fake), args.loss, logit_real_now)
             opt_g.zero_grad(set_to_none=True)
             g_loss.backward(inputs=list(G.parameters()))  # back through D, but only G's weights get gradients
             average_gradients(G)
@@ -369,7 +369,8 @@ def train(args):
         D.train()
         return logit
 
-    # Study writes logs, sheets and scores, and never trains. It calls these two; y is for the conditional scripts.
+    # Study writes the log, sheets of samples and FIDs, and never trains. It calls sample and score. y, the labels, are
+    # for the conditional scripts.
     study = Study(args, batches.held, sample, score, script=SCRIPT)
     state = {"G": G, "D": D, "ema": ema, "opt_g": opt_g, "opt_d": opt_d}
     i = restore(args.resume, state, study) if args.resume else 0  # updates of D so far
@@ -405,13 +406,14 @@ def train(args):
 
     save("last.pt", i, state, study)
     stop.leave_if_set(i, study)  # after Ctrl-C the program ends here
-    if study.evaluate(i):
+    is_best = study.evaluate(i)
+    if is_best:
         save("best.pt", i, state, study)
     study.finish(i, restore=lambda path: restore(path, {"ema": ema, "D": D}))
 
 
 def load(path):
-    """The averaged generator of a checkpoint, in eval mode. It takes z (B, latent_dim): args.json has the size."""
+    """The averaged generator of a checkpoint, in eval mode. It takes z (B, latent_dim), whose size is in args.json."""
     checkpoint = read_checkpoint(path)
     args = argparse.Namespace(**checkpoint["args"])
     G = averaged(Generator(args, CHANNELS[args.dataset]))
@@ -426,8 +428,9 @@ def load(path):
 
 SCRIPT = Path(__file__)
 
-# A resumed run keeps its checkpoint's flags, except NOT_KEPT, which are about this machine or this call. FIXED ones (of
-# all seven scripts) cannot change: networks, z, the order of the data or the optimizer's state would no longer fit.
+# --resume takes the flags from the checkpoint, and new ones on the command line win. NOT_KEPT are never taken from it:
+# they are about this machine or this call. FIXED cannot change: networks, z, the order of the data or the optimizer's
+# state would no longer fit. Both lists hold the flags of all seven scripts.
 FIXED = """dataset image_size holdout flip batch_size d_steps g_steps seed paper arch ngf ndf latent_dim prior upsample
     d_norm g_norm norm_first conditional d_ignores_label label_embedding_dim mixture embedding_dim optimizer""".split()
 NOT_KEPT = "device graph run_dir resume generate generate_to label probe".split()
@@ -444,7 +447,7 @@ def add_run_flags(p):
         "--data-dir", default="data", help="folder of the data sets; of the images themselves with --dataset folder"
     )
     p.add_argument(
-        "--image-size", type=number(int, 8, 1024), help="side in pixels. Default: 28 to 64 by the data; 32 with --paper"
+        "--image-size", type=number(int, 8, 1024), help="side in pixels. Default: 28 to 64 by the data; --paper: 32"
     )
     p.add_argument("--flip", action="store_true", help="mirror images at random: for faces, not for digits")
     p.add_argument("--holdout", type=count, default=0, help="training images that D never sees, for --reject drs")
@@ -475,8 +478,12 @@ def add_run_flags(p):
         default="auto",
         help="auto: cuda, else mps (untested), else cpu",
     )
-    p.add_argument("--graph", action=argparse.BooleanOptionalAction, help="replay a CUDA graph. Default: on one GPU")
-    p.add_argument("--run-dir", help="default: runs/SCRIPT-DATASET-sSEED-TIME")
+    p.add_argument(
+        "--graph",
+        action=argparse.BooleanOptionalAction,
+        help="faster on one GPU, and the default there; see captured()",
+    )
+    p.add_argument("--run-dir", help="default: runs/SCRIPT-DATASET-sSEED-TIME; with --resume its folder")
     p.add_argument("--resume", metavar="FILE", help="a checkpoint to go on from, with its flags unless given here")
     p.add_argument("--generate", type=number(int, 1), metavar="N", help="with --resume: write N images as PNG files")
     p.add_argument("--generate-to", metavar="DIR", help="where to. Default: generated, in the run's folder")
@@ -510,8 +517,8 @@ def resolve(p, argv, paper, mlp, colour=None):
     if colour:
         p.epilog += f" Colour images of 64 pixels or more set {colour}."
     defaults = vars(p.parse_args([]))
-    # argparse fills in a default only where the namespace lacks the name. With every name there, as None, it fills in
-    # none, and what is not None afterwards was given on the command line.
+    # Which flags were typed? argparse sets a default only where the namespace lacks the name. So parse into one that
+    # has every name, as None: what is not None afterwards was typed.
     unset = argparse.Namespace(**dict.fromkeys(defaults))
     given = {name: value for name, value in vars(p.parse_args(argv, unset)).items() if value is not None}
     for name, value in given.items():
@@ -525,7 +532,7 @@ def resolve(p, argv, paper, mlp, colour=None):
         saved = {name: value for name, value in checkpoint["args"].items() if name in defaults and name not in NOT_KEPT}
         if "epochs" in given:
             saved["steps"] = None  # new epochs replace the old steps
-        if not Path(saved["data_dir"]).exists():  # a checkpoint of another machine
+        if not Path(saved["data_dir"]).exists():  # made on another machine: that folder is not here
             del saved["data_dir"]
         for name in saved.keys() & given.keys() & set(FIXED):
             # --generate may take another seed, for other images. Not with drs: the seed also chose the images held out.
@@ -533,7 +540,9 @@ def resolve(p, argv, paper, mlp, colour=None):
             if given[name] != saved[name] and not another_seed:
                 fail(f"--{name.replace('_', '-')} is {saved[name]} in {given['resume']}: it cannot change")
     chosen = {**saved, **given}
-    args = argparse.Namespace(**{**defaults, **chosen})  # no presets yet: to read dataset, arch, paper and sizes
+    args = argparse.Namespace(
+        **{**defaults, **chosen}
+    )  # first without presets, which depend on dataset, arch and paper
     side, latent_dim = suited_to(args)
     preset = {}
     if args.arch == "mlp":
@@ -594,8 +603,8 @@ def resolve_device(args):
 
 def start(args):
     """Sets PyTorch's switches, joins the other ranks of a torchrun, and returns the device."""
-    torch.set_float32_matmul_precision("high")  # TF32 on CUDA
-    torch.backends.cudnn.benchmark = True
+    torch.set_float32_matmul_precision("high")  # TF32 on CUDA: faster products, a little less exact
+    torch.backends.cudnn.benchmark = True  # cuDNN tries its algorithms and keeps the fastest
     if args.device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if WORLD > 1:
@@ -617,8 +626,8 @@ class Batches:
     .held          (images, labels) set aside by --holdout, or None
     .classes       {name: number of training images}, those of --holdout among them
 
-    The order follows from the seed and the epoch alone, so a resumed run goes on with the right batch. An epoch leaves
-    out the last images of its order, which are too few for a batch: other images in each epoch."""
+    The order follows from the seed and the epoch alone, so a resumed run goes on with the right batch. What is left
+    after the last full batch is skipped; as the order changes, each epoch skips other images."""
 
     def __init__(self, args, device):
         self.args = args
@@ -626,7 +635,7 @@ class Batches:
         self.channels = CHANNELS[args.dataset]
         self.held = None
         self.epoch = None
-        if args.generate and args.reject != "drs":  # to draw from G takes no data
+        if args.generate and args.reject != "drs":  # generating needs no data
             self.classes = read_checkpoint(args.resume)["classes"]
             return
         # Rank 0 goes first, as it may have to download or to decode. The others wait until it calls from_rank_0 too.
@@ -682,7 +691,7 @@ def from_uint8(x):
 
 
 def to_uint8(x):
-    """float -1..1 -> uint8 0..255: what is scored is rounded as a file would be."""
+    """float -1..1 -> uint8 0..255. Scores see the same rounded pixels as a PNG file holds."""
     return ((x + 1) * 127.5).round().clamp(0, 255).byte()
 
 
@@ -713,7 +722,8 @@ def averaged(G):
 def update_ema(ema, G, decay):
     """ema <- d ema + (1 - d) G, with d = min(decay, (1 + t) / (10 + t)) at update t, which ema.updates counts.
 
-    d is smaller at first, so that the average soon forgets the untrained G. Batch norm's buffers are copied."""
+    d is smaller at first, so that the average soon forgets the untrained G. Batch norm's running statistics are
+    copied."""
     ema.updates += 1
     d = ((1 + ema.updates) / (10 + ema.updates)).clamp(max=decay)
     for average, p in zip(ema.parameters(), G.parameters()):
@@ -725,7 +735,7 @@ def update_ema(ema, G, decay):
 def pair_accuracy(score_real, score_fake):
     """The share of (real, fake) pairs that D puts in the right order, the AUC of its score. 1/2: it cannot tell.
 
-    Equal scores count one half. There are some under --amp."""
+    Equal scores count one half. They happen under --amp, where scores are coarsely rounded."""
     difference = score_real.detach()[:, None] - score_fake.detach()
     return ((difference.sign() + 1) / 2).mean()
 
@@ -747,10 +757,11 @@ def average_gradients(net):
 def captured(step):
     """step(x), or step(x, y), as one CUDA graph. It changes no result, only the time: you may skip this.
 
-    A step starts hundreds of GPU operations. In networks this small, starting one takes longer than running it. A graph
-    records them once; replay() starts all with one call, always on the same memory. So each batch is copied into the
-    graph's own input tensors, and the losses come out in the same tensors every time. The first three calls run without
-    a graph, as real training: cuDNN chooses its kernels and Adam makes its moments before the recording.
+    A CUDA graph is a recording of all GPU operations of one step. A step starts hundreds of them, and in networks this
+    small starting one takes longer than running it. replay() starts all with one call, always on the same memory. So
+    each batch is copied into the graph's own input tensors, and the losses come out in the same tensors every time. The
+    first three calls run without a graph, as real training: cuDNN chooses its kernels and Adam makes its moments before
+    the recording.
 
     If you edit this: a tensor that step uses must keep its memory. Write into it (fill_, copy_), never put a new one in
     its place."""
@@ -774,7 +785,7 @@ def captured(step):
                 losses = run()
             torch.cuda.current_stream().wait_stream(stream)
         else:
-            if calls == 3:  # a recording computes nothing
+            if calls == 3:  # recording computes nothing; replay() below does
                 with or_fail("the step cannot be captured: give --no-graph"), torch.cuda.graph(graph, stream=stream):
                     losses = run()
             graph.replay()
@@ -819,7 +830,7 @@ def save(name, i, state, study):
 
 
 def read_checkpoint(path):
-    """The dict that save wrote, on the CPU. Ends the program with one line if the file is not one."""
+    """The dict that save wrote, on the CPU. Ends the program with one line if the file is no such dict."""
     with or_fail(f"{path} is not a whole checkpoint of these scripts"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         missing = {"script", "args", "step", "classes", "seconds", "rng"} - checkpoint.keys()
@@ -831,7 +842,7 @@ def read_checkpoint(path):
 def restore(path, state, study=None):
     """Loads the networks and optimizers in `state` from a checkpoint, and returns its count of updates of D.
 
-    With a study a run goes on: the noise and the seconds so far are restored too.
+    With a study the random state and the seconds so far are restored too, and the classes are compared.
 
     An optimizer takes its moments from the checkpoint, but keeps its own rate and betas: these are flags."""
     checkpoint = read_checkpoint(path)
@@ -850,7 +861,7 @@ def restore(path, state, study=None):
     if study:
         study.seconds_before = checkpoint["seconds"]
         torch.set_rng_state(checkpoint["rng"]["cpu"])
-        # A checkpoint made on a CPU has no noise of CUDA: then the seed's goes on.
+        # A checkpoint made on a CPU has no random state of CUDA: then that of --seed stays.
         if study.args.device == "cuda" and "cuda" in checkpoint["rng"]:
             torch.cuda.set_rng_state(checkpoint["rng"]["cuda"])
         seed_noise(study.args.seed, checkpoint["step"])  # under torchrun: what was saved is rank 0's

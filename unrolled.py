@@ -13,8 +13,8 @@ f_k is D's logit after k further updates on one batch, starting from the current
 
 `--dataset mnist --amp --steps 5100` takes 3 minutes of one CPU core and ends at an FID[classifier] of 19.9 +- 0.8, the
 mean and the standard deviation over seeds 0 to 2. FID is a distance between generated and real images, here in the
-features of a small network that reads digits: lower is better, and real digits have 1.3. tests/gallery/README.md has
-the protocol.
+features of a small network that reads digits: lower is better, and real digits against other real ones have 1.3.
+tests/gallery/README.md has the protocol.
 
 The default looks one short step of gradient descent ahead: on MNIST looking further costs more than it gives. It is for
 games that collapse, such as that of toy2d.py --protocol metz.
@@ -175,7 +175,7 @@ class Discriminator(nn.Module):
             n = doublings(S)
             layers = []
             w_in = channels
-            for i in range(n):  # half the side, twice the channels; the first layer makes ndf of the image's
+            for i in range(n):  # half the side, twice the channels; the first makes ndf channels
                 # A kernel of 4 halves the side; at 28 the last makes 4 of 7.
                 kernel = 3 if S == 28 and i == n - 1 else 4
                 w_out = args.ndf * 2**i
@@ -286,10 +286,10 @@ def train(args):
     ema = averaged(G)
     opt_g = adam(G, args.lr_g, args)
     opt_d = adam(D, args.lr_d, args)
-    seed_noise(args.seed)  # under torchrun: other noise on each GPU from here on
+    seed_noise(args.seed)  # torchrun, a process for each GPU: other noise in each from here on
 
     def amp():
-        """bfloat16 for --amp. No cache of cast weights: what a pass under no_grad caches has no gradient."""
+        """bfloat16, a float of 16 bits, for --amp. Each pass casts the weights anew, so that none lacks a gradient."""
         return torch.autocast(device.type, torch.bfloat16, enabled=args.amp, cache_enabled=False)
 
     def step(x):
@@ -302,10 +302,12 @@ def train(args):
             with torch.no_grad(), amp():  # D's update needs no gradient through G
                 x_fake = G(sample_z(args, len(x_real), device))
             with amp():
-                logit_real, logit_fake = D(torch.cat([x_real, x_fake])).chunk(2)  # no batch norm: one call for both
+                logit_real, logit_fake = D(torch.cat([x_real, x_fake])).chunk(
+                    2
+                )  # one call for both, as D has no batch norm
                 d_loss = discriminator_loss(logit_real, logit_fake)
                 if args.r1:  # not in the steps ahead, where it would be a third derivative
-                    # The penalty is costly, so only k images get it: the first, as the batch is in random order.
+                    # The penalty is costly, so it is taken on k images only: the first k, as the batch is shuffled.
                     k = math.ceil(args.penalty_share * len(x_real))
                     d_loss = d_loss + args.r1 / 2 * squared_gradient(D, x_real[:k])
             opt_d.zero_grad(set_to_none=True)
@@ -338,7 +340,8 @@ def train(args):
     def score(x, y):
         return D(from_uint8(x))
 
-    # Study writes logs, sheets and scores, and never trains. It calls these two; y is for the conditional scripts.
+    # Study writes the log, sheets of samples and FIDs, and never trains. It calls sample and score. y, the labels, are
+    # for the conditional scripts.
     study = Study(args, batches.held, sample, score, script=SCRIPT)
     state = {"G": G, "D": D, "ema": ema, "opt_g": opt_g, "opt_d": opt_d}
     i = restore(args.resume, state, study) if args.resume else 0  # updates of D so far
@@ -374,13 +377,14 @@ def train(args):
 
     save("last.pt", i, state, study)
     stop.leave_if_set(i, study)  # after Ctrl-C the program ends here
-    if study.evaluate(i):
+    is_best = study.evaluate(i)
+    if is_best:
         save("best.pt", i, state, study)
     study.finish(i, restore=lambda path: restore(path, {"ema": ema, "D": D}))
 
 
 def load(path):
-    """The averaged generator of a checkpoint, in eval mode. It takes z (B, latent_dim): args.json has the size."""
+    """The averaged generator of a checkpoint, in eval mode. It takes z (B, latent_dim), whose size is in args.json."""
     checkpoint = read_checkpoint(path)
     args = argparse.Namespace(**checkpoint["args"])
     G = averaged(Generator(args, CHANNELS[args.dataset]))
@@ -395,8 +399,9 @@ def load(path):
 
 SCRIPT = Path(__file__)
 
-# A resumed run keeps its checkpoint's flags, except NOT_KEPT, which are about this machine or this call. FIXED ones (of
-# all seven scripts) cannot change: networks, z, the order of the data or the optimizer's state would no longer fit.
+# --resume takes the flags from the checkpoint, and new ones on the command line win. NOT_KEPT are never taken from it:
+# they are about this machine or this call. FIXED cannot change: networks, z, the order of the data or the optimizer's
+# state would no longer fit. Both lists hold the flags of all seven scripts.
 FIXED = """dataset image_size holdout flip batch_size d_steps g_steps seed paper arch ngf ndf latent_dim prior upsample
     d_norm g_norm norm_first conditional d_ignores_label label_embedding_dim mixture embedding_dim optimizer""".split()
 NOT_KEPT = "device graph run_dir resume generate generate_to label probe".split()
@@ -413,7 +418,7 @@ def add_run_flags(p):
         "--data-dir", default="data", help="folder of the data sets; of the images themselves with --dataset folder"
     )
     p.add_argument(
-        "--image-size", type=number(int, 8, 1024), help="side in pixels. Default: 28 to 64 by the data; 32 with --paper"
+        "--image-size", type=number(int, 8, 1024), help="side in pixels. Default: 28 to 64 by the data; --paper: 32"
     )
     p.add_argument("--flip", action="store_true", help="mirror images at random: for faces, not for digits")
     p.add_argument("--holdout", type=count, default=0, help="training images that D never sees, for --reject drs")
@@ -444,8 +449,12 @@ def add_run_flags(p):
         default="auto",
         help="auto: cuda, else mps (untested), else cpu",
     )
-    p.add_argument("--graph", action=argparse.BooleanOptionalAction, help="replay a CUDA graph. Default: on one GPU")
-    p.add_argument("--run-dir", help="default: runs/SCRIPT-DATASET-sSEED-TIME")
+    p.add_argument(
+        "--graph",
+        action=argparse.BooleanOptionalAction,
+        help="faster on one GPU, and the default there; see captured()",
+    )
+    p.add_argument("--run-dir", help="default: runs/SCRIPT-DATASET-sSEED-TIME; with --resume its folder")
     p.add_argument("--resume", metavar="FILE", help="a checkpoint to go on from, with its flags unless given here")
     p.add_argument("--generate", type=number(int, 1), metavar="N", help="with --resume: write N images as PNG files")
     p.add_argument("--generate-to", metavar="DIR", help="where to. Default: generated, in the run's folder")
@@ -479,8 +488,8 @@ def resolve(p, argv, paper, mlp, colour=None):
     if colour:
         p.epilog += f" Colour images of 64 pixels or more set {colour}."
     defaults = vars(p.parse_args([]))
-    # argparse fills in a default only where the namespace lacks the name. With every name there, as None, it fills in
-    # none, and what is not None afterwards was given on the command line.
+    # Which flags were typed? argparse sets a default only where the namespace lacks the name. So parse into one that
+    # has every name, as None: what is not None afterwards was typed.
     unset = argparse.Namespace(**dict.fromkeys(defaults))
     given = {name: value for name, value in vars(p.parse_args(argv, unset)).items() if value is not None}
     for name, value in given.items():
@@ -494,7 +503,7 @@ def resolve(p, argv, paper, mlp, colour=None):
         saved = {name: value for name, value in checkpoint["args"].items() if name in defaults and name not in NOT_KEPT}
         if "epochs" in given:
             saved["steps"] = None  # new epochs replace the old steps
-        if not Path(saved["data_dir"]).exists():  # a checkpoint of another machine
+        if not Path(saved["data_dir"]).exists():  # made on another machine: that folder is not here
             del saved["data_dir"]
         for name in saved.keys() & given.keys() & set(FIXED):
             # --generate may take another seed, for other images. Not with drs: the seed also chose the images held out.
@@ -502,7 +511,9 @@ def resolve(p, argv, paper, mlp, colour=None):
             if given[name] != saved[name] and not another_seed:
                 fail(f"--{name.replace('_', '-')} is {saved[name]} in {given['resume']}: it cannot change")
     chosen = {**saved, **given}
-    args = argparse.Namespace(**{**defaults, **chosen})  # no presets yet: to read dataset, arch, paper and sizes
+    args = argparse.Namespace(
+        **{**defaults, **chosen}
+    )  # first without presets, which depend on dataset, arch and paper
     side, latent_dim = suited_to(args)
     preset = {}
     if args.arch == "mlp":
@@ -563,8 +574,8 @@ def resolve_device(args):
 
 def start(args):
     """Sets PyTorch's switches, joins the other ranks of a torchrun, and returns the device."""
-    torch.set_float32_matmul_precision("high")  # TF32 on CUDA
-    torch.backends.cudnn.benchmark = True
+    torch.set_float32_matmul_precision("high")  # TF32 on CUDA: faster products, a little less exact
+    torch.backends.cudnn.benchmark = True  # cuDNN tries its algorithms and keeps the fastest
     if args.device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if WORLD > 1:
@@ -586,8 +597,8 @@ class Batches:
     .held          (images, labels) set aside by --holdout, or None
     .classes       {name: number of training images}, those of --holdout among them
 
-    The order follows from the seed and the epoch alone, so a resumed run goes on with the right batch. An epoch leaves
-    out the last images of its order, which are too few for a batch: other images in each epoch."""
+    The order follows from the seed and the epoch alone, so a resumed run goes on with the right batch. What is left
+    after the last full batch is skipped; as the order changes, each epoch skips other images."""
 
     def __init__(self, args, device):
         self.args = args
@@ -595,7 +606,7 @@ class Batches:
         self.channels = CHANNELS[args.dataset]
         self.held = None
         self.epoch = None
-        if args.generate and args.reject != "drs":  # to draw from G takes no data
+        if args.generate and args.reject != "drs":  # generating needs no data
             self.classes = read_checkpoint(args.resume)["classes"]
             return
         # Rank 0 goes first, as it may have to download or to decode. The others wait until it calls from_rank_0 too.
@@ -651,7 +662,7 @@ def from_uint8(x):
 
 
 def to_uint8(x):
-    """float -1..1 -> uint8 0..255: what is scored is rounded as a file would be."""
+    """float -1..1 -> uint8 0..255. Scores see the same rounded pixels as a PNG file holds."""
     return ((x + 1) * 127.5).round().clamp(0, 255).byte()
 
 
@@ -682,7 +693,8 @@ def averaged(G):
 def update_ema(ema, G, decay):
     """ema <- d ema + (1 - d) G, with d = min(decay, (1 + t) / (10 + t)) at update t, which ema.updates counts.
 
-    d is smaller at first, so that the average soon forgets the untrained G. Batch norm's buffers are copied."""
+    d is smaller at first, so that the average soon forgets the untrained G. Batch norm's running statistics are
+    copied."""
     ema.updates += 1
     d = ((1 + ema.updates) / (10 + ema.updates)).clamp(max=decay)
     for average, p in zip(ema.parameters(), G.parameters()):
@@ -694,7 +706,7 @@ def update_ema(ema, G, decay):
 def pair_accuracy(score_real, score_fake):
     """The share of (real, fake) pairs that D puts in the right order, the AUC of its score. 1/2: it cannot tell.
 
-    Equal scores count one half. There are some under --amp."""
+    Equal scores count one half. They happen under --amp, where scores are coarsely rounded."""
     difference = score_real.detach()[:, None] - score_fake.detach()
     return ((difference.sign() + 1) / 2).mean()
 
@@ -716,10 +728,11 @@ def average_gradients(net):
 def captured(step):
     """step(x), or step(x, y), as one CUDA graph. It changes no result, only the time: you may skip this.
 
-    A step starts hundreds of GPU operations. In networks this small, starting one takes longer than running it. A graph
-    records them once; replay() starts all with one call, always on the same memory. So each batch is copied into the
-    graph's own input tensors, and the losses come out in the same tensors every time. The first three calls run without
-    a graph, as real training: cuDNN chooses its kernels and Adam makes its moments before the recording.
+    A CUDA graph is a recording of all GPU operations of one step. A step starts hundreds of them, and in networks this
+    small starting one takes longer than running it. replay() starts all with one call, always on the same memory. So
+    each batch is copied into the graph's own input tensors, and the losses come out in the same tensors every time. The
+    first three calls run without a graph, as real training: cuDNN chooses its kernels and Adam makes its moments before
+    the recording.
 
     If you edit this: a tensor that step uses must keep its memory. Write into it (fill_, copy_), never put a new one in
     its place."""
@@ -743,7 +756,7 @@ def captured(step):
                 losses = run()
             torch.cuda.current_stream().wait_stream(stream)
         else:
-            if calls == 3:  # a recording computes nothing
+            if calls == 3:  # recording computes nothing; replay() below does
                 with or_fail("the step cannot be captured: give --no-graph"), torch.cuda.graph(graph, stream=stream):
                     losses = run()
             graph.replay()
@@ -788,7 +801,7 @@ def save(name, i, state, study):
 
 
 def read_checkpoint(path):
-    """The dict that save wrote, on the CPU. Ends the program with one line if the file is not one."""
+    """The dict that save wrote, on the CPU. Ends the program with one line if the file is no such dict."""
     with or_fail(f"{path} is not a whole checkpoint of these scripts"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         missing = {"script", "args", "step", "classes", "seconds", "rng"} - checkpoint.keys()
@@ -800,7 +813,7 @@ def read_checkpoint(path):
 def restore(path, state, study=None):
     """Loads the networks and optimizers in `state` from a checkpoint, and returns its count of updates of D.
 
-    With a study a run goes on: the noise and the seconds so far are restored too.
+    With a study the random state and the seconds so far are restored too, and the classes are compared.
 
     An optimizer takes its moments from the checkpoint, but keeps its own rate and betas: these are flags."""
     checkpoint = read_checkpoint(path)
@@ -819,7 +832,7 @@ def restore(path, state, study=None):
     if study:
         study.seconds_before = checkpoint["seconds"]
         torch.set_rng_state(checkpoint["rng"]["cpu"])
-        # A checkpoint made on a CPU has no noise of CUDA: then the seed's goes on.
+        # A checkpoint made on a CPU has no random state of CUDA: then that of --seed stays.
         if study.args.device == "cuda" and "cuda" in checkpoint["rng"]:
             torch.cuda.set_rng_state(checkpoint["rng"]["cuda"])
         seed_noise(study.args.seed, checkpoint["step"])  # under torchrun: what was saved is rank 0's

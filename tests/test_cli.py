@@ -222,34 +222,32 @@ def rotation(tmp_path_factory):
         x, y = digits(split)
         x = x[(y == 2) | (y == 4) | (y == 7)][:n]
         sets.append((x, torch.full((n,), -1)))
-    net = metrics.classifier("digits247", *sets, folder, epochs=3, say=said.append)
+    net = metrics.classifier("digits247", *sets, folder, epochs=5, say=said.append)
     return SimpleNamespace(net=net, sets=sets, said=said, folder=folder)
 
 
 def test_without_labels_a_network_learns_quarter_turns(rotation):
-    """The accuracy that it prints is that of numpy's turns of the test pictures, one kind after the other."""
+    """It tells numpy's turns of the test pictures, one kind after the other. The accuracy that it prints is of worn
+    ones, which are harder."""
     net, (x, _) = rotation.net, rotation.sets[1]
-    assert "training" in rotation.said[0] and "rotation of digits247" in rotation.said[0]
-    assert net.name in rotation.said[-1] and "rotations right" in rotation.said[-1]
-    assert "mean little" not in rotation.said[-1] and re.match(r"rotation-digits247-32/128 [0-9a-f]{8}$", net.name)
+    assert "training" in rotation.said[0] and "turns of digits247" in rotation.said[0]
+    assert net.name in rotation.said[-1] and "quarter turns right" in rotation.said[-1]
+    assert "mean little" not in rotation.said[-1] and re.match(r"turns-digits247-32/64 [0-9a-f]{8}$", net.name)
     turns = torch.from_numpy(np.stack([np.rot90(p, i % 4, (1, 2)) for i, p in enumerate(x.numpy())]))
     right = (net.embed(turns)[1].argmax(1) == torch.arange(500) % 4).double().mean().item()
-    assert right == net.accuracy > 0.9 and not net.labelled and f"{right:.2%}" in rotation.said[-1]
+    print(right, net.accuracy)
+    assert right > 0.9 and 0.5 < net.accuracy <= right
+    assert not net.labelled and f"{net.accuracy:.2%}" in rotation.said[-1]
 
 
 @pytest.mark.parametrize("labels", [torch.full((60,), -1), torch.zeros(60).long(), torch.arange(60) - 1])
 def test_fewer_than_two_classes_or_some_without_a_label_are_no_labels(labels, monkeypatch):
     """One subfolder was once a classifier of one class, 100 % right."""
-    monkeypatch.setattr(
-        metrics,
-        "train_classifier",
-        lambda x, y, classes, *a, **k: (
-            pytest.fail("labels") if y is not None or classes != 4 else metrics.Classifier(1, 4)
-        ),
-    )
+    monkeypatch.setattr(metrics, "train_classifier", lambda *a, **k: pytest.fail("labels"))
+    monkeypatch.setattr(metrics, "train_turn_reader", lambda *a, **k: metrics.TurnReader(1, 28))
     said, sets = [], [(digits(s)[0][:60], labels) for s in ("train", "test")]
     net = metrics.classifier("x", *sets, say=said.append)
-    assert not net.labelled and net.name.startswith("rotation-x-32/") and "rotations right" in said[-1]
+    assert not net.labelled and net.name.startswith("turns-x-32/64 ") and "quarter turns right" in said[-1]
     scores = metrics.Judge("x", lambda split: sets[0], say=said.append)(sets[0][0])
     assert {"fid", "fid_train", "coverage", "floor"} <= set(scores) and not {
         "inception_score",
@@ -258,7 +256,7 @@ def test_fewer_than_two_classes_or_some_without_a_label_are_no_labels(labels, mo
         "label_accuracy",
     } & set(scores)
     line = metrics.Judge.line(scores)
-    assert "no labels" in line and "IS " not in line.replace("no IS", "") and "FID[rotation-x-32/" in line
+    assert "no labels" in line and "IS " not in line.replace("no IS", "") and "FID[turns-x-32/64" in line
 
 
 def blurred(x, k):
@@ -301,8 +299,8 @@ def test_near_chance_a_network_says_that_its_scores_mean_little(share, chance):
 
 def test_a_network_is_kept_in_half_precision_and_comes_back_bit_for_bit(rotation, monkeypatch):
     [path] = rotation.folder.glob("*.pt")
-    assert re.match(r"rotation-digits247-32-[0-9a-f]{12}\.pt$", path.name) and path.stat().st_size < 350 * 1024
-    monkeypatch.setattr(metrics, "train_classifier", lambda *a, **k: pytest.fail("trained again"))
+    assert re.match(r"turns-digits247-32-[0-9a-f]{12}\.pt$", path.name) and path.stat().st_size < 2 * 1024 * 1024
+    monkeypatch.setattr(metrics, "train_turn_reader", lambda *a, **k: pytest.fail("trained again"))
     torch.manual_seed(5)
     state, said = torch.get_rng_state(), []
     net = metrics.classifier("digits247", *rotation.sets, rotation.folder, say=said.append)
@@ -322,6 +320,9 @@ def test_a_network_of_other_pictures_or_classes_is_another(tmp_path, monkeypatch
         "train_classifier",
         lambda x, y, classes, *a, **k: trained.append(classes) or metrics.Classifier(x.shape[1], classes),
     )
+    monkeypatch.setattr(
+        metrics, "train_turn_reader", lambda x, *a, **k: trained.append("turns") or metrics.TurnReader(1, x.shape[-1])
+    )
     x, y = digits("train")[0][:100], torch.zeros(100).long()
     pixel, two, three = x.clone(), y.clone(), y.clone()
     pixel[7, 0, 3, 3] += 1
@@ -335,9 +336,9 @@ def test_a_network_of_other_pictures_or_classes_is_another(tmp_path, monkeypatch
         (metrics.resized(x, 64), two),
     ]
     names = [metrics.classifier("x", s, s, tmp_path, say=str).name for s in sets for _ in range(2)]
-    assert trained == [4, 4, 4, 2, 3, 2] and len(list(tmp_path.iterdir())) == 6
+    assert trained == ["turns"] * 3 + [2, 3, 2] and len(list(tmp_path.iterdir())) == 6
     kinds = [n.split("/")[0] for n in names[::2]]
-    assert kinds == ["rotation-x-32"] * 3 + ["classifier-x-32"] * 2 + ["classifier-x-64"]
+    assert kinds == ["turns-x-32"] * 3 + ["classifier-x-32"] * 2 + ["classifier-x-64"]
 
 
 def test_a_damaged_network_is_trained_again_and_one_that_cannot_be_kept_is_used(tmp_path, monkeypatch):
@@ -393,7 +394,7 @@ def test_animals_without_their_labels(tmp_path):
     net = metrics.classifier("folder", load("train"), load("test"), tmp_path, say=said.append)
     assert time.process_time() - start < 360 and net.accuracy > 0.5, (time.process_time() - start, net.accuracy)
     judge = metrics.Judge("folder", load, tmp_path, say=said.append)
-    assert judge.net.name == net.name and net.name.startswith("rotation-folder-64/128 ") and judge.n == 300
+    assert judge.net.name == net.name and net.name.startswith("turns-folder-64/64 ") and judge.n == 300
     x, rng = load("train")[0][1000:1300], torch.Generator().manual_seed(0)
     noise = torch.randint(0, 256, x.shape, generator=rng, dtype=torch.uint8)
     real, *worse = (judge(p)["fid"] for p in (x, blurred(x, 2), blurred(x, 4), blurred(x, 8)))
@@ -468,13 +469,18 @@ def error(capsys, *argv):
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Two epochs in place of up to 20."""
+    """Two epochs in place of up to 20, or of 400 steps."""
     monkeypatch.setattr(
         metrics,
         "train_classifier",
         lambda x, y, classes, device, epochs, say, train=(metrics.train_classifier): train(
             x, y, classes, device, 2, say
         ),
+    )
+    monkeypatch.setattr(
+        metrics,
+        "train_turn_reader",
+        lambda x, device, epochs, say, train=metrics.train_turn_reader: train(x, device, 2, say),
     )
 
 
@@ -491,11 +497,12 @@ def test_folder_against_folder_offline_as_printed(folders, tmp_path, capsys, mon
         assert "300 images of each kind: FID is too large" in done.err
     s, shown = json.loads(said[0].out), said[1].out
     assert "no labels" in shown and s["features"] in shown and f"{s['coverage']:.3f}" in shown
-    assert f"{s['accuracy']:.2%} of its test set's rotations right, n 300 + 300" in shown
-    assert s["n_real"] == s["n_fake"] == 300 and s["features"].startswith("rotation-photos-32/128 ")
-    assert s["labelled"] is False and s["fid"] > 0 and 0.85 < s["coverage"] <= 1 and s["accuracy"] > 0.5
+    assert f"{s['accuracy']:.2%} of its test set's quarter turns right, n 300 + 300" in shown
+    assert s["n_real"] == s["n_fake"] == 300 and s["features"].startswith("turns-photos-32/64 ")
+    assert s["labelled"] is False and s["fid"] > 0 and 0.85 < s["coverage"] <= 1
+    assert s["accuracy"] > 0.4  # of cropped and worn images, after 40 steps; chance is .25
     assert "inception_score" not in s
-    assert len(list(tmp_path.glob("rotation-photos-32-*.pt"))) == 1
+    assert len(list(tmp_path.glob("turns-photos-32-*.pt"))) == 1
     assert len(list((tmp_path / "photos").iterdir())) == 330
 
 
@@ -510,7 +517,7 @@ def test_the_network_beside_a_folder_changes_with_its_pictures(folders, quick, c
     ):
         change()
         names.append(json.loads(run(capsys, *flags))["features"])
-    assert names[0] == names[1] and len(set(names)) == 3 == len(list(tmp_path.glob("rotation-photos-32-*.pt")))
+    assert names[0] == names[1] and len(set(names)) == 3 == len(list(tmp_path.glob("turns-photos-32-*.pt")))
     assert {p.suffix for p in (tmp_path / "photos").iterdir()} == {".png"}
 
 
@@ -896,7 +903,7 @@ def test_every_command_of_readme_runs(command, tmp_path, monkeypatch, capsys, qu
         assert json.loads(shown)["fid"] > 0
     else:
         assert re.search(r"^FID +[\d.e-]+", shown, re.M) and "n 120 + 120" in shown
-        assert re.search(r"^features \S+.*/(128|384|2048) \w+", shown)
+        assert re.search(r"^features \S+.*/(64|128|384|2048) \w+", shown)
 
 
 def test_readmes_lines_of_the_library_run(capsys):

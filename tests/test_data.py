@@ -544,7 +544,13 @@ def untrained(monkeypatch):
         torch.manual_seed(3)
         return metrics.Classifier(x.shape[1], classes).half().float().eval()
 
+    def train_turn_reader(x, device, epochs, say):
+        asked.append(x)
+        torch.manual_seed(3)
+        return metrics.TurnReader(*x.shape[1:3]).half().float().eval()
+
     monkeypatch.setattr(metrics, "train_classifier", train_classifier)
+    monkeypatch.setattr(metrics, "train_turn_reader", train_turn_reader)
     return asked
 
 
@@ -686,7 +692,7 @@ def test_a_folder_of_many_is_scored_on_those_that_its_network_has_not_seen(tmp_p
     known = {image.numpy().tobytes() for image in seen}
     unseen = torch.stack([image for image in real if image.numpy().tobytes() not in known])
     torch.manual_seed(3)
-    net = metrics.Classifier(3, 4).half().float().eval()
+    net = metrics.TurnReader(3, 4).half().float().eval()
     scored, others, fake = (
         metrics.embed(net, x).moments for x in (unseen, seen, metrics.some(noise(1200, 1, 3, 4), 1000))
     )
