@@ -628,7 +628,7 @@ def test_a_first_run_says_what_its_first_scores_take(tmp_path, capsys, every, at
         study(tmp_path / folder, **flags | more).start(400, 1000, per_epoch)
         return capsys.readouterr().out
 
-    assert f"the first scores, at update {at}, train their network: a minute or two" in said("a")
+    assert f"the first scores, at update {at}, train their network: two or three minutes" in said("a")
     assert "train their network" not in said("few", per_epoch=100)
     assert "train their network" not in said("shipped", dataset="digits", data_dir="data")
     (tmp_path / "rotation-folder-64-0123456789ab.pt").write_bytes(b"")
