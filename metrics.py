@@ -1749,7 +1749,7 @@ class Study:
         found = [path for place in cache_folders(home) for path in place.glob(f"*-{args.dataset}-*.pt")]
         if not found and not (JUDGES / f"{args.dataset.removeprefix('stacked_')}.pt").exists():
             at = min(self.total, i - i % args.eval_every + args.eval_every) if args.eval_every else self.total
-            say(f"the first scores, at update {at}, train their network: two or three minutes, once; it is kept in {home}")
+            say(f"the first scores, at update {at}, train their network: two or three minutes, once (in {home})")
 
     def find_best(self, rows, i):
         """best.pt counts if it is of the best row. Else it is of an abandoned branch, or was not written in time."""

@@ -88,29 +88,19 @@ def parse_args(argv=None):
         help="part of each batch that the penalty is taken on",
     )
     p.add_argument("--batch-size", type=number(int, 2), default=32, help="real images in each update, over all GPUs")
-    p.add_argument(
-        "--d-steps", "--n-critic", type=number(int, 1, 1000), default=1, help="updates of D, before each turn of G"
-    )
-    p.add_argument("--g-steps", type=number(int, 1, 1000), default=1, help="updates of G, after each turn of D")
+    p.add_argument("--d-steps", "--n-critic", type=number(int, 1, 1000), default=1, help="updates of D per iteration")
+    p.add_argument("--g-steps", type=number(int, 1, 1000), default=1, help="updates of G per iteration")
     p.add_argument("--lr-g", type=number(float, 0, 10), default=2e-3, help="learning rate of G")
     p.add_argument("--lr-d", type=number(float, 0, 10), default=2e-3, help="learning rate of D")
-    p.add_argument(
-        "--lr-decay", choices=("none", "linear"), default="linear", help="linear: falls evenly to 0 at the end"
-    )
+    p.add_argument("--lr-decay", choices=("none", "linear"), default="linear", help="linear: falls evenly to 0")
     p.add_argument("--beta1", type=number(float, 0, 0.999999), default=0.0, help="Adam's decay of the first moment")
     p.add_argument("--beta2", type=number(float, 0, 0.999999), default=0.9, help="Adam's decay of the second moment")
     p.add_argument("--ema", type=number(float, 0, 0.999999), default=0.995, help="decay of G's average; 0: none")
     p.add_argument(
-        "--ngf",
-        type=number(int, 1, 4096),
-        default=16,
-        help="channels of G's last map; earlier ones have 2, 4, ... times as many",
+        "--ngf", type=number(int, 1, 4096), default=16, help="channels of G's last hidden map; earlier ones have more"
     )
     p.add_argument(
-        "--ndf",
-        type=number(int, 1, 4096),
-        default=16,
-        help="channels of D's first map; later ones have 2, 4, ... times as many",
+        "--ndf", type=number(int, 1, 4096), default=16, help="channels of D's first map; later ones have more"
     )
     add_run_flags(p)
     args, given = resolve(p, argv, PAPER, MLP)
@@ -414,11 +404,9 @@ def add_run_flags(p):
     p.error = fail  # one line, without the usage
     count = number(int, 0)
     p.add_argument("--dataset", choices=CHANNELS, default="digits", help="digits: rendered here, no download")
+    p.add_argument("--data-dir", default="data", help="where data sets lie; with --dataset folder, the images")
     p.add_argument(
-        "--data-dir", default="data", help="folder of the data sets; of the images themselves with --dataset folder"
-    )
-    p.add_argument(
-        "--image-size", type=number(int, 8, 1024), help="side in pixels. Default: 28 to 64 by the data; --paper: 32"
+        "--image-size", type=number(int, 8, 1024), help="in pixels. Default: 28 to 64 by the data; --paper: 32"
     )
     p.add_argument("--flip", action="store_true", help="mirror images at random: for faces, not for digits")
     p.add_argument("--holdout", type=count, default=0, help="training images that D never sees, for --reject drs")
@@ -436,18 +424,13 @@ def add_run_flags(p):
     p.add_argument("--log-every", type=count, default=100, help="updates of D between rows of log.csv; 0: never")
     p.add_argument("--sample-every", type=count, default=1000, help="updates of D between sheets of samples; 0: never")
     p.add_argument("--eval-every", type=count, default=5000, help="updates of D between scores; 0: only the last")
-    p.add_argument(
-        "--checkpoint-every", type=count, default=2000, help="updates of D between writes of last.pt; 0: at the end"
-    )
+    p.add_argument("--checkpoint-every", type=count, default=2000, help="updates of D between writes of last.pt")
     p.add_argument(
         "--tensorboard", action=argparse.BooleanOptionalAction, default=False, help="log and sheets for TensorBoard"
     )
     p.add_argument("--amp", action=argparse.BooleanOptionalAction, default=False, help="run the layers in bfloat16")
     p.add_argument(
-        "--device",
-        choices=("auto", "cpu", "cuda", "mps"),
-        default="auto",
-        help="auto: cuda, else mps (untested), else cpu",
+        "--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: cuda, else mps, else cpu"
     )
     p.add_argument(
         "--graph",
@@ -459,13 +442,10 @@ def add_run_flags(p):
     p.add_argument("--generate", type=number(int, 1), metavar="N", help="with --resume: write N images as PNG files")
     p.add_argument("--generate-to", metavar="DIR", help="where to. Default: generated, in the run's folder")
     p.add_argument(
-        "--label", default="shares", help="class to --generate: its name; turn: each in turn; shares: as in the data"
+        "--label", default="shares", help="class to --generate: a name; turn: each in turn; shares: as in the data"
     )
     p.add_argument(
-        "--reject",
-        choices=("none", "naive", "drs"),
-        default="none",
-        help="choose images by D's score, at the end and to --generate",
+        "--reject", choices=("none", "naive", "drs"), default="none", help="choose images by D's score; see README"
     )
     p.add_argument(
         "--drs-percentile",
