@@ -38,12 +38,12 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from metrics import HelpFormatter, fail, number, or_fail, platt, rejected
+from metrics import HelpFormatter, fail, number, or_fail, platt, rejected, say
 
 METHODS = ("gan", "wgan_clip", "wgan_gp", "unrolled", "mdgan")
 # Defaults of one objective, found by trying on seed 0. A WGAN's Adam goes without its first moment. MD-GAN has its
 # authors' two layers (with three, one ring of three lost modes). All else is the same for all: width, noise, points,
-# decay, average. The steps are for about equal times.
+# decay, average. The steps make runs of three to eight minutes of one CPU core for five seeds.
 TUNED = {
     "gan": dict(),
     "unrolled": dict(loss="minimax", lr_d=3e-4, steps=2000),
@@ -482,10 +482,10 @@ def chosen(args, G, D, n=2500):
             head = platt(D(real.expand(args.seeds, -1, -1))[r], more(10_000)[1])
             x, took = rejected("drs", more, n, rng, head, args.drs_percentile)
         except ValueError as e:
-            print(f"run {r}: no points are chosen: {e}")
+            say(f"run {r}: no points are chosen: {e}")
             continue
         if took["warning"]:
-            print(f"run {r}: {took['warning']}")
+            say(f"run {r}: {took['warning']}")
         kept.append({**coverage(x, centres, args.std), "acceptance": took["acceptance"], "auc": took["auc"]})
     return kept
 
@@ -594,10 +594,10 @@ def table(argv, shorter):
     flags = [flag for flag in argv if flag not in ("--table", "--quick")]
     for data in ("ring", "grid"):
         args = parse_args([*flags, "--data", data])
-        print(f"\n{data}: 2,500 points, {args.seeds} runs each\n")
-        print(f"| method | G updates | {' | '.join(COLUMNS)} | seconds | of its own |")
-        print(f"|---|---|{'---|' * (len(COLUMNS) + 2)}")
-        print(f"| real | | {' | '.join(line(score_real(args)))} | | |", flush=True)
+        say(f"\n{data}: 2,500 points, {args.seeds} runs each\n")
+        say(f"| method | G updates | {' | '.join(COLUMNS)} | seconds | of its own |")
+        say(f"|---|---|{'---|' * (len(COLUMNS) + 2)}")
+        say(f"| real | | {' | '.join(line(score_real(args)))} | | |")
         for method in METHODS:
             args = parse_args([*flags, "--data", data, "--method", method])
             args = argparse.Namespace(**{**vars(args), "steps": max(1, args.steps // shorter)})
@@ -606,12 +606,20 @@ def table(argv, shorter):
             seconds = time.time() - start
             tuned = [name for name in TUNED[method] if name != "steps"]
             own = ", ".join(f"{name.replace('_', '-')} {getattr(args, name)}" for name in tuned)
-            print(f"| {method} | {args.steps} | {' | '.join(line(runs))} | {seconds:.0f} | {own} |", flush=True)
+            say(f"| {method} | {args.steps} | {' | '.join(line(runs))} | {seconds:.0f} | {own} |")
         for name, modes, quality, kl, source in PUBLISHED[data]:
-            print(f"| {name}, published | | {modes} | | {quality} | | {kl} | | {source} |")
+            say(f"| {name}, published | | {modes} | | {quality} | | {kl} | | {source} |")
 
 
 def main(argv=None):
+    try:
+        study(argv)
+    except OSError as e:  # a disk that refuses
+        fail(e)
+
+
+def study(argv):
+    """What the flags ask for: the table of all methods, or the runs of one."""
     args = parse_args(argv)
     if args.table:
         table(sys.argv[1:] if argv is None else argv, 4 if args.quick else 1)
@@ -623,28 +631,28 @@ def main(argv=None):
     if any(out.iterdir()):
         fail(f"--run-dir {out} is in use")
     (out / "args.json").write_text(json.dumps(vars(args), indent=1))
-    print(f"{out}: {args.seeds} runs of {args.steps} G updates on {args.device}")
+    say(f"{out}: {args.seeds} runs of {args.steps} G updates on {args.device}")
     if args.method == "mdgan":
         end = Simplex(args.mixture).end_of_corner
         what = "clusters" if end > 0.01 else "one blob, no clusters"
-        print(f"mean shift from a corner ends at {end:.3f} of its radius: {what}")
+        say(f"mean shift from a corner ends at {end:.3f} of its radius: {what}")
     try:
         runs, G, D = run(args, out)
     except KeyboardInterrupt:
-        print(f"stopped: {out} holds what there is")
+        say(f"stopped: {out} holds what there is")
         raise SystemExit(130) from None
-    print(f"real:  {headed(score_real(args))}\nmade:  {headed(runs)}")
+    say(f"real:  {headed(score_real(args))}\nmade:  {headed(runs)}")
     after = None
     if args.reject == "drs":
         after = chosen(args, G, D)
     if after:
         acceptance = np.mean([scores["acceptance"] for scores in after])
         auc = np.mean([scores["auc"] for scores in after])
-        print(f"kept:  {headed(after)}  acceptance {acceptance:.1%}  AUC {auc:.3f}")
+        say(f"kept:  {headed(after)}  acceptance {acceptance:.1%}  AUC {auc:.3f}")
     scores = {"made": runs, "kept": after, "real": score_real(args)}
     text = json.dumps(scores, indent=1).replace("Infinity", "null")  # reverse KL where no point is near a mode
     (out / "scores.json").write_text(text)
-    print(f"done: {out}")
+    say(f"done: {out}")
 
 
 if __name__ == "__main__":

@@ -2,10 +2,14 @@
 
 import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -466,3 +470,11 @@ def test_the_shading_is_the_first_runs(monkeypatch):
     shade = np.asarray(toy2d.picture(a, lambda z: z + 100, D, side=64).convert("L"), dtype=float)
     assert shade[:10, 60].mean() > shade[:10, 30].mean() + 20 > shade[:10, 3].mean() + 40
     assert abs(shade[5, 20] - shade[60, 20]) < 3
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_stream_that_takes_nothing_is_one_line(tmp_path):
+    with open("/dev/full", "w") as full:
+        flags = [sys.executable, str(ROOT / "toy2d.py"), "--steps", "2", "--seeds", "1", "--run-dir", str(tmp_path)]
+        done = subprocess.run(flags, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2 and done.stderr == "toy2d.py: error: [Errno 28] No space left on device\n"
