@@ -1027,7 +1027,8 @@ class TurnReader(nn.Module):
 
     batch = 1000
     side = None
-    width = 64  # of the features that FID takes
+    width = 64
+    fid_features = 64
 
     def __init__(self, channels, side):
         super().__init__()
@@ -1376,7 +1377,7 @@ def embed(net, images, keep=True, what="images"):
     batches = images.batches(net.batch) if isinstance(images, Images) else as_images(images).split(net.batch)
     for batch in progress(batches, len(images), what):
         features, logits = net.embed(batch)
-        moments.add(features[:, : net.width])
+        moments.add(features[:, : getattr(net, "fid_features", None)])  # a TurnReader's FID takes the first of them
         if keep:
             kept.append((features, logits))
     return Sample(moments, *map(torch.cat, zip(*kept)))
