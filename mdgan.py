@@ -69,6 +69,7 @@ from metrics import (
 PAPER = dict(batch_size=32, lr_g=5e-4, lr_d=5e-4, beta1=0.5, beta2=0.999, ema=0.999)
 PAPER |= dict(r1=0.0, penalty_share=1.0, lr_decay="none")
 MLP = dict(lr_g=2e-3, lr_d=5e-4)  # --arch mlp sets these
+COLOUR = dict(batch_size=16)  # colour images of 64 pixels or more set this, without --arch mlp: tried on faces
 
 
 def parse_args(argv=None):
@@ -102,7 +103,7 @@ def parse_args(argv=None):
         "--ndf", type=number(int, 1, 4096), default=16, help="channels of D's first map; later ones have more"
     )
     add_run_flags(p)
-    args, given = resolve(p, argv, PAPER, MLP)
+    args, given = resolve(p, argv, PAPER, MLP, COLOUR)
     if not args.r1 and "penalty_share" in given:
         warn("--penalty-share has no effect without --r1")
     return args

@@ -270,3 +270,6 @@ def test_r1_adds_half_of_gamma_times_the_gradient(monkeypatch):
 def test_colour_images_of_64_pixels_have_settings_of_their_own(flags, batch_size, r1, ngf):
     args = dcgan.parse_args(flags.split())
     assert (args.batch_size, args.r1, args.ngf) == (batch_size, r1, ngf)
+    other = mdgan.parse_args(flags.split())
+    batch_size = 32 if args.paper else batch_size
+    assert (other.batch_size, other.r1) == (batch_size, 0.0 if args.paper else 10.0)
