@@ -1661,18 +1661,16 @@ class Study:
     sample(z, y)    -> images uint8 (B, C, S, S) of z (B, latent_dim) and labels (B,)
     score(x, y)     -> D's scores (B,) of images uint8 (B, C, S, S) with labels (B,)
     classes         {name: number of training images} of the classes that G can be asked for; {} if it takes no label
-    found           the same of all classes of the data, for args.json
     script          the script's path, for the copy in the run's folder
 
     The other ranks of a torchrun have one too, which does nothing."""
 
-    def __init__(self, args, held, sample, score, classes=None, found=None, script=None):
+    def __init__(self, args, held, sample, score, classes=None, script=None):
         self.args = args
         self.held = held
         self.sample = in_parts(sample, args.device)
         self.score = in_parts(score, args.device)
         self.classes = classes or {}
-        self.found = found or self.classes
         self.script = Path(script) if script else None
         self.folder = Path(args.run_dir)
         self.log_file = Table(self.folder / "log.csv")
@@ -1714,7 +1712,7 @@ class Study:
             if self.script and not goes_on:
                 shutil.copyfile(self.script, self.folder / self.script.name)
             script = self.script.stem if self.script else None
-            text = json.dumps({"script": script, **vars(args), "classes": self.found}, indent=1)
+            text = json.dumps({"script": script, **vars(args), "classes": self.classes}, indent=1)
             replace_file(self.folder / "args.json", lambda file: file.write(text.encode()))
             (self.folder / "scores.json").unlink(missing_ok=True)  # of an earlier end
             for sheet in (self.folder / "samples").glob("step_*.png"):

@@ -1250,15 +1250,6 @@ def as_folder(n, folder):
         Image.fromarray(picture.numpy()).save(path)
 
 
-@over("wgan_gp", "wgan_clip", "cdcgan")
-def test_args_json_names_the_classes_of_the_data_and_counts_them(w):
-    """Of unconditional scripts too. 40 files of three classes, every tenth for testing."""
-    as_folder(40, "data")
-    w.main([*TINY, *"--dataset folder --data-dir data --image-size 16 --steps 2 --run-dir a --eval-every 0".split()])
-    classes = json.loads(Path("a/args.json").read_text())["classes"]
-    assert list(classes) == ["0", "1", "2"] and sum(classes.values()) == 36 and min(classes.values()) >= 10
-
-
 @over("dcgan")
 def test_a_folder_counts_what_was_read_and_left_out(w, capsys):
     """42 files: every tenth, four, are for testing; of the other 38 one is cut short."""
