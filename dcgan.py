@@ -12,10 +12,10 @@ sigmoid(f(x)). With softplus(t) = log(1 + e^t), softplus(-f) is -log D(x) and so
                    min_G  E[softplus(f(x) - f(G(z)))]    (Jolicoeur-Martineau 2018, 1807.00734)
     where          z ~ N(0, I), or each number of it from U[-1, 1] (--prior)
 
-The second line is a penalty that keeps f from changing too fast around these images. grad is with respect to the
-pixels of the image, not to the weights. R1 is the penalty at real images, R2 at fake ones, with the weights r1/2 and
-r2/2 (Mescheder et al. 2018, 1801.04406). gp is the weight at both. A relativistic D only has to rate a real image above
-a fake one; with R1 and R2 that is the loss of Huang et al. 2024, 2501.05441.
+The second line of D's objective is a penalty that keeps f from changing too fast around these images. grad is with
+respect to the pixels of the image, not to the weights. R1 is the penalty at real images, R2 at fake ones, with the
+weights r1/2 and r2/2 (Mescheder et al. 2018, 1801.04406). gp is the weight at both. A relativistic D only has to rate a
+real image above a fake one; with R1 and R2 that is the loss of Huang et al. 2024, 2501.05441.
 
     python dcgan.py                                      digits rendered at start-up, no download
     python dcgan.py --dataset mnist --epochs 200

@@ -171,7 +171,9 @@ class Moments:
     are, for fid's exact form; from then on only sums and products about a first estimate of the mean, (d, d)."""
 
     def __init__(self):
-        self.n, self.rows, self.shift = 0, [], None
+        self.n = 0
+        self.rows = []
+        self.shift = None
 
     def add(self, x):
         checked(0, x)
@@ -180,7 +182,9 @@ class Moments:
         if self.n >= x.shape[1]:
             x = torch.cat(self.rows)
             if self.shift is None:
-                self.shift, self.sum, self.products = x.mean(0), torch.zeros_like(x[0]), x.new_zeros(2 * x.shape[1:])
+                self.shift = x.mean(0)
+                self.sum = torch.zeros_like(x[0])
+                self.products = x.new_zeros(2 * x.shape[1:])
             x = x - self.shift
             self.sum += x.sum(0)
             self.products.addmm_(x.T, x)
@@ -320,11 +324,17 @@ ASKED = 12  # labels that a conditional generator is asked for
 RANKS = 13  # the noise of training, under torchrun
 
 
-for number in (0, 1, 2):  # after `>&-` or `2>&-` the next file that is opened, last.pt say, would be number 1 or 2,
-    try:  # and what a library written in C prints would stand in it
-        os.fstat(number)
-    except OSError:
-        os.open(os.devnull, os.O_RDWR)
+def open_standard_streams():
+    """Opens what `>&-` or `2>&-` closed. Else the next file, last.pt say, would get its number, and what a library
+    written in C prints would stand in it."""
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+
+
+open_standard_streams()
 
 
 def one_line(text):
@@ -542,6 +552,16 @@ def cache_home(dataset, data_dir):
     return Path(data_dir).resolve().parent if dataset == "folder" else Path(data_dir)
 
 
+def remove_old(home, name, old):
+    """Removes the files of `home` that match `old`, but for `name`, and what a killed process left half written."""
+    for path in home.iterdir():
+        cut = re.fullmatch(rf"{old}\.\d+\.tmp", path.name)  # by a kill, if it has not grown for a day
+        if cut and time.time() - path.stat().st_mtime > 86_400:
+            path.unlink()
+        if path.name != name and re.fullmatch(old, path.name):
+            path.unlink()
+
+
 def keep(folder, name, write, say=None, old=None):
     """write(file) as the file `name` of the first of the cache_folders that can be written; in its place go those of
     before, whose names match the expression `old`. If none can, that costs a line and nothing else."""
@@ -549,12 +569,8 @@ def keep(folder, name, write, say=None, old=None):
         try:
             home.mkdir(parents=True, exist_ok=True)
             replace_file(home / name, write, f".{os.getpid()}")
-            for path in home.iterdir() if old else []:
-                cut = re.fullmatch(rf"{old}\.\d+\.tmp", path.name)  # by a kill, if it has not grown for a day
-                if cut and time.time() - path.stat().st_mtime > 86_400:
-                    path.unlink()
-                if path.name != name and re.fullmatch(old, path.name):
-                    path.unlink()
+            if old:
+                remove_old(home, name, old)
             return
         except OSError as e:
             reason = e
@@ -646,7 +662,8 @@ def unpacked_mnist(folder, train):
     arrays = []
     for kind in ("images?idx3-ubyte*", "labels?idx1-ubyte*"):
         pattern = ("train-" if train else "t10k-") + kind
-        files = [path for place in (folder, folder.parent) for path in sorted(place.glob(pattern)) if path.is_file()]
+        found = [*sorted(folder.glob(pattern)), *sorted(folder.parent.glob(pattern))]
+        files = [path for path in found if path.is_file()]
         if not files:
             return None
         data = files[0].read_bytes()
@@ -701,7 +718,7 @@ def list_images(root):
             elif suffix not in suffixes:
                 left_out[suffix or "no suffix"] += 1
             else:
-                file = facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns
+                file = (facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns)
                 found[file] = min(found.get(file, (by_link, path)), (by_link, path))
     return {path: file[2:] for file, (_, path) in found.items()}, left_out
 
@@ -744,7 +761,8 @@ def read_folder(root, size, split):
     said = said and f"; left out: {said[2:]}"
     if not parts["train"]:
         fail(f"--dataset folder: {len(found)} images in {root}, where one to train and one to test are needed{said}")
-    classes = {path: path.split("/")[depth:-1][:1] for part in parts.values() for path in part}
+    paths = [*parts["train"], *parts["test"]]
+    classes = {path: path.split("/")[depth:-1][:1] for path in paths}
     counts = Counter(name for path in parts["train"] for name in classes[path])
     names = sorted(counts)
     names += sorted({name for path in parts["test"] for name in classes[path]} - counts.keys())
@@ -1027,8 +1045,7 @@ class TurnReader(nn.Module):
 
     batch = 1000
     side = None
-    width = 64
-    fid_features = 64
+    width = 64  # the number of features that FID takes
 
     def __init__(self, channels, side):
         super().__init__()
@@ -1067,7 +1084,7 @@ class TurnReader(nn.Module):
     def find_axes(self, x):
         """Sets the axes from real images uint8 (N, C, S, S): one for every 16 images, as few images show few axes."""
         self.axes.copy_(torch.eye(512))
-        features = self.embed(x)[0].double()
+        features = self.embed(x)[0].cpu().double()  # a Mac's GPU has no float64
         centred = features - features.mean(0)
         variances, axes = torch.linalg.eigh(centred.T @ centred / len(x))  # in ascending order
         least = 0.001 * variances.mean() + 1e-12  # a feature that never varies is not blown up
@@ -1171,7 +1188,6 @@ class Stacked(nn.Module):
         self.batch = one.batch
         self.accuracy = one.accuracy
         self.name = one.name.replace("/128", " on each of 3 channels/384")
-        self.width = 384
 
     def embed(self, x):
         """uint8 (N, 3, H, W) -> features (N, 384), log-probabilities (N, 1000) of the triple, red the hundreds."""
@@ -1347,7 +1363,6 @@ def inception(weights, device):
             f"({type(e).__name__}: {e})"
         ) from None
     net.name = f"inception-2015/2048 {digest(net)}"
-    net.width = 2048
     net.accuracy = None
     net.labelled = True
     return net.to(device)
@@ -1377,7 +1392,7 @@ def embed(net, images, keep=True, what="images"):
     batches = images.batches(net.batch) if isinstance(images, Images) else as_images(images).split(net.batch)
     for batch in progress(batches, len(images), what):
         features, logits = net.embed(batch)
-        moments.add(features[:, : getattr(net, "fid_features", None)])  # a TurnReader's FID takes the first of them
+        moments.add(features[:, : getattr(net, "width", None)])  # a TurnReader's FID takes the first of them
         if keep:
             kept.append((features, logits))
     return Sample(moments, *map(torch.cat, zip(*kept)))
@@ -1798,9 +1813,8 @@ class Study:
         self.log_file.add(row)
         self.to_board(row)
         losses = "  ".join(f"{name} {value:.3f}" for name, value in means.items())
-        left = timedelta(
-            seconds=min(int((self.total - i) / max(speed, 1e-9)), 10**12)
-        )  # a timedelta's end is near that
+        seconds = int((self.total - i) / max(speed, 1e-9))
+        left = timedelta(seconds=min(seconds, 10**12))  # a timedelta holds little more
         epochs = f"epoch {row['epoch']:.1f}/{self.total / self.per_epoch:.4g}"
         say(
             f"{epochs}  D {i} G {row['g_updates']}  {losses}  {row['images_per_s']:.0f} images/s  ETA {left}",

@@ -259,6 +259,68 @@ def test_fewer_than_two_classes_or_some_without_a_label_are_no_labels(labels, mo
     assert "no labels" in line and "IS " not in line.replace("no IS", "") and "FID[turns-x-32/64" in line
 
 
+def test_turned_is_numpys_rot90():
+    x = torch.arange(2 * 4 * 3 * 5 * 5).view(8, 3, 5, 5)
+    wanted = [np.rot90(image, i % 4, (1, 2)) for i, image in enumerate(x.numpy())]
+    assert np.array_equal(metrics.turned(x, torch.arange(8) % 4).numpy(), np.stack(wanted))
+
+
+def test_features_of_quarter_turns_are_uncorrelated_and_the_largest_variance_is_first(rotation):
+    """Of the 1,500 training images, from which the axes are: one axis for every 16, the others are 0."""
+    net, (x, _) = rotation.net, rotation.sets[0]
+    features = net.embed(x)[0].double().numpy()
+    covariance = np.cov(features.T, bias=True)
+    used = 1500 // 16
+    assert features.shape == (1500, 512) and np.all(features[:, used:] == 0)
+    variances = np.diag(covariance)[:used]
+    assert np.all(np.diff(variances) < 0.01) and variances[0] == pytest.approx(1, abs=0.02)
+    assert np.abs(covariance - np.diag(np.diag(covariance))).max() < 0.02
+    axes = net.axes.double().numpy()
+    length = np.linalg.norm(axes[:, :used], axis=0)  # 1 / the standard deviation along the axis
+    assert np.all(np.diff(length) > 0)
+
+
+def test_fid_takes_the_first_64_features_of_quarter_turns_and_coverage_all(rotation):
+    net, x = rotation.net, rotation.sets[0][0]
+    a, b = metrics.embed(net, x[:300]), metrics.embed(net, x[300:600])
+    features = [net.embed(part)[0] for part in (x[:300], x[300:600])]
+    scores = metrics.compare(a, b, ("fid", "coverage"))
+    assert scores["fid"] == pytest.approx(metrics.fid(features[0][:, :64], features[1][:, :64]), rel=1e-9)
+    assert scores["coverage"] == metrics.coverage(features[1], features[0])
+
+
+@pytest.mark.parametrize(
+    "right, wanted", [(0.999, "so easy that a glance may do"), (0.95, None), (0.27, "little better")]
+)
+def test_quarter_turns_that_are_too_easy_or_too_hard_are_said(right, wanted, rotation, monkeypatch):
+    monkeypatch.setattr(metrics, "turns_right", lambda net, x: right)
+    monkeypatch.setattr(metrics, "train_turn_reader", lambda *a: metrics.TurnReader(1, 28))
+    said = []
+    metrics.classifier("x", *rotation.sets, say=said.append)
+    warned = [text for text in ("so easy that a glance may do", "little better") if text in said[-1]]
+    assert warned == ([wanted] if wanted else [])
+
+
+def test_training_on_quarter_turns_leaves_the_callers_noise_alone(rotation):
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    x = rotation.sets[0][0][:40]
+    nets = [metrics.train_turn_reader(x, torch.device("cpu"), 2, say=str) for _ in range(2)]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(a, b) for a, b in zip(nets[0].state_dict().values(), nets[1].state_dict().values()))
+
+
+def test_worn_views_are_two_of_each_image_in_the_range_of_images():
+    """Of a smooth ramp each view stays near its own image, lighter or darker, and not near another's."""
+    x = torch.linspace(0.1, 0.9, 16).view(16, 1, 1, 1) * torch.ones(16, 3, 32, 32)
+    views = metrics.worn_views(x, torch.Generator().manual_seed(0))
+    assert views.shape == (32, 3, 32, 32) and views.min() >= 0 and views.max() <= 1
+    means = views.mean((1, 2, 3))
+    assert (means[:16] - x[:, 0, 0, 0]).abs().max() < 0.02  # only moved and worn
+    assert np.corrcoef(means[16:].numpy(), x[:, 0, 0, 0].numpy())[0, 1] > 0.8  # in other colours
+    assert not torch.equal(views[:16], x)
+
+
 def blurred(x, k):
     return metrics.resized(torch.nn.functional.avg_pool2d(x.float(), k).round().byte(), x.shape[-1])
 
