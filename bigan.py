@@ -346,6 +346,7 @@ def train(args):
     # Study writes the log, sheets of samples and FIDs, and never trains. It calls sample and score. y, the labels, are
     # for the conditional scripts.
     study = Study(args, batches.held, sample, score, script=SCRIPT)
+    study.classes_of_data = batches.classes
     state = {"G": G, "D": D, "E": E, "ema": ema, "ema_e": ema_e, "opt_g": opt_g, "opt_d": opt_d}
     if args.probe:
         untrained = copy.deepcopy(ema_e)

@@ -82,6 +82,12 @@ def checked(least, *tables):
     return [t.double() for t in tables]
 
 
+def check_count(name, value):
+    """ValueError where a number of splits, subsets or neighbours is below 1."""
+    if value < 1:
+        raise ValueError(f"{name} is {value}, where 1 or more is needed")
+
+
 def of_numbers(values):
     """An array or nested lists as a float64 tensor of its own: numpy's may be read-only, reversed or big-endian."""
     array = np.asarray(values)
@@ -95,8 +101,10 @@ def inception_score(logits, splits=10):
 
     logits (N, K) -> mean and population standard deviation over `splits` equal shares, taken in a fixed shuffle; a
     share of n pictures cannot score above n, so keep N / splits well above K. One split: the score of all, spread 0.
-    ValueError where there are fewer pictures than splits."""
-    (logits,), n = checked(max(1, splits), logits), len(logits)
+    ValueError where there are fewer pictures than splits, or no split."""
+    check_count("splits", splits)
+    (logits,) = checked(splits, logits)
+    n = len(logits)
     order = np.random.RandomState(2020).permutation(n)  # the seed and the cuts of torch-fidelity
     p = logits.softmax(1)[torch.from_numpy(order).to(logits.device)]
     parts = [p[i * n // splits : (i + 1) * n // splits] for i in range(splits)]
@@ -208,7 +216,9 @@ def kid(real, fake, subsets=100, size=1000):
     `subsets` of `size` of the unbiased squared MMD under (x'y / d + 1)^3.
 
     Features (N, d), (M, d). 0 on average for equal laws at any size, so it may fall below 0. Subsets have at most half
-    the rows: as large as the whole they would all be the same, and their spread 0. ValueError: fewer than four rows."""
+    the rows: as large as the whole they would all be the same, and their spread 0. ValueError: fewer than four rows,
+    or no subset."""
+    check_count("subsets", subsets)
     real, fake = checked(4, real, fake)
     size = min(size, len(real) // 2, len(fake) // 2)
     if size < 2:
@@ -243,9 +253,13 @@ def measured(x, y):
 
 
 def ball_radius(x, k):
-    """The distance (N,) from each of x (N, d) to its k-th neighbour, itself not counted. ValueError: only k rows."""
-    (x,), parts = checked(k + 1, x), []
+    """The distance (N,) from each of x (N, d) to its k-th neighbour, itself not counted.
+
+    ValueError: k rows or fewer, or k below 1."""
+    check_count("k", k)
+    (x,) = checked(k + 1, x)
     x = x - x.mean(0)
+    parts = []
     for part, near in nearness(x, x, x.square().sum(1)):
         index = near.topk(k + 1, largest=False).indices
         parts += [measured(p[:, None], x[i]).sort(1).values[:, k] for p, i in zip(part.split(100), index.split(100))]
@@ -297,6 +311,7 @@ def precision_recall(real, fake, k=3, radii=None):
 def density_coverage(real, fake, k=5, radius=None):
     """Naeem et al. 2020 (2002.09797), eq. (7) and (8): the number of real balls around a fake, over k, on average (1
     for equal laws, more where fakes crowd), and `coverage`. Features (N, d), (M, d)."""
+    check_count("k", k)
     radius = ball_radius(real, k) if radius is None else radius
     count = sum(block.sum().item() for block in inside(fake, real, radius, False))
     return count / (k * len(fake)), coverage(real, fake, k, radius)
@@ -1686,6 +1701,7 @@ class Study:
         self.sample = in_parts(sample, args.device)
         self.score = in_parts(score, args.device)
         self.classes = classes or {}
+        self.classes_of_data = self.classes  # for args.json; a script that takes no label may set it
         self.script = Path(script) if script else None
         self.folder = Path(args.run_dir)
         self.log_file = Table(self.folder / "log.csv")
@@ -1727,7 +1743,7 @@ class Study:
             if self.script and not goes_on:
                 shutil.copyfile(self.script, self.folder / self.script.name)
             script = self.script.stem if self.script else None
-            text = json.dumps({"script": script, **vars(args), "classes": self.classes}, indent=1)
+            text = json.dumps({"script": script, **vars(args), "classes": self.classes_of_data}, indent=1)
             replace_file(self.folder / "args.json", lambda file: file.write(text.encode()))
             (self.folder / "scores.json").unlink(missing_ok=True)  # of an earlier end
             for sheet in (self.folder / "samples").glob("step_*.png"):

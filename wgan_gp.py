@@ -300,6 +300,7 @@ def train(args):
     # Study writes the log, sheets of samples and FIDs, and never trains. It calls sample and score. y, the labels, are
     # for the conditional scripts.
     study = Study(args, batches.held, sample, score, script=SCRIPT)
+    study.classes_of_data = batches.classes
     state = {"G": G, "D": D, "ema": ema, "opt_g": opt_g, "opt_d": opt_d}
     i = restore(args.resume, state, study) if args.resume else 0  # updates of D so far
     if args.generate:

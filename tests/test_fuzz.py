@@ -1,10 +1,13 @@
 """The command line on good, odd and broken input: a right score, or one line and exit code 2; never a traceback."""
 
+import csv
 import io
 import json
 import math
+import os
 import random
 import struct
+import sys
 import warnings
 import zlib
 
@@ -197,7 +200,52 @@ KINDS = (
     "features",
     "bits",
     "sizes",
+    "links",
+    "streams",
+    "spreadsheet",
 )
+
+
+def add_what_is_no_new_picture(rng, folder, files):
+    """Links to pictures that are there, links that go round, pipes, sockets and hidden files, in folders or not."""
+    inner = folder / rng.choice(["inner", "z", "0"])
+    (inner / "deep").mkdir(parents=True)
+    picture = rng.choice(files)
+    ways = {
+        "link": lambda where: (where / "link.png").symlink_to(picture),
+        "hard link": lambda where: os.link(picture, where / f"zz hard{picture.suffix}"),
+        "round": lambda where: (where / "round").symlink_to(folder),
+        "itself": lambda where: (where / "itself.png").symlink_to("itself.png"),
+        "dead": lambda where: (where / "dead.png").symlink_to(folder / "nowhere"),
+        "pipe": lambda where: os.mkfifo(where / "pipe.png"),
+        "folder": lambda where: (where / "folder.png").mkdir(),
+        "hidden": lambda where: (where / ".hidden.png").write_bytes(picture.read_bytes()),
+        "text": lambda where: (where / "words.txt").write_text("no picture"),
+    }
+    used = rng.sample(list(ways), rng.randint(1, len(ways)))
+    for how in used:
+        ways[how](rng.choice([folder, inner, inner / "deep"]))
+    return used
+
+
+def stream(kind):
+    """A standard stream that is gone, closed or lacks letters; None for "gone"."""
+    if kind == "gone":
+        return None
+    made = io.TextIOWrapper(io.BytesIO(), "utf-8" if kind == "closed" else kind, newline="\n")
+    if kind == "closed":
+        made.close()
+    return made
+
+
+def save_as_a_spreadsheet_does(rng, path):
+    """A table of numbers with other separators, quotes, line ends or a byte-order mark."""
+    with open(path, newline="") as file:
+        table = list(csv.reader(file))
+    with open(path, "w", newline="", encoding=rng.choice(["utf-8", "utf-8-sig"])) as file:
+        quotes = rng.choice([csv.QUOTE_MINIMAL, csv.QUOTE_ALL])
+        ends = rng.choice(["\n", "\r\n"])
+        csv.writer(file, delimiter=rng.choice(",;\t"), quoting=quotes, lineterminator=ends).writerows(table)
 
 
 @pytest.mark.parametrize("chunk", range(25))
@@ -327,6 +375,35 @@ def test_ten_cases(chunk, tmp_path, capsys, small_world):
                 assert not any(name in line for name in names[3:])
             else:
                 assert math.isfinite(scores["fid"]) and scores["n_fake"] in (n, len(x), 9)
+        elif kind == "links":
+            wanted = run(capsys, [*base, here / "good"])[0]
+            used = add_what_is_no_new_picture(rng, here / "good", files)
+            scores = run(capsys, [*base, here / "good"])[0]
+            assert scores["n_fake"] == wanted["n_fake"], used
+            assert scores["fid"] == pytest.approx(wanted["fid"], rel=1e-4, abs=1e-6), used
+        elif kind == "streams":  # the same numbers where a stream takes them, and no traceback where none does
+            wanted = run(capsys, [*base, here / "good"])[0]
+            out, err = rng.choice(["gone", "closed", "ascii", "cp1252"]), rng.choice(["gone", "closed", "ascii"])
+            (here / "good" / "ü \U0001f600.txt").write_text("named in a warning")
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(sys, "stdout", stream(out))
+                patch.setattr(sys, "stderr", stream(err))
+                metrics.main([str(a) for a in [*base, here / "good"]])
+                written = sys.stdout
+            if out in ("ascii", "cp1252"):
+                assert json.loads(written.buffer.getvalue().decode(out)) == wanted
+        elif kind == "spreadsheet":
+            steps = sorted(rng.sample(range(1, 1000), rng.randint(2, 6)))
+            table = metrics.Table(here / "log.csv")
+            for step in steps:
+                table.add({"step": step, "g_loss": round(rng.gauss(0, 1), 3)})
+            plain = metrics.Table(here / "log.csv").keep(10**6)
+            save_as_a_spreadsheet_does(rng, here / "log.csv")
+            assert metrics.Table(here / "log.csv").keep(10**6) == plain
+            last = rng.choice(steps)
+            save_as_a_spreadsheet_does(rng, here / "log.csv")
+            kept = metrics.Table(here / "log.csv").keep(last)
+            assert [int(row["step"]) for row in kept] == [step for step in steps if step <= last]
         elif kind == "sizes":  # one picture of another side, or fakes of another side than the real ones
             folder, other = here / "other", rng.choice([s for s in (3, 8, 31, 64) if s != x.shape[2]])
             shape = rng.choice([(other, other), (other, x.shape[2]), (x.shape[2], other), (1, other)])

@@ -456,6 +456,22 @@ def test_what_is_no_numbers_is_refused_in_words_of_its_own(values):
         metrics.fid(values, randn(40, 5))
 
 
+@pytest.mark.parametrize("n", [0, -1])
+def test_no_splits_no_subsets_and_no_neighbours_are_refused(n):
+    x, y = randn(40, 5), randn(40, 5)
+    radius = metrics.ball_radius(x, 5)
+    for name, call in (
+        ("splits", lambda: metrics.inception_score(x, splits=n)),
+        ("subsets", lambda: metrics.kid(x, y, subsets=n)),
+        ("k", lambda: metrics.coverage(x, y, k=n)),
+        ("k", lambda: metrics.precision_recall(x, y, k=n)),
+        ("k", lambda: metrics.density_coverage(x, y, k=n)),
+        ("k", lambda: metrics.density_coverage(x, y, k=n, radius=radius)),
+    ):
+        with pytest.raises(ValueError, match=f"^{name} is {n}, where 1 or more is needed"):
+            call()
+
+
 def test_radii_labels_and_scores_without_an_answer_are_refused():
     x, radius = randn(40, 3), metrics.ball_radius(randn(40, 3), 5)
     broken = radius.clone()
