@@ -2343,9 +2343,9 @@ def read_log(run):
     path = Path(run)
     files = [path]
     if path.is_dir():
-        files = [path / "log.csv"]
-        if (path / "scores.csv").exists():
-            files.append(path / "scores.csv")
+        files = [path / name for name in ("log.csv", "scores.csv") if (path / name).exists()]
+        if not files:
+            raise ValueError(f"{path} has no log.csv: a run writes it after --log-every updates of D")
     columns = {}
     try:
         for file in files:
@@ -2763,7 +2763,10 @@ def main(argv=None):
 def command(argv):
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     p.error = fail
-    p.add_argument("--real", help=f"the test set of {', '.join(CHANNELS)}; or a folder, or an array as --fake")
+    p.add_argument("--real", help=f"one of {', '.join(CHANNELS)}; or a folder, or an array as --fake")
+    p.add_argument(
+        "--split", choices=("test", "train"), default="test", help="which part of a data set named by --real"
+    )
     p.add_argument("--fake", help="a folder of images, or uint8 (N, C, H, W) or (N, H, W, C) as .npy, .npz, .pt, .pth")
     p.add_argument("--features", choices=("classifier", "inception"), default="classifier", help="the feature network")
     p.add_argument("--weights", help=f"file of --features inception: {INCEPTION.rsplit('/', 1)[1]}")
@@ -2796,10 +2799,13 @@ def score(args):
     """Scores of --fake against --real, printed.
 
     The floor is the FID of real images against other real ones, which no generator can beat by much: of a data set its
-    training against its test images. A folder has none. Where a network is trained on it, a part is kept from that and
-    scored against, if that is 1,000 images: those that a network was trained on have other features."""
+    training against its test images. Of one part there may be fewer than n: then floor_n says how many. A folder has no
+    such parts. Where a network is trained on it, a part is kept from that and scored against, if that is 1,000 images:
+    those that a network was trained on have other features."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     of_data_set = args.real in CHANNELS
+    if not of_data_set and args.split == "train":
+        raise ValueError("--split train goes with a data set: of a folder or an array --real takes every image")
     judge = args.classifier or (args.real if of_data_set else None)  # the data set whose network gives the features
     small = args.features == "classifier"
     channels = CHANNELS[judge] if small and judge else 3
@@ -2811,7 +2817,10 @@ def score(args):
 
     others = None
     if of_data_set:
-        others, real = (Images(data(args.real, s)[0], channels, f"{args.real}, {s} set") for s in ("train", "test"))
+        other_split = "train" if args.split == "test" else "test"
+        others, real = (
+            Images(data(args.real, s)[0], channels, f"{args.real}, {s} set") for s in (other_split, args.split)
+        )
     else:
         everything = real = Images(args.real, channels)
         order = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))
@@ -2820,7 +2829,7 @@ def score(args):
         if small and not judge and apart >= 1000:
             others, real = everything.part(known), everything.part(unknown)
     n = min(len(fake), len(real), enough(judge) if args.n is None else args.n)
-    if others:
+    if others and args.split == "test":
         n = min(n, len(others))
     if n < FEWEST:
         raise ValueError(f"{n} + {n} images: a score of fewer than {FEWEST} says nothing")
@@ -2854,7 +2863,7 @@ def score(args):
             halves = order.split(max(2, min(n, len(order) // 2)))[:2]
             first, second = (kept(images=everything.part(i), keep_features=False, what="half") for i in halves)
         floor = {"floor": first.moments.fid(second.moments), "floor_n": first.n}
-        if of_data_set:
+        if of_data_set and args.split == "test":
             train_sample = first
     scores = compare(fake_sample, real_sample, wanted, train_sample)
     if keep_features and small and net.labelled:

@@ -292,9 +292,8 @@ def train(args):
             with torch.no_grad(), amp():  # D's update needs no gradient through G
                 x_fake = G(sample_z(args, len(x_real), device))
             with amp():
-                logit_real, logit_fake = D(torch.cat([x_real, x_fake])).chunk(
-                    2
-                )  # one call for both, as D has no batch norm
+                # One call for both halves, as D has no batch norm.
+                logit_real, logit_fake = D(torch.cat([x_real, x_fake])).chunk(2)
                 d_loss = discriminator_loss(logit_real, logit_fake)
                 if args.r1:  # not in the steps ahead, where it would be a third derivative
                     # The penalty is costly, so it is taken on k images only: the first k, as the batch is shuffled.

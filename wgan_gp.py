@@ -263,9 +263,8 @@ def train(args):
             # The penalty is costly, so it is taken on k images only: the first k, as the batch is shuffled.
             k = math.ceil(args.penalty_share * len(x_real))
             with amp():
-                score_real, score_fake = D(torch.cat([x_real, x_fake])).chunk(
-                    2
-                )  # one call for both, as D has no batch norm
+                # One call for both halves, as D has no batch norm.
+                score_real, score_fake = D(torch.cat([x_real, x_fake])).chunk(2)
                 penalty, grad_norm = gradient_penalty(D, x_real[:k], x_fake[:k])
             d_loss = discriminator_loss(score_real, score_fake) + args.gp_weight * penalty
             opt_d.zero_grad(set_to_none=True)

@@ -699,6 +699,25 @@ def test_folder_npy_and_pt_score_alike_and_real_scores_at_the_floor(data_dir, tm
     assert s["features"] in line and f"{s['fid']:.1f}" in line and "floor" in line and "n 400 + 400" in line
 
 
+def test_the_training_images_can_be_the_reference(data_dir, tmp_path, capsys):
+    """Papers take FID against 50,000 training images, which are more than the test set has."""
+    x, _ = digits("train")
+    n = len(digits("test")[0]) + 7
+    np.save(tmp_path / "x.npy", x[:n].numpy())
+    flags = ["--real", "digits", "--fake", tmp_path / "x.npy", "--data-dir", data_dir, "--json", "--scores", "fid"]
+    s = json.loads(run(capsys, *flags, "--split", "train", "--n", len(x)))
+    assert s["n_real"] == s["n_fake"] == n and s["floor_n"] == len(digits("test")[0]) and "fid_train" not in s
+    net = metrics.classifier("digits", digits("train"), digits("test"), data_dir, say=str)
+    some = metrics.some(x, n)
+    features = [net.embed(part)[0].double().cpu() for part in (some, x[:n])]
+    stats = [metric_fid.fid_features_to_statistics(t) for t in features]
+    wanted = metric_fid.fid_statistics_to_metric(*stats, False)["frechet_inception_distance"]
+    assert s["fid"] == pytest.approx(wanted, rel=1e-4)
+    with pytest.raises(SystemExit):
+        run(capsys, "--real", tmp_path / "x.npy", "--fake", tmp_path / "x.npy", "--split", "train")
+    assert "--split train goes with a data set" in capsys.readouterr().err
+
+
 def test_a_folder_against_a_folder_and_noise_scores_far_off(data_dir, tmp_path, capsys):
     x, _ = digits("test")
     torch.save(x[:300], tmp_path / "real.pt")
