@@ -2,6 +2,7 @@
 three levels at 28 pixels, penalties on a share of the batch, R1 where the paper has none, relativistic pairs."""
 
 import argparse
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ import unrolled
 import wgan_clip
 import wgan_gp
 
+ROOT = Path(__file__).parent.parent
 ALL = [wgan_gp, dcgan, cdcgan, wgan_clip, bigan, unrolled, mdgan]
 EACH = pytest.mark.parametrize("module", ALL, ids=lambda m: m.__name__)
 
@@ -273,3 +275,32 @@ def test_colour_images_of_64_pixels_have_settings_of_their_own(flags, batch_size
     other = mdgan.parse_args(flags.split())
     batch_size = 32 if args.paper else batch_size
     assert (other.batch_size, other.r1) == (batch_size, 0.0 if args.paper else 10.0)
+
+
+def settings_table(module):
+    """The table of a script's page in the record: a row for each flag that --paper, --arch mlp or the images set."""
+    ways = {"`--paper`": ["--paper"], "`--arch mlp`": ["--arch", "mlp"]}
+    if hasattr(module, "COLOUR"):
+        ways["colour, 64 pixels"] = ["--dataset", "celeba"]
+    plain = flags(module, "--dataset", "mnist")
+    found = {way: flags(module, "--dataset", "mnist", *more) for way, more in ways.items()}
+    aside = {"paper", "arch", "dataset", "run_dir", "device", "graph"}
+    names = [n for n in plain if n not in aside and any(f[n] != plain[n] for f in found.values())]
+    lines = [f"| flag | default, on MNIST | {' | '.join(ways)} |", "|---" * (len(ways) + 2) + "|"]
+    for name in names:
+        cells = [
+            "" if f[name] == plain[name] else f"{f[name]:g}" if is_number(f[name]) else f[name] for f in found.values()
+        ]
+        first = f"{plain[name]:g}" if is_number(plain[name]) else plain[name]
+        lines.append(f"| `--{name.replace('_', '-')}` | {first} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+@EACH
+def test_the_record_has_each_scripts_settings(module):
+    page = (ROOT / "tests" / "gallery" / f"{module.__name__}.md").read_text()
+    assert settings_table(module) in page

@@ -199,9 +199,14 @@ def run(small, monkeypatch):
         return SimpleNamespace(data=data.numpy(), targets=y.tolist(), classes=list("0123456789"))
 
     monkeypatch.setattr(metrics, "from_torchvision", from_torchvision)
-    flags = [*CASES["wgan_gp"].tiny, "--dataset", "mnist", "--run-dir", "runs/NAME", "--holdout", "100"]
-    CASES["wgan_gp"].main([*flags, "--steps", "3"])
-    shutil.copy("runs/NAME/last.pt", "runs/NAME/best.pt")
+    trained("wgan_gp", Path("runs/NAME"))
+
+
+def trained(name, folder):
+    """A run of three updates with a last.pt and a best.pt."""
+    flags = [*CASES[name].tiny, "--dataset", "mnist", "--run-dir", str(folder), "--holdout", "100"]
+    CASES[name].main([*flags, "--steps", "3"])
+    shutil.copy(folder / "last.pt", folder / "best.pt")
 
 
 @pytest.mark.parametrize("command", [command for command in README if ours(command)])
@@ -209,6 +214,8 @@ def test_readmes_commands_of_the_scripts_run(command, run):
     """Two updates of D each, of small networks, or two images: what is tried are the flags."""
     script, *flags = shlex.split(command)
     given = dict(itertools.pairwise(flags))
+    if "--resume" in flags and not Path(given["--resume"]).exists():
+        trained(Path(script).stem, Path(given["--resume"]).parent)
     if given.get("--dataset") == "folder":
         for i, image in enumerate(rendered(300, 1)[0]):
             path = Path(given["--data-dir"]) / f"{i % 3}/{i}.png"
@@ -225,7 +232,7 @@ def test_readmes_commands_of_the_scripts_run(command, run):
         flags += ["--run-dir", "run"]
     importlib.import_module(Path(script).stem).main(flags)
     if "--generate" in flags:
-        folder = Path(given.get("--generate-to", "runs/NAME/generated"))
+        folder = Path(given.get("--generate-to", Path(given["--resume"]).parent / "generated"))
         assert {path.name for path in folder.iterdir()} == {"00000.png", "00001.png"}
         return
     default = Path(given["--resume"]).parent if "--resume" in flags else "run"
