@@ -1741,9 +1741,13 @@ class Study:
             (self.folder / "samples").mkdir(parents=True, exist_ok=bool(goes_on))  # of two that begin at once one fails
             self.claim()
             if self.script and not goes_on:
-                shutil.copyfile(self.script, self.folder / self.script.name)
+                for path in (self.script, Path(__file__)):
+                    shutil.copyfile(path, self.folder / path.name)
             script = self.script.stem if self.script else None
-            text = json.dumps({"script": script, **vars(args), "classes": self.classes_of_data}, indent=1)
+            machine = {"torch": torch.__version__, "gpu": None, "processes": WORLD}
+            if args.device == "cuda":
+                machine["gpu"] = torch.cuda.get_device_name()
+            text = json.dumps({"script": script, **vars(args), "classes": self.classes_of_data, **machine}, indent=1)
             replace_file(self.folder / "args.json", lambda file: file.write(text.encode()))
             (self.folder / "scores.json").unlink(missing_ok=True)  # of an earlier end
             for sheet in (self.folder / "samples").glob("step_*.png"):
@@ -2331,8 +2335,8 @@ def probe(study, i, features, reconstruct, x, y):
 COLOURS = "#1f5fa8 #c8452b #2f8f4e #8a4fa3 #b58a00 #444444 #3fb0c9 #d477a8 #7a5230 #8fb339 #6a6acd #e08a2e".split()
 NOT_PLOTTED = {"step", "epoch", "g_updates", "seconds", "images_per_s", "class_min", "class_max"}
 NOT_COMPARED = set(
-    "script classes seed data_dir device graph run_dir resume generate generate_to label tensorboard log_every "
-    "sample_every eval_every checkpoint_every".split()
+    "script classes torch gpu seed data_dir device graph run_dir resume generate generate_to label tensorboard "
+    "log_every sample_every eval_every checkpoint_every".split()
 )
 
 
@@ -2526,7 +2530,7 @@ def panel(image, corner, size, name, curves):
     font = ImageFont.load_default(13)
     x0, y0 = corner
     x1, y1 = x0 + size[0], y0 + size[1]
-    log_scale = name.startswith("fid")
+    log_scale = name.startswith("fid") or name == "grad_norm"
     if log_scale:
         curves = [(steps, *(np.log10(np.maximum(v, 1e-3)).tolist() for v in values)) for steps, *values in curves]
     values = [0.0]

@@ -848,7 +848,17 @@ def test_last_scores_are_made_up_for(w, monkeypatch):
 def test_a_run_of_two_updates_does_one_of_everything(w, monkeypatch):
     scripted_judge(monkeypatch, [], w)
     w.main([*w.tiny, *"--steps 2 --log-every 1 --sample-every 1 --eval-every 1 --run-dir a".split()])
-    made = {"args.json", f"{w.name}.py", "log.csv", "scores.csv", "last.pt", "best.pt", "samples", "samples.png"}
+    made = {
+        "args.json",
+        f"{w.name}.py",
+        "metrics.py",
+        "log.csv",
+        "scores.csv",
+        "last.pt",
+        "best.pt",
+        "samples",
+        "samples.png",
+    }
     made |= {"training.gif", "interpolation_latent.png", "interpolation_pixel.png", "traversal.png", "scores.json"}
     assert set(os.listdir("a")) == made | {"curves.png"} | w.figures
     assert sorted(p.name for p in Path("a/samples").iterdir()) == ["step_0000001.png", "step_0000002.png"]
