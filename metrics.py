@@ -66,11 +66,15 @@ except ImportError:  # Windows: no lock on a run's folder
     fcntl = None
 
 # SCORES: pure functions of features and logits ------------------------------------------------------------------------
+#
+# Features are tables (N, d), a row for each image; logits are tables (N, K), a column for each class. Tensors, numpy
+# arrays and nested lists will do. What is asked of them is checked, and a ValueError says what is wrong.
 
 
 def checked(least, *tables):
-    """Features or logits (N, d), tensors, arrays or lists, in float64. ValueError: no such table, fewer than `least`
-    rows, other widths, NaN."""
+    """Tables (N, d) of one width as float64 tensors.
+
+    ValueError: no such table, fewer than `least` rows, NaN, or a number above 1e50."""
     tables = [t if torch.is_tensor(t) else of_numbers(t) for t in tables]
     for t in tables:
         if t.is_complex() or t.dim() != 2 or t.shape[1] != tables[0].shape[1]:
@@ -96,39 +100,58 @@ def of_numbers(values):
     return torch.from_numpy(array.astype(np.float64))
 
 
-def inception_score(logits, splits=10):
-    """exp(E KL(p(y|x) || p(y))), Salimans et al. 2016 (1606.03498), section 4: 1 (worst) to K.
+def kl(p, q):
+    """KL(p || q) in nats over the last dimension, with 0 log 0 = 0."""
+    return (torch.xlogy(p, p) - torch.xlogy(p, q)).sum(-1)
 
-    logits (N, K) -> mean and population standard deviation over `splits` equal shares, taken in a fixed shuffle; a
-    share of n pictures cannot score above n, so keep N / splits well above K. One split: the score of all, spread 0.
-    ValueError where there are fewer pictures than splits, or no split."""
+
+def inception_score(logits, splits=10):
+    """exp(E KL(p(y|x) || p(y))), from 1 (worst) to K: Salimans et al. 2016 (1606.03498), section 4.
+
+    logits (N, K) -> mean and population standard deviation over `splits` equal parts, taken in a fixed shuffle. A part
+    of n images cannot score above n, so N / splits should be well above K. ValueError: fewer images than splits."""
     check_count("splits", splits)
     (logits,) = checked(splits, logits)
     n = len(logits)
     order = np.random.RandomState(2020).permutation(n)  # the seed and the cuts of torch-fidelity
     p = logits.softmax(1)[torch.from_numpy(order).to(logits.device)]
-    parts = [p[i * n // splits : (i + 1) * n // splits] for i in range(splits)]
-    scores = torch.stack([kl(part, part.mean(0)).mean().exp() for part in parts])
+    scores = []
+    for i in range(splits):
+        part = p[i * n // splits : (i + 1) * n // splits]
+        scores.append(kl(part, part.mean(0)).mean().exp())
+    scores = torch.stack(scores)
     return scores.mean().item(), scores.std(correction=0).item()
 
 
-def kl(p, q):
-    """KL(p || q) in nats over the last dimension, 0 log 0 = 0."""
-    return (torch.xlogy(p, p) - torch.xlogy(p, q)).sum(-1)
-
-
 def mode_score(logits_fake, logits_real):
-    """(as printed, as meant) for logits (N, K) and (M, K).
+    """(as printed, as meant) for logits (N, K) and (M, K). p* is the mean of the real p(y|x).
 
-    As the papers print it, exp(E KL(p(y|x) || p*) - KL(p(y) || p*)), p* the real marginal: p* cancels and what is left
-    is the Inception Score of the whole set, exactly. As meant (Xu et al. 2018, 1806.07755): IS * exp(-KL(p(y) || p*)),
-    which does fall when classes are missing: m of K classes, each certain, score m * m / K."""
+    As the papers print it, exp(E KL(p(y|x) || p*) - KL(p(y) || p*)): p* cancels, and what is left is the Inception
+    Score of the whole set, exactly. As meant (Xu et al. 2018, 1806.07755), IS * exp(-KL(p(y) || p*)): this does fall
+    when classes are missing. m of K classes, each certain, score m * m / K."""
     logits_fake, logits_real = checked(1, logits_fake, logits_real)
-    p, p_real = logits_fake.softmax(1), logits_real.softmax(1).mean(0)
+    p = logits_fake.softmax(1)
     p_fake = p.mean(0)
+    p_real = logits_real.softmax(1).mean(0)
     printed = (kl(p, p_real).mean() - kl(p_fake, p_real)).exp()
     meant = (kl(p, p_fake).mean() - kl(p_fake, p_real)).exp()
     return printed.item(), meant.item()
+
+
+def fid(x, y):
+    """The Frechet distance of features (N, d) and (M, d). It is biased upwards by O(1/N): use equal N.
+
+    With fewer images than dimensions the trace is the nuclear norm of the centred product (N, M). This is exact, and
+    no (d, d) matrix is made. ValueError: fewer than two rows."""
+    x, y = checked(2, x, y)
+    if max(len(x), len(y)) >= x.shape[1]:
+        return frechet_distance(*mean_and_covariance(x), *mean_and_covariance(y))
+    a = (x - x.mean(0)) / math.sqrt(len(x) - 1)
+    b = (y - y.mean(0)) / math.sqrt(len(y) - 1)
+    trace = torch.linalg.svdvals(a @ b.T).sum()
+    traces = a.square().sum() + b.square().sum()
+    between_means = (x.mean(0) - y.mean(0)).square().sum()
+    return clamp_rounding(between_means + traces - 2 * trace, traces)
 
 
 def mean_and_covariance(x):
@@ -141,8 +164,9 @@ def mean_and_covariance(x):
 def frechet_distance(mean1, cov1, mean2, cov2):
     """|m1 - m2|^2 + Tr(C1 + C2 - 2 (C1 C2)^(1/2)), Heusel et al. 2017 (1706.08500), section 4.
 
-    (C1 C2)^(1/2) has the trace of (L' C2 L)^(1/2) for any L L' = C1: symmetric, so the eigenvalues are real. Cholesky's
-    L costs a thirtieth of the symmetric root, which serves where C1 is singular. ValueError: anything not finite."""
+    (C1 C2)^(1/2) has the trace of (L' C2 L)^(1/2) for any L with L L' = C1. That matrix is symmetric, so its
+    eigenvalues are real. Cholesky's L costs a thirtieth of the symmetric root, which serves where C1 is singular.
+    ValueError: anything not finite."""
     if not all((t.double().abs() <= 1e110).all() for t in (mean1, cov1, mean2, cov2)):
         raise ValueError("features that are not finite, or too large")
     root, singular = torch.linalg.cholesky_ex(cov1.double())
@@ -150,21 +174,9 @@ def frechet_distance(mean1, cov1, mean2, cov2):
         values, vectors = torch.linalg.eigh(cov1.double())
         root = vectors * values.clamp(min=0).sqrt()
     trace = torch.linalg.eigvalsh(root.T @ cov2.double() @ root).clamp(min=0).sqrt().sum()
-    return clamp_rounding(
-        (mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * trace, cov1.trace() + cov2.trace()
-    )
-
-
-def fid(x, y):
-    """Frechet distance of features (N, d) and (M, d). With fewer pictures than dimensions the trace is the nuclear norm
-    of the centred product (N, M): exact, and no (d, d) matrix is made. Biased upwards by O(1/N): use equal N."""
-    x, y = checked(2, x, y)
-    if max(len(x), len(y)) >= x.shape[1]:
-        return frechet_distance(*mean_and_covariance(x), *mean_and_covariance(y))
-    a, b = ((t - t.mean(0)) / math.sqrt(len(t) - 1) for t in (x, y))
-    trace = torch.linalg.svdvals(a @ b.T).sum()
-    traces = a.square().sum() + b.square().sum()
-    return clamp_rounding((x.mean(0) - y.mean(0)).square().sum() + traces - 2 * trace, traces)
+    between_means = (mean1 - mean2).square().sum()
+    distance = between_means + cov1.trace() + cov2.trace() - 2 * trace
+    return clamp_rounding(distance, cov1.trace() + cov2.trace())
 
 
 def clamp_rounding(distance, scale):
@@ -175,8 +187,10 @@ def clamp_rounding(distance, scale):
 
 
 class Moments:
-    """Mean and covariance of features that come in batches (B, d), in float64. Fewer than d of them are kept as they
-    are, for fid's exact form; from then on only sums and products about a first estimate of the mean, (d, d)."""
+    """Mean and covariance of features that come in batches (B, d), in float64.
+
+    Fewer than d rows are kept as they are, for fid's exact form. From then on only sums and products about a first
+    estimate of the mean are kept, (d, d)."""
 
     def __init__(self):
         self.n = 0
@@ -212,43 +226,56 @@ class Moments:
 
 
 def kid(real, fake, subsets=100, size=1000):
-    """Kernel Inception Distance, Binkowski et al. 2018 (1801.01401), section 4: mean and standard deviation over
-    `subsets` of `size` of the unbiased squared MMD under (x'y / d + 1)^3.
+    """Kernel Inception Distance, Binkowski et al. 2018 (1801.01401), section 4.
 
-    Features (N, d), (M, d). 0 on average for equal laws at any size, so it may fall below 0. Subsets have at most half
-    the rows: as large as the whole they would all be the same, and their spread 0. ValueError: fewer than four rows,
-    or no subset."""
+    Features (N, d) and (M, d) -> mean and standard deviation, over `subsets` subsets of `size` rows, of the unbiased
+    squared MMD under the kernel (x'y / d + 1)^3. For equal laws it is 0 on average at any size, so it may fall below
+    0. Subsets have at most half the rows: as large as the whole they would all be the same, and their spread 0.
+    ValueError: fewer than four rows, or no subset."""
     check_count("subsets", subsets)
     real, fake = checked(4, real, fake)
     size = min(size, len(real) // 2, len(fake) // 2)
     if size < 2:
         raise ValueError(f"subsets of {size}: a kernel distance needs two rows or more")
-    rng, values = np.random.RandomState(2020), []  # the seed and the draws of torch-fidelity
+    d = real.shape[1]
+    rng = np.random.RandomState(2020)  # the seed and the draws of torch-fidelity
+    values = []
     for _ in range(subsets):
-        y, x = (t[torch.from_numpy(rng.choice(len(t), size, replace=False)).to(t.device)] for t in (fake, real))
-        own = sum(
-            ((t @ t.T / t.shape[1] + 1) ** 3).sum() - ((t.square().sum(1) / t.shape[1] + 1) ** 3).sum() for t in (x, y)
-        )
-        values.append(own / (size * (size - 1)) - 2 * ((x @ y.T / x.shape[1] + 1) ** 3).mean())
+        y = drawn(fake, size, rng)
+        x = drawn(real, size, rng)
+        within = 0
+        for t in (x, y):  # the kernel of all pairs of different rows
+            all_pairs = ((t @ t.T / d + 1) ** 3).sum()
+            with_itself = ((t.square().sum(1) / d + 1) ** 3).sum()
+            within = within + (all_pairs - with_itself)
+        across = ((x @ y.T / d + 1) ** 3).mean()
+        values.append(within / (size * (size - 1)) - 2 * across)
     values = torch.stack(values)
     return values.mean().item(), values.std(correction=0).item()
 
 
-# Distances: a matrix product finds who is near, five times faster than measuring each pair; what it finds is measured
-# directly. The product alone is off by 1e-8 of the features' size, which would lose duplicates and ties; so they are
-# taken about their mean.
+def drawn(table, n, rng):
+    """n different rows of a table."""
+    return table[torch.from_numpy(rng.choice(len(table), n, replace=False)).to(table.device)]
+
+
+# The scores below ask which points lie near which. A matrix product finds candidates five times faster than measuring
+# each pair, and what it finds is measured directly. The product alone is off by 1e-8 of the features' size, which would
+# lose duplicates and ties. So the features are taken about their mean.
 
 
 def nearness(x, y, y2):
-    """Shares (B, d) of x (N, d) and |x - y|^2 - |x|^2 (B, M), which for each x orders the y (M, d), of squares y2 (M,).
+    """Parts (B, d) of x (N, d), each with |x - y|^2 - |x|^2 (B, M), for y (M, d) of squares y2 (M,).
 
-    Each share's matrix takes the place of the one before: fresh memory would cost as much as the product."""
+    For one x this orders the y by distance. Each part's matrix takes the place of the one before, because fresh memory
+    would cost as much as the product."""
     out = x.new_empty(max(1, min(len(x), 2_000_000 // len(y))), len(y))
     for part in x.split(len(out)):
         yield part, torch.addmm(y2, part, y.T, alpha=-2, out=out[: len(part)])
 
 
 def measured(x, y):
+    """|x - y| over the last dimension, exact for duplicates."""
     return (x - y).square().sum(-1).sqrt()
 
 
@@ -259,58 +286,69 @@ def ball_radius(x, k):
     check_count("k", k)
     (x,) = checked(k + 1, x)
     x = x - x.mean(0)
-    parts = []
+    radii = []
     for part, near in nearness(x, x, x.square().sum(1)):
         index = near.topk(k + 1, largest=False).indices
-        parts += [measured(p[:, None], x[i]).sort(1).values[:, k] for p, i in zip(part.split(100), index.split(100))]
-    return torch.cat(parts)
+        for points, candidates in zip(part.split(100), index.split(100)):
+            distances = measured(points[:, None], x[candidates])
+            radii.append(distances.sort(1).values[:, k])
+    return torch.cat(radii)
 
 
 def coverage(real, fake, k=5, radius=None):
     """The share of real points whose ball, as wide as the distance to the k-th other real point, holds a fake one.
 
-    Naeem et al. 2020 (2002.09797), eq. (8), the inequality strict as in their code. Features (N, d), (M, d); `radius`
-    (N,) if already known. For equal laws and sizes 1 - 2^-k: .969 at k = 5."""
+    Naeem et al. 2020 (2002.09797), eq. (8), the inequality strict as in their code. Features (N, d) and (M, d);
+    `radius` (N,) if already known. For equal laws and sizes it is 1 - 2^-k: .969 at k = 5."""
     radius = ball_radius(real, k) if radius is None else radius
     x, y = checked(1, real, fake)
     checked(len(x), radius[:, None])
     centre = x.mean(0)
-    x, y = x - centre, y - centre
+    x = x - centre
+    y = y - centre
     nearest = torch.cat([near.argmin(1) for _, near in nearness(x, y, y.square().sum(1))])
     return (measured(x, y[nearest]) < radius).double().mean().item()
 
 
 def inside(points, centres, radius, closed):
-    """Blocks (B, M) of a table of all: does ball j, its rim included if `closed`, hold point i?"""
+    """Is point i in ball j? Blocks (B, M) of the whole table, in order. With `closed` the rim belongs to the ball."""
     points, centres = checked(1, points, centres)
     checked(len(centres), radius[:, None])
     middle = centres.mean(0)
-    points, centres = points - middle, centres - middle
+    points = points - middle
+    centres = centres - middle
     size2 = centres.square().sum(1)
     slack = 1e-13 * (size2.max() + points.square().sum(1).max())  # the product's rounding, with room to spare
     for part, excess in nearness(points, centres, size2 - radius.square()):
         excess += part.square().sum(1, keepdim=True)
         result = excess < 0
-        for i, j in zip(*(t.split(10_000) for t in (excess.abs_() <= slack).nonzero(as_tuple=True))):
+        close_calls = (excess.abs_() <= slack).nonzero(as_tuple=True)  # too near the rim for the product to decide
+        for i, j in zip(*(t.split(10_000) for t in close_calls)):
             d = measured(part[i], centres[j])
             result[i, j] = d <= radius[j] if closed else d < radius[j]
         yield result
 
 
+def share_inside(points, centres, radius):
+    """The share of points within any of the closed balls."""
+    return torch.cat([block.any(1) for block in inside(points, centres, radius, True)]).double().mean().item()
+
+
 def precision_recall(real, fake, k=3, radii=None):
-    """Kynkaanniemi et al. 2019 (1904.06991), eq. (1) and (2): the share of fakes within any real picture's ball, as
-    wide as the distance to its k-th neighbour, and the share of real pictures within any fake's. Features (N, d),
-    (M, d); `radii` (N,), (M,) if already known. One real outlier's ball can hold them all: see density."""
-    radii = radii or (ball_radius(real, k), ball_radius(fake, k))
-    return tuple(
-        torch.cat([block.any(1) for block in inside(points, centres, radius, True)]).double().mean().item()
-        for points, centres, radius in ((fake, real, radii[0]), (real, fake, radii[1]))
-    )
+    """Kynkaanniemi et al. 2019 (1904.06991), eq. (1) and (2), of features (N, d) and (M, d).
+
+    Precision is the share of fakes within any real image's ball, as wide as the distance to its k-th neighbour; recall
+    the share of real images within any fake's. `radii` (N,) and (M,) if already known. One real outlier's ball can hold
+    all fakes: see density."""
+    radius_real, radius_fake = radii or (ball_radius(real, k), ball_radius(fake, k))
+    return share_inside(fake, real, radius_real), share_inside(real, fake, radius_fake)
 
 
 def density_coverage(real, fake, k=5, radius=None):
-    """Naeem et al. 2020 (2002.09797), eq. (7) and (8): the number of real balls around a fake, over k, on average (1
-    for equal laws, more where fakes crowd), and `coverage`. Features (N, d), (M, d)."""
+    """Naeem et al. 2020 (2002.09797), eq. (7) and (8), of features (N, d) and (M, d).
+
+    Density is the number of real balls around a fake, over k, on average: 1 for equal laws, more where fakes crowd.
+    Coverage is that of coverage()."""
     check_count("k", k)
     radius = ball_radius(real, k) if radius is None else radius
     count = sum(block.sum().item() for block in inside(fake, real, radius, False))
