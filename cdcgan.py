@@ -500,9 +500,8 @@ def resolve(p, argv, paper, mlp, colour=None):
             if given[name] != saved[name] and not another_seed:
                 fail(f"--{name.replace('_', '-')} is {saved[name]} in {given['resume']}: it cannot change")
     chosen = {**saved, **given}
-    args = argparse.Namespace(
-        **{**defaults, **chosen}
-    )  # first without presets, which depend on dataset, arch and paper
+    # First without presets, which depend on dataset, arch and paper.
+    args = argparse.Namespace(**{**defaults, **chosen})
     side, latent_dim = suited_to(args)
     preset = {}
     if args.arch == "mlp":

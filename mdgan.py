@@ -175,9 +175,8 @@ class Discriminator(nn.Module):
         self.apply(dcgan_init)
 
     def forward(self, x):
-        return self.mixture(
-            self.net(x).to(x.dtype)
-        )  # under --amp the layers return bfloat16, and the losses want float32
+        # Under --amp the layers return bfloat16, and the losses want float32.
+        return self.mixture(self.net(x).to(x.dtype))
 
 
 class Mixture(nn.Module):
@@ -188,9 +187,8 @@ class Mixture(nn.Module):
 
     def __init__(self, kind, d):
         super().__init__()
-        self.radius = (
-            0.9436 if kind == "published" else 2.0
-        )  # a root inside the authors' loop makes .9436 of 1 at d = 9
+        # A root inside the authors' loop makes .9436 of 1 at d = 9.
+        self.radius = 0.9436 if kind == "published" else 2.0
         self.sigma = 0.5
         mu = simplex(d, self.radius)
         self.from_corner = ascend(mu[0], mu, self.sigma)
@@ -515,9 +513,8 @@ def resolve(p, argv, paper, mlp, colour=None):
             if given[name] != saved[name] and not another_seed:
                 fail(f"--{name.replace('_', '-')} is {saved[name]} in {given['resume']}: it cannot change")
     chosen = {**saved, **given}
-    args = argparse.Namespace(
-        **{**defaults, **chosen}
-    )  # first without presets, which depend on dataset, arch and paper
+    # First without presets, which depend on dataset, arch and paper.
+    args = argparse.Namespace(**{**defaults, **chosen})
     side, latent_dim = suited_to(args)
     preset = {}
     if args.arch == "mlp":

@@ -133,10 +133,8 @@ class Generator(nn.Module):
         else:
             n = doublings(S)
             w_out = args.ngf * 2 ** (n - 1)
-            layers = [
-                nn.Unflatten(1, (w_in, 1, 1)),
-                nn.ConvTranspose2d(w_in, w_out, 4, 1, 0, bias=bias),
-            ]  # (B, w_out, 4, 4)
+            layers = [nn.Unflatten(1, (w_in, 1, 1))]  # (B, w_in, 1, 1)
+            layers += [nn.ConvTranspose2d(w_in, w_out, 4, 1, 0, bias=bias)]  # (B, w_out, 4, 4)
             w_in = w_out
             for i in range(n):  # twice the side, half the channels; the last layer makes the image
                 # A kernel of 4 doubles the side; at 28 the first makes 7 of 4.
@@ -521,9 +519,8 @@ def resolve(p, argv, paper, mlp, colour=None):
             if given[name] != saved[name] and not another_seed:
                 fail(f"--{name.replace('_', '-')} is {saved[name]} in {given['resume']}: it cannot change")
     chosen = {**saved, **given}
-    args = argparse.Namespace(
-        **{**defaults, **chosen}
-    )  # first without presets, which depend on dataset, arch and paper
+    # First without presets, which depend on dataset, arch and paper.
+    args = argparse.Namespace(**{**defaults, **chosen})
     side, latent_dim = suited_to(args)
     preset = {}
     if args.arch == "mlp":
