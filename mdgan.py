@@ -69,7 +69,7 @@ from metrics import (
 PAPER = dict(batch_size=32, lr_g=5e-4, lr_d=5e-4, beta1=0.5, beta2=0.999, ema=0.999)
 PAPER |= dict(r1=0.0, penalty_share=1.0, lr_decay="none")
 MLP = dict(lr_g=2e-3, lr_d=5e-4)  # --arch mlp sets these
-COLOUR = dict(batch_size=16)  # colour images of 64 pixels or more set this, without --arch mlp: tried on faces
+COLOUR = dict(batch_size=16)  # colour images of 32 pixels or more set this, without --arch mlp: tried on faces
 
 
 def parse_args(argv=None):
@@ -414,8 +414,9 @@ SCRIPT = Path(__file__)
 # --resume takes the flags from the checkpoint, and new ones on the command line win. NOT_KEPT are never taken from it:
 # they are about this machine or this call. FIXED cannot change: networks, z, the order of the data or the optimizer's
 # state would no longer fit. Both lists hold the flags of all seven scripts.
-FIXED = """dataset image_size holdout flip batch_size d_steps g_steps seed paper arch ngf ndf latent_dim prior upsample
-    d_norm g_norm norm_first conditional d_ignores_label label_embedding_dim mixture embedding_dim optimizer""".split()
+FIXED = """dataset image_size holdout flip batch_size d_steps g_steps seed paper arch ngf ndf latent_dim prior
+    upsample d_norm g_norm norm_first conditional d_ignores_label label_embedding_dim mixture
+    embedding_dim optimizer""".split()
 NOT_KEPT = "device graph run_dir resume generate generate_to label probe".split()
 
 # FLAGS ----------------------------------------------------------------------------------------------------------------
@@ -484,11 +485,11 @@ def resolve(p, argv, paper, mlp, colour=None):
     1. the command line
     2. the resumed checkpoint
     3. --paper
-    4. --arch mlp, or colour images of 64 pixels or more
+    4. --arch mlp, or colour images of 32 pixels or more
     5. the flag's default; --image-size and --latent-dim have none, so suited_to() gives them"""
     p.epilog = f"--paper sets {paper}. --arch mlp sets {mlp}."
     if colour:
-        p.epilog += f" Colour images of 64 pixels or more set {colour}."
+        p.epilog += f" Colour images of 32 pixels or more set {colour}."
     defaults = vars(p.parse_args([]))
     # Which flags were typed? argparse sets a default only where the namespace lacks the name. So parse into one that
     # has every name, as None: what is not None afterwards was typed.
@@ -519,7 +520,7 @@ def resolve(p, argv, paper, mlp, colour=None):
     preset = {}
     if args.arch == "mlp":
         preset |= mlp
-    elif colour and CHANNELS[args.dataset] == 3 and (args.image_size or side) >= 64:
+    elif colour and CHANNELS[args.dataset] == 3 and (args.image_size or side) >= 32:
         preset |= colour
     if args.paper:
         preset |= paper

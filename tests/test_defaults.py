@@ -256,32 +256,35 @@ def test_r1_adds_half_of_gamma_times_the_gradient(monkeypatch):
     assert difference == pytest.approx(sum(rows) / 2, rel=1e-6) and difference > 1e-9
 
 
+@pytest.mark.parametrize("module", [m for m in ALL if hasattr(m, "COLOUR")], ids=lambda m: m.__name__)
 @pytest.mark.parametrize(
-    "flags, batch_size, r1, ngf",
+    "argv, has_them",
     [
-        ("--dataset mnist", 64, 1.0, 16),
-        ("--dataset cifar10", 64, 1.0, 16),
-        ("--dataset cifar10 --image-size 64", 16, 10.0, 32),
-        ("--dataset folder", 16, 10.0, 32),
-        ("--dataset folder --image-size 32", 64, 1.0, 16),
-        ("--dataset folder --arch mlp", 64, 1.0, 16),
-        ("--dataset folder --paper --image-size 64", 128, 0.0, 32),
-        ("--dataset folder --batch-size 8 --ngf 8", 8, 10.0, 8),
+        ("--dataset mnist", False),
+        ("--dataset mnist --image-size 64", False),
+        ("--dataset cifar10", True),
+        ("--dataset folder", True),
+        ("--dataset folder --image-size 32", True),
+        ("--dataset folder --image-size 16", False),
+        ("--dataset folder --arch mlp", False),
     ],
 )
-def test_colour_images_of_64_pixels_have_settings_of_their_own(flags, batch_size, r1, ngf):
-    args = dcgan.parse_args(flags.split())
-    assert (args.batch_size, args.r1, args.ngf) == (batch_size, r1, ngf)
-    other = mdgan.parse_args(flags.split())
-    batch_size = 32 if args.paper else batch_size
-    assert (other.batch_size, other.r1) == (batch_size, 0.0 if args.paper else 10.0)
+def test_colour_images_have_settings_of_their_own(module, argv, has_them):
+    given, plain = flags(module, *argv.split()), flags(module)
+    given_too, paper = flags(module, *argv.split(), "--batch-size", "8"), flags(module, *argv.split(), "--paper")
+    mlp = module.MLP if "mlp" in argv else {}
+    assert module.COLOUR.keys() <= module.PAPER.keys()  # else --paper would keep what is no paper's
+    for name, value in module.COLOUR.items():
+        assert given[name] == (value if has_them else mlp.get(name, plain[name]))
+        assert paper[name] == module.PAPER.get(name, given[name])
+    assert given_too["batch_size"] == 8
 
 
 def settings_table(module):
     """The table of a script's page in the record: a row for each flag that --paper, --arch mlp or the images set."""
     ways = {"`--paper`": ["--paper"], "`--arch mlp`": ["--arch", "mlp"]}
     if hasattr(module, "COLOUR"):
-        ways["colour, 64 pixels"] = ["--dataset", "celeba"]
+        ways["colour images"] = ["--dataset", "celeba"]
     plain = flags(module, "--dataset", "mnist")
     found = {way: flags(module, "--dataset", "mnist", *more) for way, more in ways.items()}
     aside = {"paper", "arch", "dataset", "run_dir", "device", "graph"}
