@@ -19,6 +19,7 @@ real image above a fake one; with R1 and R2 that is the loss of Huang et al. 202
 
     python dcgan.py                                      digits rendered at start-up, no download
     python dcgan.py --dataset mnist --epochs 200
+    python dcgan.py --dataset folder --data-dir photos --flip --steps 2000
     python dcgan.py --dataset mnist --paper              the paper's settings, not the best ones
 
 `--dataset mnist --amp --steps 6000` takes 3 minutes of one CPU core and ends at an FID[classifier] of 10.6 +- 0.6, the
@@ -28,6 +29,7 @@ tests/gallery/README.md has the protocol.
 
 The defaults differ from the paper. D has R1, on a quarter of each batch, in place of batch norm. The rates are ten
 times as high and fall to 0. Batch, betas and average differ too. --paper undoes this, and --help lists what it sets.
+Colour images have settings of their own (COLOUR below): above all G doubles a map by a bilinear resize.
 
 With --paper D has batch norm in all blocks but the first, as in the paper. In the first block it would subtract the
 average brightness of a batch, so D could not see that all fakes are too grey, and G would keep a grey background

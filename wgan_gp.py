@@ -18,6 +18,7 @@ below 1 too, because the best critic has slope 1 almost everywhere between the t
 
     python wgan_gp.py                                    digits rendered at start-up, no download
     python wgan_gp.py --dataset mnist --epochs 6         real digits: two to five minutes of two CPU cores
+    python wgan_gp.py --dataset folder --data-dir photos --flip --steps 2000
     python wgan_gp.py --dataset mnist --paper            the paper's settings, not the best ones
 
 `--dataset mnist --amp --steps 5600` takes 3 minutes of one CPU core and ends at an FID[classifier] of 9.9 +- 1.0, the
@@ -27,7 +28,7 @@ tests/gallery/README.md has the protocol.
 
 The defaults differ from the paper: one update of the critic for one of G, the penalty on a quarter of each batch,
 higher rates that fall to 0, and another beta1 and average. --paper undoes this, and --help lists what it sets. The
-networks, the size of the images and of z are ours with --paper too.
+networks, the size of the images and of z are ours with --paper too. Colour images have settings of their own (COLOUR).
 
 With batch norm the critic's score of an image would depend on the whole batch, and the slope at one image would mean
 nothing. So the critic has none. While training, G's batch norm uses the statistics of the current batch. The images to
