@@ -19,7 +19,7 @@ real image above a fake one; with R1 and R2 that is the loss of Huang et al. 202
 
     python dcgan.py                                      digits rendered at start-up, no download
     python dcgan.py --dataset mnist --epochs 200
-    python dcgan.py --dataset folder --data-dir photos --flip --steps 2000
+    python dcgan.py --dataset folder --data-dir photos --flip --steps 4000
     python dcgan.py --dataset mnist --paper              the paper's settings, not the best ones
 
 `--dataset mnist --amp --steps 6000` takes 3 minutes of one CPU core and ends at an FID[classifier] of 10.6 +- 0.6, the
@@ -29,7 +29,7 @@ tests/gallery/README.md has the protocol.
 
 The defaults differ from the paper. D has R1, on a quarter of each batch, in place of batch norm. The rates are ten
 times as high and fall to 0. Batch, betas and average differ too. --paper undoes this, and --help lists what it sets.
-Colour images have settings of their own (COLOUR below): above all G doubles a map by a bilinear resize.
+Colour images have settings of their own (COLOUR below).
 
 With --paper D has batch norm in all blocks but the first, as in the paper. In the first block it would subtract the
 average brightness of a batch, so D could not see that all fakes are too grey, and G would keep a grey background
@@ -81,10 +81,10 @@ from metrics import (
 # --paper sets these. Ours are the average, the widths, the 32 pixels (the paper: 64) and z from N(0, I): the paper's is
 # --prior uniform.
 PAPER = dict(batch_size=128, lr_g=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999, ema=0.999, ngf=32, ndf=32)
-PAPER |= dict(d_norm="batch", r1=0.0, penalty_share=1.0, lr_decay="none", upsample="deconv")
+PAPER |= dict(d_norm="batch", r1=0.0, penalty_share=1.0, lr_decay="none")
 MLP = dict(lr_g=2e-3, lr_d=5e-4)  # --arch mlp sets these
 # Colour images of 32 pixels or more set these, without --arch mlp: the best of a search on faces.
-COLOUR = dict(batch_size=16, lr_g=1e-3, lr_d=1e-3, r1=10.0, ngf=32, ndf=32, upsample="bilinear")
+COLOUR = dict(batch_size=16, r1=10.0, ngf=32, ndf=32)
 
 
 def parse_args(argv=None):
@@ -217,8 +217,7 @@ def grow(how, w_in, w_out, kernel):
     """Layers that double the side of a map; with a kernel of 3 they make 7 of 4.
 
     In a transposed convolution neighbouring pixels of the output use different entries of the kernel, which can leave a
-    checkerboard (Odena et al. 2016). After a resize one convolution makes all pixels with the same weights. That costs
-    twice the time and gains much on faces, nothing on digits."""
+    checkerboard (Odena et al. 2016). After a resize one convolution makes all pixels with the same weights."""
     if how == "deconv" or kernel == 3:  # 4 to 7 is no doubling: always a transposed convolution
         return [nn.ConvTranspose2d(w_in, w_out, kernel, 2, 1, bias=False)]
     return [nn.Upsample(scale_factor=2, mode=how), nn.Conv2d(w_in, w_out, 5, padding=2, bias=False)]
