@@ -353,7 +353,7 @@ def train(args):
     # Study writes the log, sheets of samples and FIDs, and never trains. It calls sample and score. y, the labels, are
     # for the conditional scripts.
     study = Study(args, batches.held, sample, score, script=SCRIPT)
-    study.classes_of_data = batches.classes
+    study.classes_of_data = batches.classes  # for args.json
     state = {"G": G, "D": D, "ema": ema, "opt_g": opt_g, "opt_d": opt_d}
     i = restore(args.resume, state, study) if args.resume else 0  # updates of D so far
     if args.generate:
@@ -414,9 +414,8 @@ SCRIPT = Path(__file__)
 # --resume takes the flags from the checkpoint, and new ones on the command line win. NOT_KEPT are never taken from it:
 # they are about this machine or this call. FIXED cannot change: networks, z, the order of the data or the optimizer's
 # state would no longer fit. Both lists hold the flags of all seven scripts.
-FIXED = """dataset image_size holdout flip batch_size d_steps g_steps seed paper arch ngf ndf latent_dim prior
-    upsample d_norm g_norm norm_first conditional d_ignores_label label_embedding_dim mixture
-    embedding_dim optimizer""".split()
+FIXED = """dataset image_size holdout flip batch_size d_steps g_steps seed paper arch ngf ndf latent_dim prior upsample
+    d_norm g_norm norm_first conditional d_ignores_label label_embedding_dim mixture embedding_dim optimizer""".split()
 NOT_KEPT = "device graph run_dir resume generate generate_to label probe".split()
 
 # FLAGS ----------------------------------------------------------------------------------------------------------------

@@ -815,17 +815,17 @@ def read_folder(root, size, split):
     if not parts["train"]:
         fail(f"--dataset folder: {len(found)} images in {root}, where one to train and one to test are needed{said}")
     paths = [*parts["train"], *parts["test"]]
-    classes = {path: path.split("/")[depth:-1][:1] for path in paths}
-    counts = Counter(name for path in parts["train"] for name in classes[path])
+    class_of = {path: path.split("/")[depth] for path in paths if path.count("/") > depth}
+    counts = Counter(class_of[path] for path in parts["train"] if path in class_of)
     names = sorted(counts)
-    names += sorted({name for path in parts["test"] for name in classes[path]} - counts.keys())
+    names += sorted(set(class_of.values()) - counts.keys())
     if names:
         few = ", ".join(f"{name} ({counts[name]})" for name in names[:20])
         said = f"; classes: {few}{f' and {len(names) - 20} more' if names[20:] else ''}{said}"
     warn_once(f"{root}: {len(parts['train'])} images to train, {len(parts['test'])} to test{said}")
     x, good = read_images(root, size, split, {part: [(p, *found[p]) for p in parts[part]] for part in parts})
     index = {name: i for i, name in enumerate(names)}
-    labels = [index.get(name, -1) for path in parts[split] for name in classes[path] or [None]]
+    labels = [index.get(class_of.get(path), -1) for path in parts[split]]
     return x, torch.tensor(labels)[good], names
 
 
@@ -1739,7 +1739,7 @@ class Study:
         self.sample = in_parts(sample, args.device)
         self.score = in_parts(score, args.device)
         self.classes = classes or {}
-        self.classes_of_data = self.classes  # for args.json; a script that takes no label may set it
+        self.classes_of_data = self.classes  # for args.json. The scripts set it, as most of them take no label
         self.script = Path(script) if script else None
         self.folder = Path(args.run_dir)
         self.log_file = Table(self.folder / "log.csv")
@@ -1820,7 +1820,7 @@ class Study:
         if self.per_epoch * args.batch_size < 2000:  # then it is soon trained
             return
         home = cache_home(args.dataset, args.data_dir)
-        found = [path for place in cache_folders(home) for path in place.glob(f"*-{args.dataset}-*.pt")]
+        found = any(any(place.glob(f"*-{args.dataset}-*.pt")) for place in cache_folders(home))
         if not found and not (JUDGES / f"{args.dataset.removeprefix('stacked_')}.pt").exists():
             at = min(self.total, i - i % args.eval_every + args.eval_every) if args.eval_every else self.total
             say(f"the first scores, at update {at}, train their network: two or three minutes, once (in {home})")
@@ -2847,7 +2847,7 @@ def score(args):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     of_data_set = args.real in CHANNELS
     if not of_data_set and args.split == "train":
-        raise ValueError("--split train goes with a data set: of a folder or an array --real takes every image")
+        raise ValueError("--split train goes with a data set's name: of a path --real takes every image")
     judge = args.classifier or (args.real if of_data_set else None)  # the data set whose network gives the features
     small = args.features == "classifier"
     channels = CHANNELS[judge] if small and judge else 3

@@ -75,8 +75,8 @@ from metrics import (
     write_whole,
 )
 
-# --paper sets these. lambda 10 and beta2 .9 are the paper's already. Its text has a beta1 of 0, the
-# authors' gan_mnist.py .5: we follow the code. The networks, the 32 pixels, the size of z and the average are ours.
+# --paper sets these. lambda 10 and beta2 .9 are the paper's already. Its text has a beta1 of 0, the authors'
+# gan_mnist.py .5: we follow the code. The networks, the 32 pixels, the size of z and the average are ours.
 PAPER = dict(batch_size=64, d_steps=5, lr_g=1e-4, lr_d=1e-4, beta1=0.5, ema=0.999, ngf=32, ndf=32)
 PAPER |= dict(penalty_share=1.0, lr_decay="none")
 MLP = dict(lr_g=2e-3, lr_d=5e-4)  # --arch mlp sets these
@@ -304,7 +304,7 @@ def train(args):
     # Study writes the log, sheets of samples and FIDs, and never trains. It calls sample and score. y, the labels, are
     # for the conditional scripts.
     study = Study(args, batches.held, sample, score, script=SCRIPT)
-    study.classes_of_data = batches.classes
+    study.classes_of_data = batches.classes  # for args.json
     state = {"G": G, "D": D, "ema": ema, "opt_g": opt_g, "opt_d": opt_d}
     i = restore(args.resume, state, study) if args.resume else 0  # updates of D so far
     if args.generate:
@@ -364,9 +364,8 @@ SCRIPT = Path(__file__)
 # --resume takes the flags from the checkpoint, and new ones on the command line win. NOT_KEPT are never taken from it:
 # they are about this machine or this call. FIXED cannot change: networks, z, the order of the data or the optimizer's
 # state would no longer fit. Both lists hold the flags of all seven scripts.
-FIXED = """dataset image_size holdout flip batch_size d_steps g_steps seed paper arch ngf ndf latent_dim prior
-    upsample d_norm g_norm norm_first conditional d_ignores_label label_embedding_dim mixture
-    embedding_dim optimizer""".split()
+FIXED = """dataset image_size holdout flip batch_size d_steps g_steps seed paper arch ngf ndf latent_dim prior upsample
+    d_norm g_norm norm_first conditional d_ignores_label label_embedding_dim mixture embedding_dim optimizer""".split()
 NOT_KEPT = "device graph run_dir resume generate generate_to label probe".split()
 
 # FLAGS ----------------------------------------------------------------------------------------------------------------

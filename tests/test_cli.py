@@ -715,7 +715,7 @@ def test_the_training_images_can_be_the_reference(data_dir, tmp_path, capsys):
     assert s["fid"] == pytest.approx(wanted, rel=1e-4)
     with pytest.raises(SystemExit):
         run(capsys, "--real", tmp_path / "x.npy", "--fake", tmp_path / "x.npy", "--split", "train")
-    assert "--split train goes with a data set" in capsys.readouterr().err
+    assert "--split train goes with a data set's name" in capsys.readouterr().err
 
 
 def test_a_folder_against_a_folder_and_noise_scores_far_off(data_dir, tmp_path, capsys):
@@ -1118,7 +1118,7 @@ def test_table_of_seeds_that_differ_where_it_matters_or_does_not(study_runs, tmp
     table = metrics.scores_table(study_runs)
     assert "| wgan_gp --lr-g 0.001 (by several networks) | last.pt | 3 | 13.0 ± 3.6 |" in table
     assert "| wgan_gp --lr-g 0.005 | last.pt |" in table and table.startswith("net 01ab, floor 2.0, n 500; net 99ff")
-    change("a1", "args.json", lambda a: {**a, "graph": True, "device": "cuda"})
+    change("a1", "args.json", lambda a: {**a, "graph": True, "device": "cuda", "torch": "3.0", "gpu": "another"})
     change("a0", "args.json", lambda a: {**a, "graph": False, "device": "auto", "eval_every": 500})
     assert seeds() == [3, 1]
 
@@ -1189,6 +1189,22 @@ def test_plot_draws_every_curve_where_it_belongs(tmp_path, capsys):
         rows, columns = np.nonzero(np.abs(image[60:, 62:400] - rgb).sum(2) < 30)  # the first panel, below the legend
         assert len(rows) > 150 and np.corrcoef(rows, columns)[0, 1] * slope < -0.99
     assert metrics.ticks(0, 100) == [0, 20, 40, 60, 80, 100] and metrics.ticks(-1, 1) == [-1, -0.5, 0, 0.5, 1]
+
+
+def test_the_critics_slope_is_drawn_on_a_log_scale(tmp_path):
+    """Without a penalty it grows a thousandfold, beside a curve near 1. A power is a straight line there."""
+    (tmp_path / "log.csv").write_text("step,grad_norm\n" + "".join(f"{i},{10 ** (i / 25)}\n" for i in range(100)))
+    metrics.main(["--plot", str(tmp_path), "-o", str(tmp_path / "c.png")])
+    image = np.asarray(Image.open(tmp_path / "c.png")).astype(int)
+    rgb = [int(metrics.COLOURS[0][i : i + 2], 16) for i in (1, 3, 5)]
+    rows, columns = np.nonzero(np.abs(image[40:, 62:] - rgb).sum(2) < 30)
+    assert len(rows) > 150 and np.corrcoef(rows, columns)[0, 1] < -0.99
+
+
+def test_a_run_too_short_for_a_log_is_one_line_that_says_so(tmp_path, capsys):
+    (tmp_path / "args.json").write_text("{}")
+    line = error(capsys, "--plot", tmp_path)
+    assert "has no log.csv: a run writes it after --log-every updates of D" in line
 
 
 def test_a_log_without_rows_is_one_line(tmp_path, capsys):

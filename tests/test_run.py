@@ -503,6 +503,7 @@ def test_checkpoint_holds_plain_types_and_names_its_script(w, ran):
     assert list(saved["classes"].items()) == ([(str(i), 30) for i in range(10)] if w.told else [])
     kept = json.loads(Path("a/args.json").read_text())
     assert kept["latent_dim"] == 6
+    assert (kept["torch"], kept["gpu"], kept["processes"]) == (torch.__version__, None, 1)
     assert list(kept["classes"].items()) == [(str(i), 30) for i in range(10)]  # those of the data, in every script
     assert Path(f"a/{w.name}.py").read_bytes() == (ROOT / f"{w.name}.py").read_bytes()
 
