@@ -382,16 +382,19 @@ def test_ten_cases(chunk, tmp_path, capsys, small_world):
             assert scores["n_fake"] == wanted["n_fake"], used
             assert scores["fid"] == pytest.approx(wanted["fid"], rel=1e-4, abs=1e-6), used
         elif kind == "streams":  # the same numbers where a stream takes them, and no traceback where none does
-            wanted = run(capsys, [*base, here / "good"])[0]
+            real_copy = real if real == "digits" else here / "good.npy"
+            wanted = run(capsys, [*flags, "--real", real_copy, "--fake", here / "good"])[0]
             out, err = rng.choice(["gone", "closed", "ascii", "cp1252"]), rng.choice(["gone", "closed", "ascii"])
-            (here / "good" / "ü \U0001f600.txt").write_text("named in a warning")
+            (here / "good").rename(here / "ü \U0001f600")  # named in the line that says that notes.txt was left out
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(sys, "stdout", stream(out))
                 patch.setattr(sys, "stderr", stream(err))
-                metrics.main([str(a) for a in [*base, here / "good"]])
-                written = sys.stdout
+                metrics.main([str(a) for a in [*flags, "--real", real_copy, "--fake", here / "ü \U0001f600"]])
+                written, warned = sys.stdout, sys.stderr
             if out in ("ascii", "cp1252"):
                 assert json.loads(written.buffer.getvalue().decode(out)) == wanted
+            if err == "ascii":
+                assert "\\xfc \\U0001f600" in warned.buffer.getvalue().decode(err)
         elif kind == "spreadsheet":
             steps = sorted(rng.sample(range(1, 1000), rng.randint(2, 6)))
             table = metrics.Table(here / "log.csv")
