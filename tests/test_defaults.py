@@ -287,6 +287,8 @@ def settings_table(module):
         ways["colour images"] = ["--dataset", "celeba"]
     plain = flags(module, "--dataset", "mnist")
     found = {way: flags(module, "--dataset", "mnist", *more) for way, more in ways.items()}
+    if "colour images" in found:  # their side comes from the data set: 64 of a folder or celeba, 32 of cifar10
+        found["colour images"]["image_size"] = plain["image_size"]
     aside = {"paper", "arch", "dataset", "run_dir", "device", "graph"}
     names = [n for n in plain if n not in aside and any(f[n] != plain[n] for f in found.values())]
     lines = [f"| flag | default, on MNIST | {' | '.join(ways)} |", "|---" * (len(ways) + 2) + "|"]
