@@ -16,8 +16,8 @@ f_k is D's logit after k further updates on one batch, starting from the current
 in the features of a small network that reads digits: lower is better, and real digits against other real ones have 1.3.
 tests/gallery/README.md has the protocol.
 
-The default looks one short step of gradient descent ahead: further costs more, and was not searched on MNIST. Looking far
-ahead is for games that collapse, such as that of toy2d.py --protocol metz.
+The default looks one short step of gradient descent ahead. Looking further costs more, and was not searched on MNIST.
+It is for games that collapse, such as that of toy2d.py --protocol metz.
 
 The steps ahead are thrown away: D and its optimizer stay as they are, bit for bit. D moves first. Then G looks ahead
 from the new D, on D's last images and a fresh z, so --k 0 is dcgan.py. D has no batch norm, whose statistics would have
