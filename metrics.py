@@ -735,7 +735,7 @@ def list_images(root):
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     above = {(facts.st_dev, facts.st_ino) for facts in map(os.stat, root.resolve().parents)}
     seen = set()
-    found = {}
+    found = {}  # file: ((by a link?, path), (bytes, date))
     left_out = Counter()
     todo = [(False, "")]  # (by a link?, folder): those by links come last, when all others have been seen
     while todo:
@@ -771,9 +771,11 @@ def list_images(root):
             elif suffix not in suffixes:
                 left_out[suffix or "no suffix"] += 1
             else:
-                file = (facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns)
-                found[file] = min(found.get(file, (by_link, path)), (by_link, path))
-    return {path: file[2:] for file, (_, path) in found.items()}, left_out
+                file = (facts.st_dev, facts.st_ino)  # the same for all names of one file
+                name = (by_link, path)  # names without links sort first
+                if file not in found or name < found[file][0]:
+                    found[file] = name, (facts.st_size, facts.st_mtime_ns)
+    return {path: size_and_date for (_, path), size_and_date in found.values()}, left_out
 
 
 def split_images(paths):
