@@ -12,11 +12,13 @@ The sections: SCORES, functions of features and logits; TOOLS; DATA, the real im
 features; JUDGE, scores against a data set; REJECTION; STUDY, what watches a run; PLOT, logs and final scores; COMMAND
 LINE. No script is imported here.
 
-The features come from a small convnet that is trained on the data set itself, on its labels or, where there are fewer
-than two, on telling by how many quarter turns an image was rotated; or from the Inception network of 2015 that
-published FIDs use. A small network's FID is on a scale of its own: compare order and ratios under one network (its hash
-is printed), never with Inception FIDs. Everything after the network is computed in float64. The functions raise
-ValueError where there is no answer: NaN, infinity, nothing to score, fewer rows than they need.
+The features come from a small convnet that is trained on the data set itself. It learns to predict the labels. If an
+image has no label, or all have the same, it learns to predict by how many quarter turns an image was rotated. With
+--features inception they come from the Inception network of 2015, the one of published FIDs.
+
+A small network's FID is on a scale of its own: compare order and ratios under one network (its hash is printed), never
+with Inception FIDs. Everything after the network is computed in float64. The functions raise ValueError where there is
+no answer: NaN, infinity, nothing to score, fewer rows than they need.
 """
 
 # `uv run metrics.py` reads this block, installs the packages and runs the file. Without uv it is a comment.
@@ -47,6 +49,7 @@ import sys
 import tempfile
 import threading
 import time
+import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -124,11 +127,14 @@ def inception_score(logits, splits=10):
 
 
 def mode_score(logits_fake, logits_real):
-    """(as printed, as meant) for logits (N, K) and (M, K). p* is the mean of the real p(y|x).
+    """Logits (N, K) of fakes and (M, K) of real images -> two floats: the score as printed, and as meant.
 
-    As the papers print it, exp(E KL(p(y|x) || p*) - KL(p(y) || p*)): p* cancels, and what is left is the Inception
-    Score of the whole set, exactly. As meant (Xu et al. 2018, 1806.07755), IS * exp(-KL(p(y) || p*)): this does fall
-    when classes are missing. m of K classes, each certain, score m * m / K."""
+    p* is the mean of p(y|x) over the real images. As printed (Che et al. 2017, 1612.02136) the score is
+    exp(E KL(p(y|x) || p*) - KL(p(y) || p*)). Here p* cancels: it is exactly the Inception Score of the whole set. As
+    meant (Xu et al. 2018, 1806.07755) it is IS * exp(-KL(p(y) || p*)), which falls when classes are missing.
+
+    An example of the second: K real classes are equally frequent, and G makes m of them, equally often and each beyond
+    doubt. Then it is m^2 / K."""
     logits_fake, logits_real = checked(1, logits_fake, logits_real)
     p = logits_fake.softmax(1)
     p_fake = p.mean(0)
@@ -166,14 +172,17 @@ def frechet_distance(mean1, cov1, mean2, cov2):
 
     (C1 C2)^(1/2) has the trace of (L' C2 L)^(1/2) for any L with L L' = C1. That matrix is symmetric, so its
     eigenvalues are real. Cholesky's L costs a thirtieth of the symmetric root, which serves where C1 is singular.
-    ValueError: anything not finite."""
-    if not all((t.double().abs() <= 1e110).all() for t in (mean1, cov1, mean2, cov2)):
+
+    Means (d,) and covariances (d, d), tensors or arrays -> a float, 0 or more. ValueError: a number that is not finite,
+    or above 1e110."""
+    mean1, cov1, mean2, cov2 = (torch.as_tensor(t).double() for t in (mean1, cov1, mean2, cov2))
+    if not all((t.abs() <= 1e110).all() for t in (mean1, cov1, mean2, cov2)):
         raise ValueError("features that are not finite, or too large")
-    root, singular = torch.linalg.cholesky_ex(cov1.double())
+    root, singular = torch.linalg.cholesky_ex(cov1)
     if singular:
-        values, vectors = torch.linalg.eigh(cov1.double())
+        values, vectors = torch.linalg.eigh(cov1)
         root = vectors * values.clamp(min=0).sqrt()
-    trace = torch.linalg.eigvalsh(root.T @ cov2.double() @ root).clamp(min=0).sqrt().sum()
+    trace = torch.linalg.eigvalsh(root.T @ cov2 @ root).clamp(min=0).sqrt().sum()
     between_means = (mean1 - mean2).square().sum()
     distance = between_means + cov1.trace() + cov2.trace() - 2 * trace
     return clamp_rounding(distance, cov1.trace() + cov2.trace())
@@ -229,9 +238,9 @@ def kid(real, fake, subsets=100, size=1000):
     """Kernel Inception Distance, Binkowski et al. 2018 (1801.01401), section 4.
 
     Features (N, d) and (M, d) -> mean and standard deviation, over `subsets` subsets of `size` rows, of the unbiased
-    squared MMD under the kernel (x'y / d + 1)^3. For equal laws it is 0 on average at any size, so it may fall below
-    0. Subsets have at most half the rows: as large as the whole they would all be the same, and their spread 0.
-    ValueError: fewer than four rows, or no subset."""
+    squared MMD under the kernel (x'y / d + 1)^3. If both distributions are equal it is 0 on average at any size, so it
+    may fall below 0. Subsets have at most half the rows: as large as the whole they would all be the same, and their
+    spread 0. ValueError: fewer than four rows, or no subset."""
     check_count("subsets", subsets)
     real, fake = checked(4, real, fake)
     size = min(size, len(real) // 2, len(fake) // 2)
@@ -299,8 +308,8 @@ def coverage(real, fake, k=5, radius=None):
     """The share of real points whose ball, as wide as the distance to the k-th other real point, holds a fake one.
 
     Naeem et al. 2020 (2002.09797), eq. (8), the inequality strict as in their code. Features (N, d) and (M, d);
-    `radius` (N,) if already known. For equal laws and sizes it is 1 - 2^-k: .969 at k = 5."""
-    radius = ball_radius(real, k) if radius is None else radius
+    `radius` (N,) if already known. If both distributions and sizes are equal it is 1 - 2^-k: .969 at k = 5."""
+    radius = ball_radius(real, k) if radius is None else torch.as_tensor(radius)
     x, y = checked(1, real, fake)
     checked(len(x), radius[:, None])
     centre = x.mean(0)
@@ -347,18 +356,21 @@ def precision_recall(real, fake, k=3, radii=None):
 def density_coverage(real, fake, k=5, radius=None):
     """Naeem et al. 2020 (2002.09797), eq. (7) and (8), of features (N, d) and (M, d).
 
-    Density is the number of real balls around a fake, over k, on average: 1 for equal laws, more where fakes crowd.
+    Density is the number of real balls around a fake, over k, on average: 1 if both distributions are equal,
+    more where fakes crowd.
     Coverage is that of coverage()."""
     check_count("k", k)
-    radius = ball_radius(real, k) if radius is None else radius
+    radius = ball_radius(real, k) if radius is None else torch.as_tensor(radius)
     count = sum(block.sum().item() for block in inside(fake, real, radius, False))
     return count / (k * len(fake)), coverage(real, fake, k, radius)
 
 
 # TOOLS ----------------------------------------------------------------------------------------------------------------
 
-RANK = int(os.environ.get("RANK", 0))  # torchrun: this process's number. Rank 0 alone prints, scores and writes
-WORLD = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1  # and how many there are, one a GPU
+# torchrun sets both: how many processes there are, one a GPU, and the number of this one. Rank 0 alone prints, scores
+# and writes.
+WORLD = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+RANK = int(os.environ["RANK"]) if WORLD > 1 else 0
 
 # Random streams. seeded(args.seed, STREAM, ...) gives each use numbers of its own, so that one never shifts another.
 ORDER = 0  # of the training images in an epoch
@@ -378,8 +390,10 @@ RANKS = 13  # the noise of training, under torchrun
 
 
 def open_standard_streams():
-    """Opens what `>&-` or `2>&-` closed. Else the next file, last.pt say, would get its number, and what a library
-    written in C prints would stand in it."""
+    """Reopens standard streams that `>&-` or `2>&-` closed, onto the null device.
+
+    Otherwise the next file to be opened, such as last.pt, would get the number of a standard stream, and what a library
+    written in C prints would land in it."""
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)
@@ -391,7 +405,8 @@ open_standard_streams()
 
 
 def one_line(text):
-    """The text without line ends, and what a terminal would obey, as ESC in a file's name, written out."""
+    """The text on one line. Control characters, such as ESC in a file's name, are escaped, so that no terminal obeys
+    them."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(str(text).split()))
 
 
@@ -412,7 +427,7 @@ def or_fail(message):
 
 @contextlib.contextmanager
 def or_warn(message):
-    """A disk that refuses what the lines inside write costs a line, and nothing else."""
+    """If the lines inside raise OSError, prints a warning and goes on."""
     try:
         yield
     except OSError as e:
@@ -434,7 +449,7 @@ def put(stream, text):
 
 @contextlib.contextmanager
 def removed_if_it_fails(folder):
-    """Where the lines inside raise, the folder that they filled goes, and those above it that they made."""
+    """If the lines inside raise, removes what they put into `folder`, and the folders that they made."""
     new = [f for f in (folder, *folder.parents) if not f.exists()]
     try:
         yield
@@ -442,6 +457,8 @@ def removed_if_it_fails(folder):
         raise
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
+        if folder not in new:  # it was there before, empty
+            folder.mkdir(exist_ok=True)
         for f in new[1:]:
             with contextlib.suppress(OSError):  # not empty
                 f.rmdir()
@@ -479,7 +496,7 @@ def warn_once(text):
 
 
 def progress(batches, total, what):
-    """The batches, and a line on stderr on how far they are: kept fresh on a terminal, every 10 s elsewhere."""
+    """The batches. On rank 0 a line on stderr says how far they are: kept fresh on a terminal, every 10 s elsewhere."""
     live = is_terminal(sys.stderr)
     start = said = time.monotonic()  # time.time() jumps where somebody sets the clock
     done = 0
@@ -487,7 +504,7 @@ def progress(batches, total, what):
         yield batch
         done += len(batch)
         now = time.monotonic()
-        if now - said > (0.5 if live else 10):
+        if RANK == 0 and now - said > (0.5 if live else 10):
             text = f"{what}: {done} of {total}, {(now - start) / done * (total - done):.0f} s to go"
             put(sys.stderr, f"\r\033[K{text}" if live else f"{text}\n")
             said = now
@@ -590,7 +607,8 @@ def read_csv(path):
 
 
 def cache_folders(folder):
-    """Where to keep what takes long to make: `folder`, or if it cannot be written the user's folder for such files."""
+    """Where to keep what takes long to compute: `folder` first, then the user's cache folder, then the folder for
+    temporary files."""
     folder = Path(folder).resolve()
     own = "gan-" + hashlib.sha256(os.fsencode(folder)).hexdigest()[:12]
     homes = [os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")]
@@ -600,13 +618,14 @@ def cache_folders(folder):
 
 
 def cache_home(dataset, data_dir):
-    """Where the networks that score and their statistics are kept: --data-dir; of a folder of images the folder around
-    it, so that nothing lies among them."""
+    """The folder for the networks that score and for their statistics: --data-dir. For a folder of images it is the
+    parent folder, so that no file lands among the images."""
     return Path(data_dir).resolve().parent if dataset == "folder" else Path(data_dir)
 
 
 def remove_old(home, name, old):
-    """Removes the files of `home` that match `old`, but for `name`, and what a killed process left half written."""
+    """Removes the files in `home` whose names match the regular expression `old`, except `name`. Removes what a killed
+    process left half written, too."""
     for path in home.iterdir():
         cut = re.fullmatch(rf"{old}\.\d+\.tmp", path.name)  # by a kill, if it has not grown for a day
         if cut and time.time() - path.stat().st_mtime > 86_400:
@@ -616,14 +635,17 @@ def remove_old(home, name, old):
 
 
 def keep(folder, name, write, say=None, old=None):
-    """write(file) as the file `name` of the first of the cache_folders that can be written; in its place go those of
-    before, whose names match the expression `old`. If none can, that costs a line and nothing else."""
+    """Calls write(file) for the file `name` in the first of cache_folders(folder) that can be written.
+
+    Older files there, whose names match the regular expression `old`, are removed. If no folder can be written, it says
+    so and goes on."""
     for home in cache_folders(folder):
         try:
             home.mkdir(parents=True, exist_ok=True)
             replace_file(home / name, write, f".{os.getpid()}")
             if old:
-                remove_old(home, name, old)
+                with contextlib.suppress(OSError):  # the new file is there: an old one may stay
+                    remove_old(home, name, old)
             return
         except OSError as e:
             reason = e
@@ -711,7 +733,7 @@ def from_torchvision(dataset, root, **part):
 
 def unpacked_mnist(folder, train):
     """MNIST's images and labels from files that torchvision would not find: named train-images.idx3-ubyte, gzipped, or
-    beside the folder raw/. None where there are none."""
+    beside the folder raw/. None where there are none, or only cut ones."""
     arrays = []
     for kind in ("images?idx3-ubyte*", "labels?idx1-ubyte*"):
         pattern = ("train-" if train else "t10k-") + kind
@@ -721,7 +743,10 @@ def unpacked_mnist(folder, train):
             return None
         data = files[0].read_bytes()
         if data[:2] == b"\x1f\x8b":
-            data = gzip.decompress(data)
+            try:
+                data = gzip.decompress(data)
+            except (EOFError, OSError, zlib.error):  # a download cut short: torchvision fetches it again
+                return None
         shape = np.frombuffer(data, ">i4", data[3], 4)  # the fourth byte is the number of dimensions
         arrays.append(np.frombuffer(data, np.uint8, offset=4 + 4 * len(shape)).reshape(shape).copy())
     return arrays
@@ -730,8 +755,8 @@ def unpacked_mnist(folder, train):
 def list_images(root):
     """The image files below `root` as {path relative to it: (bytes, date)}, and a Counter of what else lies there.
 
-    Of the suffixes that this Pillow opens, with plugins. Links are followed, but every file counts once, under a path
-    without links if it has one. Hidden files and folders, whose names begin with a dot, are no images."""
+    An image file is one whose suffix this Pillow, with its plugins, can open. Links are followed, but every file counts
+    once, under a path without links if it has one. Hidden files and folders (a leading dot) are left out."""
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     above = {(facts.st_dev, facts.st_ino) for facts in map(os.stat, root.resolve().parents)}
     seen = set()
@@ -762,7 +787,7 @@ def list_images(root):
             try:
                 facts = os.stat(entry.path)
             except OSError:
-                left_out["link to nothing" if entry.is_symlink() else "file without permission"] += 1
+                left_out["link to nothing" if entry.is_symlink() else "file that cannot be examined"] += 1
                 continue
             if stat.S_ISDIR(facts.st_mode):
                 heapq.heappush(todo, (by_link, f"{path}/"))
@@ -778,24 +803,29 @@ def list_images(root):
     return {path: size_and_date for (_, path), size_and_date in found.values()}, left_out
 
 
+TRAIN_FOLDERS = ("train", "training")
+TEST_FOLDERS = ("test", "testing", "val", "valid", "validation")
+
+
 def split_images(paths):
     """{"train": paths, "test": paths} of list_images, and how many folders lie above those of the classes.
 
-    The folders train/ and test/ (or val/, valid/, validation/, in any case) are the split, else every tenth file is for
-    testing. The order is that of the names' hashes, so that any first n of them are a sample. A folder that holds all
-    others is no class."""
+    The folders train/ (or training/) and test/ (or testing/, val/, valid/, validation/), in any case, are the split;
+    else every tenth file is for testing. The order is that of the names' hashes, so that any first n of them are a
+    sample. A folder that holds all others is no class."""
     paths = sorted(paths, key=lambda path: hashlib.sha256(os.fsencode(path)).digest())
     folders = {path: path.lower().split("/")[:-1] for path in paths}
     depth = 0
     while all(len(f) > depth for f in folders.values()) and len({f[depth] for f in folders.values()}) == 1:
-        if all(len(f) == depth + 1 and f[depth] != "train" for f in folders.values()):
+        if all(len(f) == depth + 1 and f[depth] not in TRAIN_FOLDERS for f in folders.values()):
             break  # one class
         depth += 1
     tops = {f[depth] for f in folders.values() if len(f) > depth}
-    test = next((name for name in ("test", "val", "valid", "validation") if name in tops), None)
-    if "train" in tops and test:
-        inside = {name: [p for p in paths if folders[p][depth : depth + 1] == [name]] for name in ("train", test)}
-        return {"train": inside["train"], "test": inside[test]}, depth + 1
+    train = next((name for name in TRAIN_FOLDERS if name in tops), None)
+    test = next((name for name in TEST_FOLDERS if name in tops), None)
+    if train and test:
+        inside = {name: [p for p in paths if folders[p][depth : depth + 1] == [name]] for name in (train, test)}
+        return {"train": inside[train], "test": inside[test]}, depth + 1
     tenth = set(paths[9::10] or paths[-1:])
     return {"train": [p for p in paths if p not in tenth], "test": [p for p in paths if p in tenth]}, depth
 
@@ -812,19 +842,25 @@ def read_folder(root, size, split):
     beside = len(found) - len(parts["train"]) - len(parts["test"])
     if beside:
         left_out["in folders beside train and test"] = beside
-    said = "".join(f", {what} ({n})" for what, n in left_out.most_common(9))
-    said = said and f"; left out: {said[2:]}"
+    facts = []
+    if left_out:
+        facts.append(f"left out: {', '.join(f'{what} ({n})' for what, n in left_out.most_common(9))}")
     if not parts["train"]:
-        fail(f"--dataset folder: {len(found)} images in {root}, where one to train and one to test are needed{said}")
+        few = f"{len(found)} images in {root}, where one to train and one to test are needed"
+        fail("; ".join([f"--dataset folder: {few}", *facts]))
     paths = [*parts["train"], *parts["test"]]
     class_of = {path: path.split("/")[depth] for path in paths if path.count("/") > depth}
     counts = Counter(class_of[path] for path in parts["train"] if path in class_of)
     names = sorted(counts)
     names += sorted(set(class_of.values()) - counts.keys())
-    if names:
-        few = ", ".join(f"{name} ({counts[name]})" for name in names[:20])
-        said = f"; classes: {few}{f' and {len(names) - 20} more' if names[20:] else ''}{said}"
-    warn_once(f"{root}: {len(parts['train'])} images to train, {len(parts['test'])} to test{said}")
+    outside = [path for path in paths if path not in class_of]
+    if names and outside:
+        facts.insert(0, f"no classes, as {len(outside)} lie in no sub-folder, such as {outside[0]}")
+    elif names:
+        shown = ", ".join(f"{name} ({counts[name]})" for name in names[:20])
+        more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+        facts.insert(0, f"classes: {shown}{more}")
+    warn_once("; ".join([f"{root}: {len(parts['train'])} images to train, {len(parts['test'])} to test", *facts]))
     x, good = read_images(root, size, split, {part: [(p, *found[p]) for p in parts[part]] for part in parts})
     index = {name: i for i, name in enumerate(names)}
     labels = [index.get(class_of.get(path), -1) for path in parts[split]]
@@ -863,10 +899,13 @@ def read_images(root, size, split, files):
     reasons = [bad[i] for i in sorted(bad)]
     if len(bad) == len(paths):
         fail(f"no image in {root} can be read: {reasons[0]}")
-    said = f"left out {len(bad)} of {len(paths)} files: {'; '.join(reasons[:3])}" if bad else ""
+    facts = []
+    if bad:
+        facts.append(f"left out {len(bad)} of {len(paths)} files: {'; '.join(reasons[:3])}")
     copies = count_copies(root, files["test"], files["train"]) if split == "test" else 0
     if copies:
-        said += f"{said and '. '}{copies} of {len(paths)} test images are also training images: scores flatter"
+        facts.append(f"{copies} of {len(paths)} test images are also training images: scores flatter")
+    said = ". ".join(facts)
     if said:
         warn_once(said)
     good = np.array([i for i in range(len(paths)) if i not in bad])
@@ -903,7 +942,7 @@ def read_image(path, channels=3, size=None):
         with Image.open(path) as image:
             kind = image.format
             if size:
-                image.draft(None, (2 * size, 2 * size))  # of a large JPEG an eighth of the side is decoded
+                image.draft(None, (2 * size, 2 * size))  # a large JPEG is decoded at 1/2, 1/4 or 1/8 of its side
             image = eight_bits(image)
             if image.has_transparency_data:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
@@ -994,10 +1033,10 @@ def exact():
 
 
 @torch.no_grad()
-def embedded(net, x, size, device):
-    """net's features and logits of uint8 images (N, C, H, W), `size` at a time."""
+def in_batches(net, x, batch_size, device):
+    """net's features and logits of uint8 images (N, C, H, W), `batch_size` at a time."""
     with exact():
-        parts = [net(net.prepare(part.to(device))) for part in x.split(size)]
+        parts = [net(net.prepare(part.to(device))) for part in x.split(batch_size)]
     features, logits = zip(*parts)
     return torch.cat(features), torch.cat(logits)
 
@@ -1006,7 +1045,7 @@ def as_images(x, channels=()):
     """x, if it is uint8 (N, C, H, W), C one of `channels` if any are named. ValueError: floats, whose scale is unknown,
     and every other shape."""
     of_bytes = torch.is_tensor(x) and x.dtype == torch.uint8 and x.dim() == 4 and 0 not in x.shape[1:]
-    if not of_bytes or x.shape[1] not in (channels or x.shape):
+    if not of_bytes or (channels and x.shape[1] not in channels):
         kind = getattr(x, "dtype", type(x))
         raise ValueError(f"images are uint8 (N, C, H, W), C of {channels or 'any'}, not {kind} {tuple(np.shape(x))}")
     return x
@@ -1049,7 +1088,7 @@ class Classifier(nn.Module):
         self.eval()
         device = self.head.weight.device
         # a CPU's caches hold the maps of 100: three times as fast
-        return embedded(self, x, 100 if device.type == "cpu" else 1000, device)
+        return in_batches(self, x, 100 if device.type == "cpu" else 1000, device)
 
 
 def padded(side):
@@ -1085,11 +1124,12 @@ def train_classifier(x, y, classes, device, epochs=None, say=print):
     return net.half().float().eval()
 
 
-class TurnReader(nn.Module):
+class RotationNet(nn.Module):
     """For images without labels: uint8 (N, C, S, S) -> features (N, 512), logits (N, 4) of the quarter turn.
 
     It learns by how many quarters an image was turned (Gidaris et al. 2018, 1803.07728). With aligned faces that task
-    is so easy that a glance solves it. So it sees them cropped, in other colours, blurred and noisy: see worn_views.
+    is too easy: a few coarse features solve it. So the images are augmented: cropped, in other colours, blurred and
+    noisy (augmented_views).
 
     The features are the last maps, averaged over each quarter of the image. They are rotated to the principal axes of
     real images, the largest variance first, and divided by the standard deviations, so that all count alike: what a GAN
@@ -1133,7 +1173,7 @@ class TurnReader(nn.Module):
             raise ValueError(f"images of {side} pixels, where the network was trained on {self.side}")
         self.eval()
         device = self.head.weight.device
-        return embedded(self, x, 100 if device.type == "cpu" else 1000, device)
+        return in_batches(self, x, 100 if device.type == "cpu" else 1000, device)
 
     @torch.no_grad()
     def find_axes(self, x):
@@ -1142,21 +1182,22 @@ class TurnReader(nn.Module):
         features = self.embed(x)[0].cpu().double()  # a Mac's GPU has no float64
         centred = features - features.mean(0)
         variances, axes = torch.linalg.eigh(centred.T @ centred / len(x))  # in ascending order
-        least = 0.001 * variances.mean() + 1e-12  # a feature that never varies is not blown up
+        # What hardly varies is not blown up: half precision, in which the axes are kept, ends at 65504.
+        least = (0.001 * variances.mean()).clamp(min=1e-8)
         self.axes.copy_((axes / (variances + least).sqrt()).flip(1))
         self.axes[:, max(8, len(x) // 16) :] = 0
 
 
-def train_turn_reader(x, device, epochs=None, say=print):
-    """A TurnReader of uint8 images (N, C, H, W).
+def train_rotation_net(x, device, epochs=None, say=print):
+    """A RotationNet of uint8 images (N, C, H, W).
 
-    A step turns two views (worn_views) of each of 128 images. AdamW under a one-cycle rate, 400 steps or 20 epochs;
-    weights rounded to half precision, in which they are kept. Draws from no stream of the caller's."""
+    A step turns two views (augmented_views) of each of 128 images. AdamW under a one-cycle rate, 400 steps or 20
+    epochs; weights rounded to half precision, in which they are kept. Draws from no stream of the caller's."""
     size = min(128, len(x))
     steps = min(400, (epochs or 20) * (len(x) // size))
     with torch.random.fork_rng([]):  # the first weights are drawn on the CPU, nothing else is
         torch.default_generator.manual_seed(0)
-        net = TurnReader(x.shape[1], x.shape[-1]).to(device, memory_format=torch.channels_last)
+        net = RotationNet(x.shape[1], x.shape[-1]).to(device, memory_format=torch.channels_last)
     rng = torch.Generator().manual_seed(0)
     start = time.monotonic()
     opt = torch.optim.AdamW(net.parameters(), 1e-3, weight_decay=0.01)
@@ -1167,7 +1208,7 @@ def train_turn_reader(x, device, epochs=None, say=print):
         if len(order) < size:
             order = torch.randperm(len(x), generator=rng)
         index, order = order[:size], order[size:]
-        views = worn_views(net.prepare(x[index].to(device)), rng)
+        views = augmented_views(net.prepare(x[index].to(device)), rng)
         quarters = (torch.arange(len(views), device=device) % len(index)) % 4
         loss = F.cross_entropy(net(turned(views, quarters))[1], quarters)
         opt.zero_grad()
@@ -1182,9 +1223,9 @@ def train_turn_reader(x, device, epochs=None, say=print):
     return net
 
 
-def worn_views(x, rng):
+def augmented_views(x, rng):
     """Two views of each image x (N, C, S, S) in [0, 1], a little blurred and noisy: (2N, C, S, S)."""
-    return worn(torch.cat([shifted(x, rng), cropped(x, rng)]), rng)
+    return blurred_and_noisy(torch.cat([shifted(x, rng), cropped(x, rng)]), rng)
 
 
 def turned(x, quarters):
@@ -1222,7 +1263,7 @@ def cropped(x, rng):
     return ((x - mean) * uniform(0.6, 1.4, x, rng) + mean + tint + uniform(-0.15, 0.15, x, rng)).clamp(0, 1)
 
 
-def worn(x, rng):
+def blurred_and_noisy(x, rng):
     """A little blur and noise on some images, so that the network cannot live on the finest texture alone."""
     small = int(x.shape[-1] * (0.5 + 0.4 * torch.rand(1, generator=rng).item()))
     soft = F.interpolate(x, (small, small), mode="bilinear", antialias=True)
@@ -1279,7 +1320,7 @@ def classifier(dataset, train, test, folder=None, device="cpu", epochs=None, say
         empty = functools.partial(Classifier, x.shape[1], classes)
     else:
         task = "turns"
-        empty = functools.partial(TurnReader, x.shape[1], x.shape[-1])
+        empty = functools.partial(RotationNet, x.shape[1], x.shape[-1])
     name = f"{task}-{dataset}-{side}-{key}.pt"
     paths = [home / name for home in cache_folders(folder)] if folder else []
     net, saved = read_network([*paths, JUDGES / f"{dataset}.pt"], key, empty, say)
@@ -1289,13 +1330,13 @@ def classifier(dataset, train, test, folder=None, device="cpu", epochs=None, say
         if labelled:
             net = train_classifier(x, y, classes, torch.device(device), epochs, say)
         else:
-            net = train_turn_reader(x, torch.device(device), epochs, say)
+            net = train_rotation_net(x, torch.device(device), epochs, say)
     if test_key in saved.get("tested", []):
         net.accuracy = saved["accuracy"]
     elif labelled:
         net.accuracy = (net.embed(x_test)[1].argmax(1).cpu() == y_test).double().mean().item()
     else:
-        net.accuracy = turns_right(net, x_test)
+        net.accuracy = rotation_accuracy(net, x_test)
     if trained and folder:
         weights = {k: v.half() if v.is_floating_point() else v for k, v in net.cpu().state_dict().items()}
         saved = {"net": weights, "accuracy": net.accuracy, "tested": [test_key], "pictures": [key]}
@@ -1334,13 +1375,13 @@ def read_network(paths, key, empty, say):
     return None, {}
 
 
-def turns_right(net, x):
-    """The share of quarter turns that a TurnReader tells rightly of cropped and worn images; x uint8 (N, C, S, S)."""
+def rotation_accuracy(net, x):
+    """The share of quarter turns that a RotationNet predicts, of cropped and blurred images x uint8 (N, C, S, S)."""
     rng = torch.Generator().manual_seed(1)
     right = 0
     with torch.no_grad(), exact():
         for part in some(x, 1000).split(100):
-            views = worn(cropped(net.prepare(part.to(net.head.weight.device)), rng), rng)
+            views = blurred_and_noisy(cropped(net.prepare(part.to(net.head.weight.device)), rng), rng)
             quarters = torch.arange(len(part), device=views.device) % 4
             right += (net.eval()(turned(views, quarters))[1].argmax(1) == quarters).sum().item()
     return right / min(len(x), 1000)
@@ -1396,7 +1437,7 @@ class Inception(nn.Module):
         return x.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
 
     def embed(self, x):
-        return embedded(self, as_images(x, [1, 3]), self.batch, self.fc.weight.device)
+        return in_batches(self, as_images(x, [1, 3]), self.batch, self.fc.weight.device)
 
 
 def inception(weights, device):
@@ -1447,7 +1488,7 @@ def embed(net, images, keep=True, what="images"):
     batches = images.batches(net.batch) if isinstance(images, Images) else as_images(images).split(net.batch)
     for batch in progress(batches, len(images), what):
         features, logits = net.embed(batch)
-        moments.add(features[:, : getattr(net, "width", None)])  # a TurnReader's FID takes the first of them
+        moments.add(features[:, : getattr(net, "width", None)])  # a RotationNet's FID takes the first of them
         if keep:
             kept.append((features, logits))
     return Sample(moments, *map(torch.cat, zip(*kept)))
@@ -1479,6 +1520,11 @@ def compare(fake, real, scores=SCORES, train=None):
 
 
 def class_shares(logits):
+    """Logits (N, K) -> a dict. A row's class is that of its largest logit.
+
+    classes      how many classes have 1/(4K) of the images or more
+    class_min    the least share of a class
+    class_max    the largest"""
     (logits,) = checked(1, logits)
     classes = logits.shape[1]
     shares = torch.bincount(logits.argmax(1), minlength=classes).double() / len(logits)
@@ -1490,8 +1536,13 @@ def class_shares(logits):
 
 
 def mode_coverage(labels, classes):
-    """Of the labels (N,) a classifier gives: the number of classes that occur (modes), and KL(their law || uniform),
-    in nats; 26,000 real stacked digits have about 1,000 and 999 / (2 N) = .019. Metz et al. 2017, Lin et al. 2018."""
+    """The labels (N,) that a classifier gives, from 0 to classes - 1 -> a dict. Metz et al. 2017 (1611.02163).
+
+    modes       the number of classes that occur
+    modes_kl    KL(distribution of the labels || uniform), in nats
+
+    N = 26,000 real stacked digits have about 1,000 modes and a KL of about 999 / (2 N) = .019. ValueError: other
+    labels, or none."""
     if len(labels) == 0 or labels.min() < 0 or labels.max() >= classes:
         raise ValueError(f"labels of 0 to {classes - 1} are needed")
     p = torch.bincount(labels, minlength=classes).double() / len(labels)
@@ -1537,9 +1588,8 @@ class Judge:
         train, test = load("train"), load("test")
         self.n = min(n or enough(dataset), len(train[0]), len(test[0]))
         if self.n < FEWEST:
-            raise TooFew(f"{self.n} test images, where {FEWEST} would be few")
+            raise TooFew(f"{len(train[0])} training and {len(test[0])} test images, where {FEWEST} of each are needed")
         self.net = classifier(dataset, train, test, folder, device, epochs, say)
-        self.labels = train[1]
         self.train = embed(self.net, some(train[0], self.n), False)
         self.real = embed(self.net, some(test[0], self.n))
         self.floor = self.train.moments.fid(self.real.moments)
@@ -1585,17 +1635,17 @@ class Judge:
 # REJECTION: which of a generator's pictures to keep, by their scores --------------------------------------------------
 
 
-def ratings(score, most=1e300):
-    """Scores, if they can be compared; -inf can, and is never kept. ValueError: NaN, infinity, above `most`."""
-    if not (score <= most).all():
-        raise ValueError(f"scores that are not finite, or above {most}")
+def check_scores(score):
+    """Returns the scores (N,). ValueError: one is NaN or +inf. -inf is allowed: such an image is never kept."""
+    if not (score <= 1e300).all():
+        raise ValueError("scores that are not finite")
     return score
 
 
 def naive(score):
     """The chance (N,) to keep a picture of this score (N,): sigmoid, as the reports do. Even for the best D this draws
     from p_g p_d / (p_g + p_d), normalised, and not from p_d; for a critic's raw score it means nothing."""
-    return ratings(score.double()).sigmoid()
+    return check_scores(score.double()).sigmoid()
 
 
 def drs(score, top, gamma=0.0, eps=1e-8):
@@ -1603,13 +1653,17 @@ def drs(score, top, gamma=0.0, eps=1e-8):
 
     Azadi et al. 2019 (1810.06758), section 3: sigmoid(F - gamma), F = d - log(1 - exp(d - eps)), d = score - top, where
     top (a number or (N,)) is the largest score there is. Without eps and gamma it is exp(d), and what is kept follows
-    p_d; a larger gamma keeps less, at a law between the two."""
+    p_d; a larger gamma keeps fewer, from a distribution between the two."""
     return (drs_logit(score, top, eps) - gamma).sigmoid()
 
 
 def drs_logit(score, top, eps=1e-8):
-    """F for scores and top (numbers or (N,)), in float64: in float32, and without expm1, it is inf at the maximum."""
-    d = ratings(torch.as_tensor(score).double() - top, 0.0)
+    """F for scores and top (numbers or (N,)), in float64: in float32, and without expm1, it is inf at the maximum.
+
+    ValueError: a score is NaN or above top."""
+    d = torch.as_tensor(score).double() - top
+    if not (d <= 0).all():
+        raise ValueError("scores that are not finite, or above the largest one, top")
     return d - (-torch.expm1(d - eps)).log()
 
 
@@ -1618,7 +1672,7 @@ def platt(score_real, score_fake):
 
     So a score + b is log p_d / p_g, calibrated (Platt 1999). Scores (N,) of real pictures that D never saw and (M,) of
     fresh fakes; each side weighs one half. auc is the share of pairs that the scores order rightly. ValueError: a is
-    not above 0, or the scores tell the two apart without a mistake: then every a does, and larger is likelier."""
+    not above 0, or the scores separate the two without a mistake, so that the likelihood keeps rising with a."""
     real, fake = (s.double().flatten().cpu() for s in (score_real, score_fake))
     if min(len(real), len(fake)) < 2 or not (real.isfinite().all() and fake.isfinite().all()):
         raise ValueError("a calibration needs two finite scores or more of each kind")
@@ -1662,48 +1716,59 @@ def rejected(kind, more, n, generator, head=None, percentile=60, burn_in=10_000,
     percentile  drs: gamma is F at this percentile of the burn-in's scores; None: gamma 0
     burn_in     drs: so many pictures are drawn and dropped first to find the largest score; it rises later if need be
 
-    The dict: attempts (up to and including the n-th kept picture, without burn_in), attempts_per_10000, acceptance, auc
-    (None without a head), burn_in, warning (None, or a line for the user), index (n,), the kept ones' numbers among the
-    attempts. ValueError: no picture was kept in
-    `patience` batches in a row, or a score is NaN or +inf."""
+    The dict:
+
+    attempts            pictures drawn, up to and including the n-th kept one; the burn-in does not count
+    attempts_per_10000  the same for 10,000 kept ones
+    acceptance          n / attempts
+    auc                 the head's; None without one
+    burn_in             how many were drawn and dropped first
+    warning             a line for the user, or None
+    index               (n,): which of the attempts were kept
+
+    ValueError: no picture was kept in `patience` batches in a row, or a score is NaN or +inf."""
     a, b, auc = head or (1.0, 0.0, None)
 
     def draw(k):
         x, score = more(k)
-        return x, ratings(a * score.detach().double().flatten().cpu() + b)
+        return x, check_scores(a * score.detach().double().flatten().cpu() + b)
 
     drs_kind = {"naive": False, "drs": True}[kind]
     burn_in = burn_in if drs_kind else 0
     if n < 1 or (drs_kind and percentile is not None and burn_in < 1):
         raise ValueError("n is 1 or more; a percentile is of the burn-in's scores: give burn_in, or percentile None")
-    seen = [draw(min(batch, burn_in - i))[1] for i in range(0, burn_in, batch)]
-    top, middle = -math.inf, None
-    if seen:
-        seen = torch.cat(seen)
-        top = seen.max().item()
-        middle = None if percentile is None else seen.quantile(percentile / 100, interpolation="lower").item()
+    first_scores = [draw(min(batch, burn_in - i))[1] for i in range(0, burn_in, batch)]
+    top, score_at_percentile = -math.inf, None
+    if first_scores:
+        first_scores = torch.cat(first_scores)
+        top = first_scores.max().item()
+        score_at_percentile = (
+            None if percentile is None else first_scores.quantile(percentile / 100, interpolation="lower").item()
+        )
     kept = []
-    where = []
-    have = 0
+    indexes = []
+    n_kept = 0
     attempts = 0
-    barren = 0
-    while have < n:
+    empty_batches = 0
+    while n_kept < n:
         x, score = draw(batch)
         if drs_kind:
             tops = score.cummax(0).values.clamp(min=top)  # as if one by one: what comes later has no say
             top = tops[-1].item()
             # F rises with the score, so its percentile is F at the scores' percentile, under each picture's own top
-            chance = drs(score, tops, 0.0 if middle is None else drs_logit(middle, tops))
+            chance = drs(score, tops, 0.0 if score_at_percentile is None else drs_logit(score_at_percentile, tops))
         else:
             chance = naive(score)
-        index = (torch.rand(batch, generator=generator, dtype=torch.float64) < chance).nonzero().flatten()[: n - have]
-        have += len(index)
-        barren = 0 if len(index) else barren + 1
-        where.append(attempts + index)
-        attempts += batch if have < n else int(index[-1]) + 1
+        index = (torch.rand(batch, generator=generator, dtype=torch.float64) < chance).nonzero().flatten()[: n - n_kept]
+        n_kept += len(index)
+        empty_batches = 0 if len(index) else empty_batches + 1
+        indexes.append(attempts + index)
+        attempts += batch if n_kept < n else int(index[-1]) + 1
         kept.append(x[index])
-        if barren >= patience:
-            raise ValueError(f"not one of {barren * batch} pictures was kept (--reject {kind}): {have} of {n} so far")
+        if empty_batches >= patience:
+            raise ValueError(
+                f"not one of {empty_batches * batch} pictures was kept (--reject {kind}): {n_kept} of {n} so far"
+            )
     warning = None
     if auc is not None and auc < 0.55:
         warning = f"AUC {auc:.3f}: D hardly tells held-out real pictures from fakes, so rejection changes little"
@@ -1714,7 +1779,7 @@ def rejected(kind, more, n, generator, head=None, percentile=60, burn_in=10_000,
         "auc": auc,
         "burn_in": burn_in,
         "warning": warning,
-        "index": torch.cat(where),
+        "index": torch.cat(indexes),
     }
 
 
@@ -1767,6 +1832,8 @@ class Study:
         if RANK:
             return
         args = self.args
+        if args.dataset != "digits":  # those are rendered, so they are always there
+            self.load("test")  # test images that cannot be read end the program now, and not at the first scores
         if i >= total + args.d_steps:  # the last iteration may end past the total
             fail(f"{args.resume} is at update {i}, past the {total} asked for")
         goes_on = args.resume and Path(args.resume).resolve().parent == self.folder.resolve()
@@ -1828,7 +1895,9 @@ class Study:
             say(f"the first scores, at update {at}, train their network: two or three minutes, once (in {home})")
 
     def find_best(self, rows, i):
-        """best.pt counts if it is of the best row. Else it is of an abandoned branch, or was not written in time."""
+        """Keeps best.pt if it was written at the step of the lowest fid_train in scores.csv, and removes it otherwise.
+
+        Then it comes from updates that this resume undoes, or the run was killed before the newer one was written."""
         best = self.folder / "best.pt"
         fids = {int(float(row["step"])): float(row["fid_train"]) for row in rows if is_number(row.get("fid_train", ""))}
         if fids and best.exists() and step_of(best) == min(fids, key=fids.get):
@@ -1852,6 +1921,8 @@ class Study:
     def log(self, i):
         """A row of log.csv, the mean losses since the last one, and a line on how far the run is.
 
+        Under torchrun the losses are of rank 0's part of each batch, and images_per_s counts all ranks.
+
         This waits for the device. A loss that is not finite ends the program: last.pt is from before."""
         means = dict(zip(self.names, (self.sums / self.count).tolist()))
         if not all(map(math.isfinite, means.values())):
@@ -1873,7 +1944,7 @@ class Study:
         self.log_file.add(row)
         self.to_board(row)
         losses = "  ".join(f"{name} {value:.3f}" for name, value in means.items())
-        seconds = int((self.total - i) / max(speed, 1e-9))
+        seconds = int(max(0, self.total - i) / max(speed, 1e-9))  # the last iteration may pass the total
         left = timedelta(seconds=min(seconds, 10**12))  # a timedelta holds little more
         epochs = f"epoch {row['epoch']:.1f}/{self.total / self.per_epoch:.4g}"
         say(
@@ -1959,7 +2030,7 @@ class Study:
             device = "cuda" if torch.cuda.is_available() and args.device != "cpu" else "cpu"
             try:
                 self.judge = Judge(args.dataset, self.load, cache_home(args.dataset, args.data_dir), device)
-            except TooFew as e:  # the training goes on
+            except ValueError as e:  # too few images, or features that are not finite: the training goes on
                 say(f"no scores: {e}")
                 self.judge = False
         return bool(self.judge)
@@ -1976,10 +2047,13 @@ class Study:
         """samples.png, the figures, scores.json and curves.png. restore(path) loads the networks of a checkpoint."""
         if RANK:
             return
-        with or_warn("a figure is missing"):
+        with or_warn("no samples.png"):
             save_sheet(self.sample_sheet(), self.folder / "samples.png")
+        with or_warn("no training.gif"):
             save_gif(sorted((self.folder / "samples").glob("step_*.png")), self.folder / "training.gif")
+        with or_warn("an interpolation is missing"):
             self.interpolations()
+        with or_warn("no traversal.png"):
             self.traversal()
         self.last_scores(i, restore)
         if self.log_file.path.exists():
@@ -2218,10 +2292,14 @@ class Table:
         """Drops the rows past `step`, and returns those that stay as dicts of texts. ValueError: it is no such file."""
         if not self.path.exists():
             return []
+        text = self.path.read_bytes()
+        if text and not text.endswith(b"\n"):  # a killed process left half a row
+            whole = text[: text.rfind(b"\n") + 1]
+            replace_file(self.path, lambda file: file.write(whole))
         rows = read_csv(self.path)
         if rows and "step" not in rows[0]:
             raise ValueError(f"{self.path} has no column step")
-        rows = [row for row in rows if is_number(row["step"]) and float(row["step"]) <= step]  # the last may be cut
+        rows = [row for row in rows if is_number(row["step"]) and float(row["step"]) <= step]
         self.rewrite(rows)
         return rows
 
@@ -2265,12 +2343,23 @@ def is_number(text):
 
 
 def save_gif(paths, out, limit=300 * 1024):
-    """The sheets as an animation of at most `limit` bytes: fewer frames and grey levels until it fits."""
+    """The sheets as an animated GIF of at most `limit` bytes: ever fewer frames and colours until it fits.
+
+    Nothing is written if even two frames of two colours are too large. OSError: a sheet cannot be read, or the disk
+    refuses."""
+
+    def frame(path, colours):
+        try:
+            with Image.open(path) as image:
+                return image.quantize(colours)
+        except (OSError, SyntaxError) as e:  # Pillow raises either for a damaged PNG, and does not name the file
+            raise OSError(f"{path}: {e}") from None
+
     if not paths:
         return
     for frames, colours in ((48, 16), (32, 16), (24, 8), (16, 8), (10, 4), (5, 4), (2, 2)):
         evenly = np.linspace(0, len(paths) - 1, min(frames, len(paths)))
-        images = [Image.open(paths[i]).quantize(colours) for i in sorted({round(t) for t in evenly})]
+        images = [frame(paths[i], colours) for i in sorted({round(t) for t in evenly})]
         file = io.BytesIO()
         rest = images[1:] + images[-1:] * 5
         images[0].save(file, "GIF", save_all=True, append_images=rest, duration=150, loop=0)
@@ -2280,9 +2369,11 @@ def save_gif(paths, out, limit=300 * 1024):
 
 
 def answers(models, x, y, x_test):
-    """bigan.py's probe: labels of features x_test (M, d) by 1-NN among x (N, d) with labels y (N,), by plain distances
-    as in the paper (scaled ones cost MNIST's pixels 2.6 points), and by scikit-learn's models, two at most, that see
-    numbers of mean 0 and deviation 1; the second is fitted to the first 5,000."""
+    """For bigan.py's probe: yields the predicted labels (M,) of features x_test (M, d), once for each classifier.
+
+    All learn from features x (N, d) with labels y (N,). First comes the nearest neighbour, by plain distances as in the
+    paper: scaled ones cost MNIST's pixels 2.6 points. Then come scikit-learn's `models`, at most two, on features of
+    mean 0 and standard deviation 1. The second is fitted to the first 5,000 rows only, as it is slow."""
     x, x_test = x - x.mean(0), x_test - x.mean(0)  # far from 0 the products below would lose their digits
     squares = x.square().sum(1)  # |a - x|^2 = |a|^2 - 2 a.x + |x|^2: which x is nearest does not depend on |a|^2
     yield torch.cat([y[torch.addmm(squares, a, x.T, alpha=-2).argmin(1)] for a in x_test.split(250)])
@@ -2394,12 +2485,14 @@ def read_log(run):
     try:
         for file in files:
             rows = read_csv(file)
-            for name in rows[0]:
+            for name in rows[0] if rows else ():
                 filled = [row for row in rows if row[name]]
                 steps = [float(row["step"]) for row in filled]
                 columns.setdefault(name, (steps, [float(row[name]) for row in filled]))
     except (OSError, KeyError, IndexError, ValueError, TypeError) as e:
         raise ValueError(f"{file} is not the log of a run ({type(e).__name__}: {e})") from None
+    if not columns:
+        raise ValueError(f"{path} has no rows yet")
     return columns
 
 
@@ -2438,7 +2531,7 @@ def groups(runs):
         label = script
         for name, value in mine.items():
             if len({repr(others.get(name)) for others in same_script}) > 1:
-                label += f" --{name.replace('_', '-')} {value}"
+                label += f", {value} processes" if name == "processes" else f" --{name.replace('_', '-')} {value}"
         group = str(run) if (label, seed) in seen else label
         together.setdefault(group, []).append(run)
         seen.append((label, seed))
@@ -2537,8 +2630,9 @@ def plot(runs, out):
     no such file."""
     labels = list(groups(runs))
     logs = [[read_log(run) for run in members] for members in groups(runs).values()]
-    if len(labels) == 1:
-        labels = [Path(runs[0]).resolve().name]
+    if len(runs) == 1:
+        run = Path(runs[0]).resolve()
+        labels = [run.name if run.is_dir() else run.parent.name]
     names = []
     for seeds in logs:
         for log in seeds:
@@ -2573,12 +2667,11 @@ def panel(image, corner, size, name, curves):
     log_scale = name.startswith("fid") or name == "grad_norm"
     if log_scale:
         curves = [(steps, *(np.log10(np.maximum(v, 1e-3)).tolist() for v in values)) for steps, *values in curves]
-    values = [0.0]
-    for _, _, least, largest in curves:
-        finite = [v for v in (*least, *largest) if math.isfinite(v)]
-        values = finite if values == [0.0] else values + finite
-    low, high = min(values, default=0.0), max(values, default=0.0)
-    margin = 0.04 * (high - low) if high - low > 1e-9 else 0.5
+    values = [v for _, _, least, largest in curves for v in (*least, *largest) if math.isfinite(v)] or [0.0]
+    low, high = min(values), max(values)
+    size_of_values = max(1.0, abs(low), abs(high))
+    flat = high - low < 1e-9 * size_of_values
+    margin = 0.5 * size_of_values if flat else 0.04 * (high - low)
     low, high = low - margin, high + margin
     last = max(max(steps, default=0) for steps, *_ in curves) or 1
 
@@ -2648,7 +2741,7 @@ class Images:
                 x = x[:, None]
             if x.dim() == 4 and x.shape[1] not in (1, self.channels) and x.shape[3] in (1, self.channels):
                 x = x.permute(0, 3, 1, 2).contiguous()  # channels last, as in TensorFlow
-            self.items = as_images(x, [1, self.channels])
+            self.items = as_images(x, sorted({1, self.channels}))
         except ValueError as e:
             raise ValueError(f"{self.path}: {e}") from None
         self.size = x.shape[3]
@@ -2709,7 +2802,10 @@ class Images:
                 self.formats[self.kind] += len(part)
                 yield part.expand(-1, self.channels, -1, -1)
             else:
-                yield torch.stack([self.read(file) for file in part])
+                images = [self.read(file) for file in part]
+                if any(image is None for image in images):
+                    raise ValueError(f"{self.bad[-1]}. It could be read a moment ago")
+                yield torch.stack(images)
 
     def digest(self):
         of_files = not torch.is_tensor(self.items)
@@ -2746,12 +2842,16 @@ def read_array(path):
     return torch.as_tensor(images[0])
 
 
+STATISTICS = 3  # changes when what is kept does, so that it is made anew
+
+
 def cached(net, images, keep_features, folder, what):
     """embed(), but read from `folder` where the same network has seen the same images before; None: made anew."""
     if not folder:
         return embed(net, images, keep_features, what)
     device = next(net.parameters()).device
-    key = hashlib.sha256(f"{net.name} {device.type} {keep_features} 3 {images.digest()}".encode()).hexdigest()[:24]
+    what_is_kept = f"{net.name} {device.type} {keep_features} {STATISTICS} {images.digest()}"
+    key = hashlib.sha256(what_is_kept.encode()).hexdigest()[:24]
     name = f"statistics-{key}.pt"
     for home in cache_folders(folder):
         with contextlib.suppress(Exception):  # none is there, or one cut short, which is made again
@@ -2761,11 +2861,9 @@ def cached(net, images, keep_features, folder, what):
             vars(moments).update(saved)
             images.formats = Counter(formats)
             return Sample(moments, features, logits)
-    bad = len(images.bad)
     sample = embed(net, images, keep_features, what)
-    if len(images.bad) == bad:  # all could be read
-        saved = {"features": sample.features, "logits": sample.logits, "formats": dict(images.formats)}
-        keep(folder, name, functools.partial(torch.save, {**vars(sample.moments), **saved}))
+    saved = {"features": sample.features, "logits": sample.logits, "formats": dict(images.formats)}
+    keep(folder, name, functools.partial(torch.save, {**vars(sample.moments), **saved}))
     return sample
 
 
@@ -2782,7 +2880,7 @@ def table(s, fake, real):
         ("density", "density", ".3f", "k 5"),
         ("coverage", "coverage", ".3f", "k 5"),
         ("classes", "classes", "d", "of {class_min:.1%} to {class_max:.1%}"),
-        ("modes", "modes", "d", "of 1000, KL {modes_kl:.3f} to the uniform law"),
+        ("modes", "modes", "d", "of 1000, KL {modes_kl:.3f} to the uniform distribution"),
     ]
     what = "labels" if s["labelled"] else "quarter turns"
     accuracy = f", {s['accuracy']:.2%} of its test set's {what} right" if s["accuracy"] else ""
@@ -2800,6 +2898,8 @@ def table(s, fake, real):
 def main(argv=None):
     try:
         command(argv)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None  # 128 + SIGINT, as shells expect
     except (OSError, ValueError) as e:
         fail(e)
 
@@ -2817,7 +2917,7 @@ def command(argv):
     p.add_argument("--classifier", choices=CHANNELS, help="whose network gives the features; default: --real's own")
     scores = f"of {' '.join(SCORES)}; default all. fid alone keeps no features in memory"
     p.add_argument("--scores", nargs="+", choices=SCORES, default=SCORES, metavar="SCORE", help=scores)
-    p.add_argument("--data-dir", default="data", help="folder of the data sets, the networks and real statistics")
+    p.add_argument("--data-dir", default="data", help="folder of the data sets, their networks and statistics")
     p.add_argument("--no-cache", action="store_true", help="neither read nor keep statistics of real images")
     p.add_argument(
         "--n", type=number(int, 1), help="images of each kind, at most; default 10000, of stacked_mnist 26000"
@@ -2842,10 +2942,12 @@ def command(argv):
 def score(args):
     """Scores of --fake against --real, printed.
 
-    The floor is the FID of real images against other real ones, which no generator can beat by much: of a data set its
-    training against its test images. Of one part there may be fewer than n: then floor_n says how many. A folder has no
-    such parts. Where a network is trained on it, a part is kept from that and scored against, if that is 1,000 images:
-    those that a network was trained on have other features."""
+    The floor is the FID between two sets of real images. No generator can beat it by much. For a data set these are
+    training and test images. If one of the two has fewer than n images, floor_n is their number.
+
+    A folder has no such split. With --features classifier a network is trained on it. If the folder has 2,000 images or
+    more, at least 1,000 of them are kept from that training, and the fakes are scored against these only: images that a
+    network was trained on have other features."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     of_data_set = args.real in CHANNELS
     if not of_data_set and args.split == "train":
@@ -2893,19 +2995,22 @@ def score(args):
             warn(f"warning: the network knows most of {args.real}, which moves FID: 2,000 images or more avoid that")
     keep_features = set(args.scores) != {"fid"}
     wanted = [s for s in args.scores if net.labelled or s not in ("is", "mode")]
-    kept = functools.partial(cached, net, folder=None if args.no_cache else home)
+    embed_kept = functools.partial(cached, net, folder=None if args.no_cache else home)
     fake = fake.only(n)
     real = real.only(n)
     fake_sample = embed(net, fake, keep_features, "fakes")
-    real_sample = kept(images=real, keep_features=keep_features, what="real images")
+    real_sample = embed_kept(images=real, keep_features=keep_features, what="real images")
     floor = {}
     train_sample = None
     if "fid" in wanted:
         if others:
-            first, second = kept(images=others.only(n), keep_features=False, what="other real images"), real_sample
+            first, second = (
+                embed_kept(images=others.only(n), keep_features=False, what="other real images"),
+                real_sample,
+            )
         else:
             halves = order.split(max(2, min(n, len(order) // 2)))[:2]
-            first, second = (kept(images=everything.part(i), keep_features=False, what="half") for i in halves)
+            first, second = (embed_kept(images=everything.part(i), keep_features=False, what="half") for i in halves)
         floor = {"floor": first.moments.fid(second.moments), "floor_n": first.n}
         if of_data_set and args.split == "test":
             train_sample = first
