@@ -1459,6 +1459,54 @@ def test_traversal_slides_the_strongest_coordinates_first(tmp_path, prior, far):
             assert np.abs(picture[:6] - painted(slid, s.gain.double().numpy())[:, None]).max() <= 0.51
 
 
+def test_half_a_row_that_a_kill_left_is_dropped(tmp_path):
+    """300, cut to 3, would stand behind 200 as update 3."""
+    table = metrics.Table(tmp_path / "log.csv")
+    table.path.write_text("step,a,b\n100,1,2\n200,3,4\n3")
+    assert [row["step"] for row in table.keep(1000)] == ["100", "200"]
+    assert table.path.read_text() == "step,a,b\n100,1,2\n200,3,4\n"
+
+
+def test_a_log_of_one_huge_value_is_drawn(tmp_path):
+    (tmp_path / "log.csv").write_text("step,d_loss\n1,1e17\n")
+    metrics.plot([tmp_path], tmp_path / "c.png")
+    assert Image.open(tmp_path / "c.png").size[0] > 400
+    (tmp_path / "scores.csv").write_text("")  # beside a log with rows
+    assert metrics.read_log(tmp_path)["d_loss"] == ([1.0], [1e17])
+
+
+def test_ctrl_c_ends_the_command_without_a_traceback(monkeypatch):
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(metrics, "command", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        metrics.main([])
+    assert stop.value.code == 130
+
+
+def test_a_rank_without_a_world_is_the_only_process(tmp_path):
+    """Some schedulers set RANK alone."""
+    code = "import metrics; metrics.say((metrics.RANK, metrics.WORLD))"
+    env = {name: value for name, value in os.environ.items() if name != "WORLD_SIZE"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env={**env, "RANK": "1"}, capture_output=True, text=True
+    )
+    assert done.stdout == "(0, 1)\n", done.stderr
+
+
+def test_an_empty_folder_of_the_users_stays_when_writing_fails(tmp_path):
+    for folder, stays in ((tmp_path / "mine", True), (tmp_path / "new" / "deep", False)):
+        if stays:
+            folder.mkdir()
+        with pytest.raises(OSError, match="full"), metrics.removed_if_it_fails(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "half.png").touch()
+            raise OSError("full")
+        assert folder.exists() == stays and not any(tmp_path.rglob("*.png"))
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize("side", [90, 600])  # Pillow raises OSError for the one, SyntaxError for the other
 def test_a_damaged_sheet_costs_the_film_alone(script, capsys, side):
     """A power cut may leave a PNG with zeros in place of its end."""

@@ -772,3 +772,9 @@ def test_two_test_sets_share_one_kept_network(tmp_path, untrained):
     for seed in (1, 2, 1):
         metrics.classifier("d", train, (noise(40, seed), torch.arange(40) % 3), tmp_path, say=str)
     assert len(untrained) == 1 and len(list(tmp_path.iterdir())) == 1
+
+
+def test_equal_images_have_axes_that_half_precision_holds():
+    net = metrics.RotationNet(1, 32).eval()
+    net.find_axes(torch.zeros(64, 1, 32, 32, dtype=torch.uint8))
+    assert net.axes.half().isfinite().all() and net.embed(torch.zeros(2, 1, 32, 32).byte())[0].isfinite().all()

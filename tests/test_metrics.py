@@ -912,3 +912,14 @@ def test_judge_compares_as_many_as_the_papers_do(monkeypatch, name, n):
 
     assert metrics.Judge(name, load, say=lambda text: None).n == n
     assert metrics.Judge(name, load, n=60, say=lambda text: None).n == 60
+
+
+def test_the_distance_of_arrays_of_numpy():
+    """Of diagonal covariances a, b it is |m1 - m2|^2 + sum (sqrt a - sqrt b)^2. np.cov gives what a reader tries first."""
+    a, b = np.array([4.0, 9.0]), np.array([1.0, 25.0])
+    d = metrics.frechet_distance(np.array([1.0, 2.0]), np.diag(a), np.array([3.0, 5.0]), np.diag(b))
+    assert d == pytest.approx(4 + 9 + 1 + 4, rel=1e-12)
+    real, fake = np.random.RandomState(0).randn(2, 50, 3)
+    radius = metrics.ball_radius(real, 5).numpy()
+    assert metrics.coverage(real, fake, 5, radius) == metrics.coverage(real, fake, 5)
+    assert metrics.density_coverage(real, fake, 5, radius) == metrics.density_coverage(real, fake, 5)
