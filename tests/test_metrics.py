@@ -915,7 +915,7 @@ def test_judge_compares_as_many_as_the_papers_do(monkeypatch, name, n):
 
 
 def test_the_distance_of_arrays_of_numpy():
-    """Of diagonal covariances a, b it is |m1 - m2|^2 + sum (sqrt a - sqrt b)^2. np.cov gives what a reader tries first."""
+    """Of diagonal covariances a, b it is |m1 - m2|^2 + sum (sqrt a - sqrt b)^2."""
     a, b = np.array([4.0, 9.0]), np.array([1.0, 25.0])
     d = metrics.frechet_distance(np.array([1.0, 2.0]), np.diag(a), np.array([3.0, 5.0]), np.diag(b))
     assert d == pytest.approx(4 + 9 + 1 + 4, rel=1e-12)
