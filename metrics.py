@@ -1351,7 +1351,7 @@ def classifier(dataset, train, test, folder=None, device="cpu", epochs=None, say
         chance = 1 / 4
         line = f"{net.name}: {net.accuracy:.2%} of the test images' quarter turns right, seen cropped and blurred"
         if net.accuracy > 0.99:
-            line += ": so easy that a glance may do, so its scores may miss what a closer look would see"
+            line += ": so easy that coarse features may do, so its scores may miss finer faults"
     if net.accuracy - chance < 0.13 * (1 - chance):
         line += f": little better than chance ({chance:.0%}), so its scores mean little"
     say(line)

@@ -1,8 +1,8 @@
 """Mode coverage in two dimensions: five objectives of this collection on a ring or a grid of Gaussians.
 
-A generator that has learned the law puts points on each mode (covered), the right share on each (reverse KL), and close
-to its centre (high quality, within 3 standard deviations: 98.9 % of the real points are). Only together do these say
-much: a uniform blob covers all 25 modes of the grid, with 2 % of its points of high quality.
+A generator that has learned the distribution puts points on each mode (covered), the right share on each (reverse KL),
+and close to its centre (high quality, within 3 standard deviations: 98.9 % of the real points are). Only together do
+these say much: a uniform blob covers all 25 modes of the grid, with 2 % of its points of high quality.
 
     python toy2d.py --protocol metz --method gan                   onto one mode, and on to the next
     python toy2d.py --protocol metz --method unrolled --seeds 3    8 of 8

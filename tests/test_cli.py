@@ -290,14 +290,14 @@ def test_fid_takes_the_first_64_features_of_quarter_turns_and_coverage_all(rotat
 
 
 @pytest.mark.parametrize(
-    "right, wanted", [(0.999, "so easy that a glance may do"), (0.95, None), (0.27, "little better")]
+    "right, wanted", [(0.999, "so easy that coarse features may do"), (0.95, None), (0.27, "little better")]
 )
 def test_quarter_turns_that_are_too_easy_or_too_hard_are_said(right, wanted, rotation, monkeypatch):
     monkeypatch.setattr(metrics, "rotation_accuracy", lambda net, x: right)
     monkeypatch.setattr(metrics, "train_rotation_net", lambda *a: metrics.RotationNet(1, 28))
     said = []
     metrics.classifier("x", *rotation.sets, say=said.append)
-    warned = [text for text in ("so easy that a glance may do", "little better") if text in said[-1]]
+    warned = [text for text in ("so easy that coarse features may do", "little better") if text in said[-1]]
     assert warned == ([wanted] if wanted else [])
 
 
