@@ -85,6 +85,7 @@ PAPER |= dict(d_norm="batch", r1=0.0, penalty_share=1.0, lr_decay="none")
 MLP = dict(lr_g=2e-3, lr_d=5e-4)  # --arch mlp sets these
 # Colour images of 32 pixels or more set these, without --arch mlp: the best of a search on faces.
 COLOUR = dict(batch_size=16, r1=10.0, ema=0.995, ngf=32, ndf=32)
+SMALL_COLOUR = dict(r1=1.0)  # below 64 pixels: level with 10 on CIFAR-10, where cdcgan.py needs 1
 
 
 def parse_args(argv=None):
@@ -129,7 +130,7 @@ def parse_args(argv=None):
         "--ndf", type=number(int, 1, 4096), default=16, help="channels of D's first map; later ones have more"
     )
     add_run_flags(p)
-    args, given = resolve(p, argv, PAPER, MLP, COLOUR)
+    args, given = resolve(p, argv, PAPER, MLP, COLOUR, SMALL_COLOUR)
     penalized = max(args.gp, args.r1, args.r2) > 0
     if args.paper and not args.resume and "d_norm" not in given and (penalized or args.arch == "mlp"):
         # With a penalty or --arch mlp, --paper leaves batch norm out unless --d-norm batch asks for it.
@@ -489,7 +490,7 @@ def add_run_flags(p):
     )
 
 
-def resolve(p, argv, paper, mlp, colour=None):
+def resolve(p, argv, paper, mlp, colour=None, small_colour=None):
     """The flags as a namespace, and the names of those given. Ends the program where they contradict each other.
 
     A flag's value comes from the first of these that has one:
@@ -501,6 +502,8 @@ def resolve(p, argv, paper, mlp, colour=None):
     p.epilog = f"--paper sets {paper}. --arch mlp sets {mlp}."
     if colour:
         p.epilog += f" Colour images of 32 pixels or more set {colour}."
+    if small_colour:
+        p.epilog += f" Below 64 pixels they set {small_colour}."
     defaults = vars(p.parse_args([]))
     # Which flags were typed? argparse sets a default only where the namespace lacks the name. So parse into one that
     # has every name, as None: what is not None afterwards was typed.
@@ -533,6 +536,8 @@ def resolve(p, argv, paper, mlp, colour=None):
         preset |= mlp
     elif colour and CHANNELS[args.dataset] == 3 and (args.image_size or side) >= 32:
         preset |= colour
+        if small_colour and (args.image_size or side) < 64:
+            preset |= small_colour
     if args.paper:
         preset |= paper
     args = argparse.Namespace(**{**defaults, **preset, **chosen})

@@ -485,7 +485,7 @@ def add_run_flags(p):
     )
 
 
-def resolve(p, argv, paper, mlp, colour=None):
+def resolve(p, argv, paper, mlp, colour=None, small_colour=None):
     """The flags as a namespace, and the names of those given. Ends the program where they contradict each other.
 
     A flag's value comes from the first of these that has one:
@@ -497,6 +497,8 @@ def resolve(p, argv, paper, mlp, colour=None):
     p.epilog = f"--paper sets {paper}. --arch mlp sets {mlp}."
     if colour:
         p.epilog += f" Colour images of 32 pixels or more set {colour}."
+    if small_colour:
+        p.epilog += f" Below 64 pixels they set {small_colour}."
     defaults = vars(p.parse_args([]))
     # Which flags were typed? argparse sets a default only where the namespace lacks the name. So parse into one that
     # has every name, as None: what is not None afterwards was typed.
@@ -529,6 +531,8 @@ def resolve(p, argv, paper, mlp, colour=None):
         preset |= mlp
     elif colour and CHANNELS[args.dataset] == 3 and (args.image_size or side) >= 32:
         preset |= colour
+        if small_colour and (args.image_size or side) < 64:
+            preset |= small_colour
     if args.paper:
         preset |= paper
     args = argparse.Namespace(**{**defaults, **preset, **chosen})

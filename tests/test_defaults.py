@@ -265,6 +265,7 @@ def test_r1_adds_half_of_gamma_times_the_gradient(monkeypatch):
         ("--dataset cifar10", True),
         ("--dataset folder", True),
         ("--dataset folder --image-size 32", True),
+        ("--dataset cifar10 --image-size 64", True),
         ("--dataset folder --image-size 16", False),
         ("--dataset folder --arch mlp", False),
     ],
@@ -273,8 +274,10 @@ def test_colour_images_have_settings_of_their_own(module, argv, has_them):
     given, plain = flags(module, *argv.split()), flags(module)
     given_too, paper = flags(module, *argv.split(), "--batch-size", "8"), flags(module, *argv.split(), "--paper")
     mlp = module.MLP if "mlp" in argv else {}
-    assert module.COLOUR.keys() <= module.PAPER.keys()  # else --paper would keep what is no paper's
-    for name, value in module.COLOUR.items():
+    small = argv == "--dataset cifar10" or "--image-size 32" in argv
+    colour = module.COLOUR | (getattr(module, "SMALL_COLOUR", {}) if small else {})
+    assert colour.keys() <= module.PAPER.keys()  # else --paper would keep what is no paper's
+    for name, value in colour.items():
         assert given[name] == (value if has_them else mlp.get(name, plain[name]))
         assert paper[name] == module.PAPER.get(name, given[name])
     assert given_too["batch_size"] == 8
@@ -285,10 +288,12 @@ def settings_table(module):
     ways = {"`--paper`": ["--paper"], "`--arch mlp`": ["--arch", "mlp"]}
     if hasattr(module, "COLOUR"):
         ways["colour images"] = ["--dataset", "celeba"]
+    if hasattr(module, "SMALL_COLOUR"):
+        ways["colour below 64 pixels"] = ["--dataset", "cifar10"]
     plain = flags(module, "--dataset", "mnist")
     found = {way: flags(module, "--dataset", "mnist", *more) for way, more in ways.items()}
-    if "colour images" in found:  # their side comes from the data set: 64 of a folder or celeba, 32 of cifar10
-        found["colour images"]["image_size"] = plain["image_size"]
+    for way in ways.keys() & {"colour images", "colour below 64 pixels"}:  # the side comes from the data set
+        found[way]["image_size"] = plain["image_size"]
     aside = {"paper", "arch", "dataset", "run_dir", "device", "graph"}
     names = [n for n in plain if n not in aside and any(f[n] != plain[n] for f in found.values())]
     lines = [f"| flag | default, on MNIST | {' | '.join(ways)} |", "|---" * (len(ways) + 2) + "|"]
