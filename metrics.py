@@ -47,6 +47,7 @@ import signal
 import stat
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import zlib
@@ -535,6 +536,10 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
             return action.help
         return super()._get_help_string(action)
 
+    def _fill_text(self, text, width, indent):
+        """Whole flags: argparse would break --penalty-share after its second hyphen."""
+        return textwrap.fill(text, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
+
 
 def seeded(*key):
     """A CPU generator that is a pure function of whole numbers: the run's seed, a stream, and what else tells it apart.
@@ -855,8 +860,8 @@ def read_folder(root, size, split):
     names += sorted(set(class_of.values()) - counts.keys())
     outside = [path for path in paths if path not in class_of]
     if names and outside:
-        facts.insert(0, f"no classes, as {len(outside)} lie in no sub-folder, such as {outside[0]}")
-    elif names:
+        facts.insert(0, f"without a label, as in no sub-folder: {len(outside)}, such as {outside[0]}")
+    if names:
         shown = ", ".join(f"{name} ({counts[name]})" for name in names[:20])
         more = f" and {len(names) - 20} more" if len(names) > 20 else ""
         facts.insert(0, f"classes: {shown}{more}")
@@ -2116,6 +2121,9 @@ class Study:
             say("--reject naive: D has batch norm, and in eval mode its logit is not the one that trained")
         if args.reject == "drs":
             x, y = self.held
+            wanted = labels(len(y), *key, 0).unique()
+            if self.classes and len(wanted) == 1:  # --label: a class is compared with its own real images
+                x, y = x[y == wanted], y[y == wanted]
             fakes = [more(len(part))[1] for part in x.split(500)]
             head = platt(self.score(x, y), torch.cat(fakes))
         calibrated = len(asked)
@@ -2164,7 +2172,8 @@ class Study:
         pairs = torch.combinations(torch.arange(min(len(one), 10))).tolist()
         shares = torch.cat([(1 - t) * one[a] + t * one[b] for a, b in pairs])
         z = self.noise(1, BETWEEN_CLASSES).expand(len(shares), -1)
-        save_sheet(self.sample(z, shares), self.folder / "interpolation_classes.png", 10)
+        with or_warn("no interpolation_classes.png"):
+            save_sheet(self.sample(z, shares), self.folder / "interpolation_classes.png", 10)
 
     # --generate
 
@@ -2409,14 +2418,16 @@ def reconstruction_figures(folder, load, encode, decode, x_train):
     parts = x_train.split(1000)
     distance = torch.cat([torch.cdist(made.flatten(1).float(), part.flatten(1).float()) for part in parts], 1)
     nearest = x_train[distance.argmin(1)]
-    save_sheet(torch.cat([x, made, nearest]), folder / "reconstructions.png", len(x))
+    with or_warn("no reconstructions.png"):
+        save_sheet(torch.cat([x, made, nearest]), folder / "reconstructions.png", len(x))
     half = len(x) // 2
     x_start, x_end = x[:8, None], x.roll(-half, 0)[:8, None]
     z_start, z_end = z[:8, None], z.roll(-half, 0)[:8, None]
     between = torch.lerp(z_start, z_end, torch.linspace(0, 1, 10, device=z.device).view(1, 10, 1))
     between = decode(between.flatten(0, 1)).unflatten(0, (-1, 10))
     rows = torch.cat([x_start, between, x_end], 1)
-    save_sheet(rows.flatten(0, 1), folder / "interpolation_real.png", 12)
+    with or_warn("no interpolation_real.png"):
+        save_sheet(rows.flatten(0, 1), folder / "interpolation_real.png", 12)
 
 
 @torch.no_grad()

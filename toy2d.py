@@ -4,7 +4,7 @@ A generator that has learned the distribution puts points on each mode (covered)
 and close to its centre (high quality, within 3 standard deviations: 98.9 % of the real points are). Only together do
 these say much: a uniform blob covers all 25 modes of the grid, with 2 % of its points of high quality.
 
-    python toy2d.py --protocol metz --method gan                   onto one mode, and on to the next
+    python toy2d.py --protocol metz --method gan                   collapses onto one mode and hops on
     python toy2d.py --protocol metz --method unrolled --seeds 3    8 of 8
     python toy2d.py --data grid --method wgan_gp --seeds 3
     python toy2d.py --table --quick                      all of them beside the published figures
@@ -38,7 +38,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from metrics import HelpFormatter, fail, number, or_fail, platt, rejected, say
+from metrics import HelpFormatter, fail, number, or_fail, platt, rejected, say, warn
 
 METHODS = ("gan", "wgan_clip", "wgan_gp", "unrolled", "mdgan")
 # Defaults of one objective, found by trying on seed 0. A WGAN's Adam goes without its first moment. MD-GAN has its
@@ -69,10 +69,20 @@ METZ = dict(
     steps=3000,
 )
 
+OF_METHODS = {  # flags that only some objectives have
+    "loss": ("gan", "unrolled", "mdgan"),
+    "k": ("unrolled",),
+    "gp_weight": ("wgan_gp",),
+    "clip": ("wgan_clip",),
+    "mixture": ("mdgan",),
+}
+
 
 def parse_args(argv=None):
     """The flags, as a namespace. One that is not given has the value of METZ under --protocol metz, else of TUNED."""
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter, add_help=False)
+    p = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=HelpFormatter, add_help=False, allow_abbrev=False
+    )
     p.error = fail
     p.add_argument("-h", "--help", action="store_true", help="print this, with the defaults of --method and --protocol")
     p.add_argument("--data", choices=("ring", "grid"), default="ring", help="centres on a circle or a square lattice")
@@ -123,7 +133,9 @@ def parse_args(argv=None):
     p.add_argument("--seeds", type=number(int, 1, 1000), default=1, help="independent runs, trained side by side")
     p.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of all of them together")
     p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU where there is one")
-    p.add_argument("--snapshot-every", type=number(int, 1), help="updates of G between pictures; default: five in all")
+    p.add_argument(
+        "--snapshot-every", type=number(int, 1), help="updates of G between pictures; default: a fifth of --steps"
+    )
     p.add_argument("--reject", choices=("none", "drs"), default="none", help="drs: keep points by D (see metrics.py)")
     p.add_argument("--drs-percentile", type=number(float, 0, 100), default=60.0, help="higher keeps fewer")
     p.add_argument("--run-dir", help="default: runs/toy2d-DATA-METHOD-sSEED-TIME")
@@ -151,6 +163,9 @@ def resolve(args, given):
     own = given & {"data", "modes", "radius", "std", "method", "protocol", "reject", "run_dir", "snapshot_every"}
     if args.table and own:
         fail(f"--table goes without --{min(own).replace('_', '-')}: it trains every method on both data sets")
+    for name in sorted(given & OF_METHODS.keys()):
+        if args.method not in OF_METHODS[name] and not args.table:
+            warn(f"--{name.replace('_', '-')} has no effect on --method {args.method}")
     if args.quick and not args.table:
         fail("--quick goes with --table")
     if args.modes is None:
@@ -259,7 +274,7 @@ class Simplex(nn.Module):
 
     def __init__(self, mixture, d=9):
         super().__init__()
-        # published: their code takes a root at each coordinate: R = .9436 for 1 and, at sigma .5, a single maximum
+        # published: the radius that the authors' code has by a slip (mdgan.py). At sigma .5 it leaves one maximum.
         radius = 0.9436 if mixture == "published" else 2.0
         self.sigma = 0.5
         basis = torch.linalg.svd(torch.ones(1, d + 1, dtype=torch.float64)).Vh[1:]  # orthonormal, orthogonal to 1
@@ -287,7 +302,7 @@ class Simplex(nn.Module):
 
 
 def log1mexp(u):
-    """log(1 - exp(-u)), u >= 1e-6: below, its gradient would need mdgan.py's clamps."""
+    """log(1 - exp(-u)) for u >= 1e-6. The clamps of mdgan.py, for smaller u, are not needed."""
     return torch.where(u < math.log(2), (-torch.expm1(-u)).log(), torch.log1p(-torch.exp(-u)))
 
 
@@ -357,7 +372,7 @@ def look_ahead(D, opt, real, fake, k, lr):
 # TRAINING -------------------------------------------------------------------------------------------------------------
 
 
-class Score(nn.Module):
+class Discriminator(nn.Module):
     """D, for mdgan with the mixture on top: points (runs, B, 2) -> score (runs, B), larger for more real."""
 
     def __init__(self, args, scale):
@@ -381,7 +396,7 @@ def train(args, on_snapshot=lambda step, G, D: None):
     B = args.batch_size
     centres = mode_centres(args).to(args.device)
     scale = mode_centres(args).square().mean().sqrt().item()  # the networks see coordinates of size 1
-    D = Score(args, scale).to(args.device)
+    D = Discriminator(args, scale).to(args.device)
     net = MLP(R, args.latent_dim, args.hidden, 2, args.layers).to(args.device)
     average = copy.deepcopy(net).requires_grad_(False)
     betas = (args.beta1, 0.9 if args.method.startswith("wgan") else 0.999)
@@ -462,7 +477,7 @@ def score_real(args, n=2500):
 
 
 @torch.no_grad()
-def chosen(args, G, D, n=2500):
+def scores_of_kept(args, G, D, n=2500):
     """Scores of n points of each run that discriminator rejection sampling keeps, and the share it kept.
 
     The calibration is fitted on 10,000 fresh real points, which D never saw. A run whose D is of no use for it says why
@@ -490,8 +505,8 @@ def chosen(args, G, D, n=2500):
     return kept
 
 
-def line(runs):
-    """The scores of several runs as text: means, and the standard deviation where there are several."""
+def texts(runs):
+    """One text for each of COLUMNS: the mean over the runs, and the standard deviation where there are several."""
     parts = []
     for name, form in COLUMNS.items():
         values = np.array([scores[name] for scores in runs])
@@ -503,7 +518,7 @@ def line(runs):
 
 
 def headed(runs):
-    return "  ".join(f"{name} {text}" for name, text in zip(COLUMNS, line(runs)))
+    return "  ".join(f"{name} {text}" for name, text in zip(COLUMNS, texts(runs)))
 
 
 # FIGURES AND TABLES ---------------------------------------------------------------------------------------------------
@@ -543,7 +558,7 @@ def strip(images, most=10):
     return sheet
 
 
-def run(args, out=None, say=print):
+def run(args, out=None, report=say):
     """One training with its figures; returns the scores of each run, G and D."""
     images = []
     rows = []
@@ -552,7 +567,7 @@ def run(args, out=None, say=print):
     def on_snapshot(step, G, D):
         runs = score(args, G)
         rows.append({"step": step, **{name: float(np.mean([scores[name] for scores in runs])) for name in COLUMNS}})
-        say(f"step {step}: {headed(runs)}  {time.time() - start:.0f} s")
+        report(f"step {step}: {headed(runs)}  {time.time() - start:.0f} s")
         if not out:
             return
         images.append(picture(args, G, D))
@@ -597,16 +612,16 @@ def table(argv, shorter):
         say(f"\n{data}: 2,500 points, {args.seeds} runs each\n")
         say(f"| method | G updates | {' | '.join(COLUMNS)} | seconds | of its own |")
         say(f"|---|---|{'---|' * (len(COLUMNS) + 2)}")
-        say(f"| real | | {' | '.join(line(score_real(args)))} | | |")
+        say(f"| real | | {' | '.join(texts(score_real(args)))} | | |")
         for method in METHODS:
             args = parse_args([*flags, "--data", data, "--method", method])
             args = argparse.Namespace(**{**vars(args), "steps": max(1, args.steps // shorter)})
             start = time.time()
-            runs = run(args, say=lambda text: None)[0]
+            runs = run(args, report=lambda text: None)[0]
             seconds = time.time() - start
             tuned = [name for name in TUNED[method] if name != "steps"]
             own = ", ".join(f"{name.replace('_', '-')} {getattr(args, name)}" for name in tuned)
-            say(f"| {method} | {args.steps} | {' | '.join(line(runs))} | {seconds:.0f} | {own} |")
+            say(f"| {method} | {args.steps} | {' | '.join(texts(runs))} | {seconds:.0f} | {own} |")
         for name, modes, quality, kl, source in PUBLISHED[data]:
             say(f"| {name}, published | | {modes} | | {quality} | | {kl} | | {source} |")
 
@@ -614,6 +629,8 @@ def table(argv, shorter):
 def main(argv=None):
     try:
         study(argv)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None  # 128 + SIGINT, as shells expect
     except OSError as e:  # a disk that refuses
         fail(e)
 
@@ -644,7 +661,7 @@ def study(argv):
     say(f"real:  {headed(score_real(args))}\nmade:  {headed(runs)}")
     after = None
     if args.reject == "drs":
-        after = chosen(args, G, D)
+        after = scores_of_kept(args, G, D)
     if after:
         acceptance = np.mean([scores["acceptance"] for scores in after])
         auc = np.mean([scores["auc"] for scores in after])

@@ -10,6 +10,7 @@ f_k is D's logit after k further updates on one batch, starting from the current
     python unrolled.py                                   digits rendered at start-up, no download
     python unrolled.py --dataset mnist --epochs 200
     python unrolled.py --dataset mnist --paper           five steps ahead by Adam, as in the authors' demo
+    python unrolled.py --dataset mnist --paper --loss minimax      and its loss
 
 `--dataset mnist --amp --ema 0.995 --steps 5100` takes 3 minutes of one CPU core and ends at an FID[classifier] of 19.9
 +- 0.8, the mean and the standard deviation over seeds 0 to 2. FID is a distance between generated and real images, here
@@ -76,8 +77,15 @@ MLP = dict(lr_g=2e-3, lr_d=5e-4, r1=0.02)  # --arch mlp sets these
 def parse_args(argv=None):
     """The flags, as a namespace. The defaults come from a search on MNIST (tests/gallery/search.md)."""
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
-    p.add_argument("--k", type=number(int, 0, 1000), default=1, help="steps of D that G looks ahead; 0: plain GAN")
-    p.add_argument("--inner", choices=("adam", "sgd"), default="sgd", help="these steps: D's own Adam, or descent")
+    p.add_argument(
+        "--k", type=number(int, 0, 1000), default=1, help="how many updates of D G looks ahead; 0: the plain GAN"
+    )
+    p.add_argument(
+        "--inner",
+        choices=("adam", "sgd"),
+        default="sgd",
+        help="how D moves in these steps: its own Adam, continued, or plain gradient descent",
+    )
     p.add_argument("--inner-lr", type=number(float, 0), default=0.001, help="rate of --inner sgd")
     p.add_argument("--loss", choices=("ns", "minimax"), default="ns", help="G's: non-saturating, or the paper's game")
     p.add_argument("--r1", type=number(float, 0), default=0.05, help="gamma of R1 in D's own steps; not in the paper")
@@ -135,7 +143,7 @@ class Generator(nn.Module):
             layers = [nn.Unflatten(1, (args.latent_dim, 1, 1))]  # (B, latent_dim, 1, 1)
             layers += [nn.ConvTranspose2d(args.latent_dim, w_in, 4, 1, 0, bias=False)]  # (B, w_in, 4, 4)
             for i in range(n):  # twice the side, half the channels; the last layer makes the image
-                # A kernel of 4 doubles the side; at 28 the first makes 7 of 4.
+                # A kernel of 4 doubles the side. For 28 the first layer has a kernel of 3, which takes 4 to 7.
                 kernel = 3 if S == 28 and i == 0 else 4
                 w_out = channels if i == n - 1 else w_in // 2
                 layers += [nn.BatchNorm2d(w_in), nn.ReLU(), nn.ConvTranspose2d(w_in, w_out, kernel, 2, 1, bias=False)]
@@ -168,7 +176,7 @@ class Discriminator(nn.Module):
             layers = []
             w_in = channels
             for i in range(n):  # half the side, twice the channels; the first makes ndf channels
-                # A kernel of 4 halves the side; at 28 the last makes 4 of 7.
+                # A kernel of 4 halves the side. For 28 the last layer has a kernel of 3, which takes 7 to 4.
                 kernel = 3 if S == 28 and i == n - 1 else 4
                 w_out = args.ndf * 2**i
                 layers += [nn.Conv2d(w_in, w_out, kernel, 2, 1), nn.LeakyReLU(negative_slope=0.2)]
@@ -182,7 +190,7 @@ class Discriminator(nn.Module):
 
 
 def doublings(side):
-    """How many layers of stride 2 lead from a side of 4 to this one. At 28 the first of them makes 7 of 4."""
+    """How many layers of stride 2 lead from a side of 4 to this one. At 28 the first of them takes 4 to 7."""
     layers = {16: 2, 28: 3, 32: 3, 64: 4, 128: 5, 256: 6}  # 28: 4, 7, 14, 28
     if side not in layers:
         fail(f"--arch dcgan makes images of 16, 28, 32, 64, 128 or 256 pixels, not --image-size {side}")
@@ -281,7 +289,9 @@ def train(args):
     seed_noise(args.seed)  # torchrun, a process for each GPU: other noise in each from here on
 
     def amp():
-        """bfloat16, a float of 16 bits, for --amp. Each pass casts the weights anew, so that none lacks a gradient."""
+        """bfloat16, a float of 16 bits, for --amp.
+
+        cache_enabled=False: else a weight that was cast under no_grad would be used again where its gradient is due."""
         return torch.autocast(device.type, torch.bfloat16, enabled=args.amp, cache_enabled=False)
 
     def step(x):
@@ -298,9 +308,9 @@ def train(args):
                 logit_real, logit_fake = D(torch.cat([x_real, x_fake])).chunk(2)
                 d_loss = discriminator_loss(logit_real, logit_fake)
                 if args.r1:  # not in the steps ahead, where it would be a third derivative
-                    # The penalty is costly, so it is taken on k images only: the first k, as the batch is shuffled.
-                    k = math.ceil(args.penalty_share * len(x_real))
-                    d_loss = d_loss + args.r1 / 2 * squared_gradient(D, x_real[:k])
+                    # The penalty is costly, so it is taken on n images only: the first n, as the batch is shuffled.
+                    n = math.ceil(args.penalty_share * len(x_real))
+                    d_loss = d_loss + args.r1 / 2 * squared_gradient(D, x_real[:n])
             opt_d.zero_grad(set_to_none=True)
             d_loss.backward()
             average_gradients(D)  # under torchrun, over the GPUs
@@ -310,9 +320,11 @@ def train(args):
             with amp():
                 x_fake = G(sample_z(args, len(x_real), device))  # a fresh z
                 ahead = look_ahead(D, opt_d, x_real, x_fake, args.k, args.inner, args.inner_lr)
-                fake = functional_call(D, ahead, (x_fake,))
-                real = functional_call(D, ahead, (x_real,)) if args.loss == "minimax" else None
-                g_loss = generator_loss(fake, args.loss, real)
+                logit_fake_ahead = functional_call(D, ahead, (x_fake,))
+                logit_real_ahead = None
+                if args.loss == "minimax":
+                    logit_real_ahead = functional_call(D, ahead, (x_real,))
+                g_loss = generator_loss(logit_fake_ahead, args.loss, logit_real_ahead)
             opt_g.zero_grad(set_to_none=True)
             g_loss.backward(inputs=list(G.parameters()))  # back through D, but only G's weights get gradients
             average_gradients(G)
@@ -394,9 +406,12 @@ SCRIPT = Path(__file__)
 # --resume takes the flags from the checkpoint, and new ones on the command line win. NOT_KEPT are never taken from it:
 # they are about this machine or this call. FIXED cannot change: networks, z, the order of the data or the optimizer's
 # state would no longer fit. Both lists hold the flags of all seven scripts.
-FIXED = """dataset image_size holdout flip batch_size d_steps g_steps seed paper arch ngf ndf latent_dim prior upsample
-    d_norm g_norm norm_first conditional d_ignores_label label_embedding_dim mixture embedding_dim optimizer""".split()
+FIXED = """dataset image_size holdout flip batch_size d_steps g_steps seed paper arch ngf ndf latent_dim
+    prior upsample d_norm g_norm d_dropout norm_first conditional d_ignores_label label_embedding_dim
+    mixture embedding_dim optimizer""".split()
 NOT_KEPT = "device graph run_dir resume generate generate_to label probe".split()
+
+COLOUR_IMAGES = ("cifar10", "celeba", "folder")  # stacked_mnist has three channels too, but of three digits
 
 # FLAGS ----------------------------------------------------------------------------------------------------------------
 
@@ -408,7 +423,9 @@ def add_run_flags(p):
     p.add_argument("--dataset", choices=CHANNELS, default="digits", help="digits: rendered here, no download")
     p.add_argument("--data-dir", default="data", help="where data sets lie; with --dataset folder, the images")
     p.add_argument(
-        "--image-size", type=number(int, 8, 1024), help="in pixels. Default: 28 to 64 by the data; --paper: 32"
+        "--image-size",
+        type=number(int, 8, 1024),
+        help="in pixels. Default: 28, of cifar10 32, of celeba and folder 64; --arch mlp: 28, else --paper: 32",
     )
     p.add_argument("--flip", action="store_true", help="mirror images at random: for faces, not for digits")
     p.add_argument("--holdout", type=count, default=0, help="training images that D never sees, for --reject drs")
@@ -416,17 +433,23 @@ def add_run_flags(p):
     p.add_argument(
         "--latent-dim",
         type=number(int, 1, 65536),
-        help="size of z. Default: 16 for grey images, else 100; always 100 with --paper or --arch mlp",
+        help="size of z. Default: 16 for grey images, else 100; with --paper or --arch mlp 100, or what stands below",
     )
     p.add_argument("--prior", choices=("normal", "uniform"), default="normal", help="of z: N(0, I) or U[-1, 1]")
-    p.add_argument("--paper", action="store_true", help="the paper's settings, where no flag says otherwise")
+    p.add_argument(
+        "--paper",
+        action="store_true",
+        help="settings of the paper or its code, where no flag says otherwise: see below",
+    )
     p.add_argument("--epochs", type=number(int, 1), default=20, help="passes over the training images")
     p.add_argument("--steps", type=number(int, 1), help="updates of D in all; overrides --epochs")
     p.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of networks, data order and noise")
     p.add_argument("--log-every", type=count, default=100, help="updates of D between rows of log.csv; 0: never")
     p.add_argument("--sample-every", type=count, default=1000, help="updates of D between sheets of samples; 0: never")
     p.add_argument("--eval-every", type=count, default=5000, help="updates of D between scores; 0: only the last")
-    p.add_argument("--checkpoint-every", type=count, default=2000, help="updates of D between writes of last.pt")
+    p.add_argument(
+        "--checkpoint-every", type=count, default=2000, help="updates of D between writes of last.pt; 0: at the end"
+    )
     p.add_argument(
         "--tensorboard", action=argparse.BooleanOptionalAction, default=False, help="log and sheets for TensorBoard"
     )
@@ -447,7 +470,10 @@ def add_run_flags(p):
         "--label", default="shares", help="class to --generate: a name; turn: each in turn; shares: as in the data"
     )
     p.add_argument(
-        "--reject", choices=("none", "naive", "drs"), default="none", help="choose images by D's score; see README"
+        "--reject",
+        choices=("none", "naive", "drs"),
+        default="none",
+        help="which images to keep, by D's score. naive: with chance sigmoid(score); drs: needs --holdout",
     )
     p.add_argument(
         "--drs-percentile",
@@ -457,20 +483,20 @@ def add_run_flags(p):
     )
 
 
-def resolve(p, argv, paper, mlp, colour=None, small_colour=None):
+def resolve(p, argv, paper, mlp, colour=None, small_colour=None, grey_side=28):
     """The flags as a namespace, and the names of those given. Ends the program where they contradict each other.
 
     A flag's value comes from the first of these that has one:
     1. the command line
     2. the resumed checkpoint
     3. --paper
-    4. --arch mlp, or colour images of 32 pixels or more
+    4. --arch mlp, or colour images of 32 pixels or more, of which those below 64 may have values of their own
     5. the flag's default; --image-size and --latent-dim have none, so suited_to() gives them"""
-    p.epilog = f"--paper sets {paper}. --arch mlp sets {mlp}."
+    p.epilog = f"--paper sets {as_flags(paper)}. --arch mlp sets {as_flags(mlp)}."
     if colour:
-        p.epilog += f" Colour images of 32 pixels or more set {colour}."
+        p.epilog += f" Colour images of 32 pixels or more set {as_flags(colour)}."
     if small_colour:
-        p.epilog += f" Below 64 pixels they set {small_colour}."
+        p.epilog += f" Below 64 pixels they set {as_flags(small_colour)}."
     defaults = vars(p.parse_args([]))
     # Which flags were typed? argparse sets a default only where the namespace lacks the name. So parse into one that
     # has every name, as None: what is not None afterwards was typed.
@@ -488,20 +514,22 @@ def resolve(p, argv, paper, mlp, colour=None, small_colour=None):
         if "epochs" in given:
             saved["steps"] = None  # new epochs replace the old steps
         if not Path(saved["data_dir"]).exists():  # made on another machine: that folder is not here
+            needs_data = "generate" not in given or given.get("reject", saved["reject"]) == "drs"
+            if saved["dataset"] == "folder" and "data_dir" not in given and needs_data:
+                fail(f"the images of {given['resume']} were in {saved['data_dir']}, which is gone: give --data-dir")
             del saved["data_dir"]
         for name in saved.keys() & given.keys() & set(FIXED):
-            # --generate may take another seed, for other images. Not with drs: the seed also chose the images held out.
-            another_seed = name == "seed" and "generate" in given and given.get("reject", saved["reject"]) != "drs"
+            another_seed = name == "seed" and "generate" in given  # for other images
             if given[name] != saved[name] and not another_seed:
                 fail(f"--{name.replace('_', '-')} is {saved[name]} in {given['resume']}: it cannot change")
     chosen = {**saved, **given}
     # First without presets, which depend on dataset, arch and paper.
     args = argparse.Namespace(**{**defaults, **chosen})
-    side, latent_dim = suited_to(args)
+    side, latent_dim = suited_to(args, grey_side)
     preset = {}
     if args.arch == "mlp":
         preset |= mlp
-    elif colour and CHANNELS[args.dataset] == 3 and (args.image_size or side) >= 32:
+    elif colour and args.dataset in COLOUR_IMAGES and (args.image_size or side) >= 32:
         preset |= colour
         if small_colour and (args.image_size or side) < 64:
             preset |= small_colour
@@ -518,22 +546,33 @@ def resolve(p, argv, paper, mlp, colour=None, small_colour=None):
         fail("--generate N needs --resume FILE, the checkpoint to draw from")
     if args.generate_to and not args.generate:
         fail("--generate-to needs --generate N")
+    if "label" in given and not args.generate:
+        fail("--label needs --generate N")
+    if "drs_percentile" in given and args.reject != "drs":
+        warn("--drs-percentile has no effect without --reject drs")
     if args.reject == "drs" and args.holdout < 2:
         fail("--reject drs needs images that D never saw: train with --holdout 1000, say")
     for name in ("ngf", "ndf", "upsample", "init"):
         if args.arch == "mlp" and name in given:
             warn(f"--{name} has no effect on --arch mlp")
+    if args.arch == "dcgan":
+        doublings(args.image_size)  # ends the program here if there is no network of that size
     resolve_device(args)
     return args, given.keys()
 
 
-def suited_to(args):
+def as_flags(preset):
+    """A preset as one would type it."""
+    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in preset.items())
+
+
+def suited_to(args, grey_side):
     """The side of the images and the size of z where no flag gives them: by --arch and --paper, then by the data."""
     if args.arch == "mlp":
         return 28, 100
     if args.paper:
         return 32, 100
-    side = {"cifar10": 32, "celeba": 64, "folder": 64}.get(args.dataset, 28)
+    side = {"cifar10": 32, "celeba": 64, "folder": 64}.get(args.dataset, grey_side)
     latent_dim = 16 if CHANNELS[args.dataset] == 1 else 100  # on MNIST 16 gave a lower FID than 100 in every script
     return side, latent_dim
 
@@ -546,6 +585,10 @@ def resolve_device(args):
         args.device = next(name for name in available if available[name])
     if not available[args.device]:
         fail(f"--device {args.device}: this PyTorch finds no such device")
+    if WORLD > 1 and args.device == "mps":
+        fail("--device mps takes one process: no gradients can be averaged there")
+    if args.device == "cuda" and int(os.environ.get("LOCAL_RANK", 0)) >= torch.cuda.device_count():
+        fail(f"torchrun started more processes than the {torch.cuda.device_count()} GPUs of this machine")
     one_gpu = args.device == "cuda" and WORLD == 1
     if args.graph is None:
         args.graph = one_gpu
@@ -577,10 +620,13 @@ class Batches:
 
     batches(i, n)  images uint8 (n, B, C, S, S) and labels (n, B), for n updates of D from update i on; under torchrun
                    this process's part of each batch
+    .x, .y         all training images uint8 (N, C, S, S) and labels int64 (N,), -1 without a label
     .channels      of the images
     .per_epoch     how many batches an epoch has
     .held          (images, labels) set aside by --holdout, or None
     .classes       {name: number of training images}, those of --holdout among them
+
+    To --generate without --reject drs no data are needed: then there are only .channels and .classes.
 
     The order follows from the seed and the epoch alone, so a resumed run goes on with the right batch. What is left
     after the last full batch is skipped; as the order changes, each epoch skips other images."""
@@ -601,11 +647,14 @@ class Batches:
         if RANK == 0:
             from_rank_0()
         counts = y.bincount().tolist() if names and y.min() >= 0 else []  # -1: an image without a label
-        self.classes = dict(zip(names, counts))  # zip drops the last names, which only test images have
+        names = names[: len(counts)]  # the last names may be of test images only
+        self.classes = dict(zip(names, counts))
         if args.holdout >= len(x):
             fail(f"--holdout {args.holdout} leaves nothing of {len(x)} training images to train on")
         if args.holdout:
-            order = torch.randperm(len(x), generator=seeded(args.seed, HELD_OUT))
+            # --generate may have another seed, but the images held out are those of the training.
+            seed = read_checkpoint(args.resume)["args"]["seed"] if args.generate else args.seed
+            order = torch.randperm(len(x), generator=seeded(seed, HELD_OUT))
             held, kept = order.tensor_split([args.holdout])
             self.held = x[held], y[held]
             x, y = x[kept], y[kept]

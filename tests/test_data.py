@@ -236,7 +236,7 @@ def test_a_picture_beside_the_classes_is_named(tmp_path, capsys):
     paint(tmp_path / "train" / "cover.bmp")
     _, y, _ = load(tmp_path)
     err = capsys.readouterr().err
-    assert y.min() == -1 and "no classes, as 1 lie in no sub-folder, such as train/cover.bmp" in err, err
+    assert y.min() == -1 and "; without a label, as in no sub-folder: 1, such as train/cover.bmp\n" in err, err
 
 
 def test_many_classes_take_linear_time(tmp_path, monkeypatch):

@@ -59,7 +59,12 @@ def test_help_shows_the_defaults_and_what_paper_and_mlp_set(module, capsys):
     for name in ("lr_g", "lr_d", "batch_size", "ema", "ngf", "epochs", "dataset", "lr_decay"):
         assert f"(default: {plain[name]})" in shown[name.replace("_", "-")], name
     assert "default: None" not in text and "default: False" not in text and text.count("(default: ") > 20
-    assert f"--paper sets {module.PAPER}. --arch mlp sets {module.MLP}." in text
+    said = {}
+    for what in ("--paper sets", "--arch mlp sets"):  # as one would type it
+        words = text.split(what)[1].split(". ")[0].rstrip(".").split()
+        said[what] = dict(zip(words[::2], words[1::2]))
+    for what, preset in zip(said, (module.PAPER, module.MLP)):
+        assert said[what] == {f"--{name.replace('_', '-')}": str(value) for name, value in preset.items()}
 
 
 def test_a_flag_of_ones_own_needs_no_help(capsys):
@@ -148,7 +153,8 @@ def test_each_level_doubles_the_side(module, paper, side):
 @EACH
 @pytest.mark.parametrize("side", [8, 20, 48, 100, 512])
 def test_another_side_is_one_line_for_convolutions(module, side, capsys):
-    args = module.parse_args(["--image-size", str(side)])
+    args = module.parse_args([])
+    args.image_size = side
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         module.Discriminator(args, 1, *([10] if module in (cdcgan, wgan_clip) else []))
