@@ -274,6 +274,7 @@ def test_r1_adds_half_of_gamma_times_the_gradient(monkeypatch):
         ("--dataset cifar10 --image-size 64", True),
         ("--dataset folder --image-size 16", False),
         ("--dataset folder --arch mlp", False),
+        ("--dataset stacked_mnist --image-size 32", False),  # its channels are three grey digits
     ],
 )
 def test_colour_images_have_settings_of_their_own(module, argv, has_them):
@@ -320,3 +321,38 @@ def is_number(value):
 def test_the_record_has_each_scripts_settings(module):
     page = (ROOT / "tests" / "gallery" / f"{module.__name__}.md").read_text()
     assert settings_table(module) in page
+
+
+@pytest.mark.parametrize("module", [wgan_gp, wgan_clip, mdgan], ids=lambda m: m.__name__)
+def test_naive_rejection_by_a_score_that_is_no_logit_is_said(module, capsys):
+    module.parse_args(["--reject", "naive"])
+    assert "for a logit, which it is not" in capsys.readouterr().err
+    module.parse_args(["--reject", "drs", "--holdout", "9"])
+    dcgan.parse_args(["--reject", "naive"])
+    assert capsys.readouterr().err == ""
+
+
+def test_a_percentile_without_drs_is_said(capsys):
+    wgan_gp.parse_args(["--drs-percentile", "20"])
+    assert "--drs-percentile has no effect" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", [dcgan, cdcgan], ids=lambda m: m.__name__)
+def test_r1_with_paper_leaves_batch_norm_out(module, capsys):
+    assert module.parse_args(["--paper"]).d_norm == "batch"
+    assert module.parse_args(["--paper", "--r1", "1"]).d_norm == "none"
+    assert module.parse_args(["--paper", "--r1", "1", "--d-norm", "batch"]).d_norm == "batch"
+
+
+def test_more_processes_than_gpus_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(wgan_gp, "WORLD", 4)
+    args = wgan_gp.parse_args(["--device", "cpu"])
+    args.device, args.graph = "cuda", None
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    wgan_gp.resolve_device(args)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(SystemExit):
+        wgan_gp.resolve_device(args)
+    assert "more processes than the 2 GPUs" in capsys.readouterr().err

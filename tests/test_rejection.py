@@ -556,3 +556,32 @@ def test_chosen_refuses_a_d_that_tells_nothing_and_warns_of_batch_norm(capsys):
 
     study("drs", as_it_is, seeing, held, d_norm="batch")[0].chosen(10, 6)
     assert capsys.readouterr().out == ""  # calibrated as it is: what it says in eval mode is what counts
+
+
+@pytest.mark.parametrize("label", ["one", None])
+def test_a_single_class_is_calibrated_on_its_own_held_out_images(label):
+    """D knows the class and nothing else: real and fake images of one class score alike, so there is nothing to select
+    by. Against real images of all classes, fakes of a class that scores low or high would look well told apart."""
+    y_held = torch.arange(600) % 3
+    rng = seeded(5)
+    held = torch.randn(600, 1, generator=rng), y_held
+    rated = []
+
+    def score(x, y):
+        rated.append((x, y))
+        return 5.0 * y + 1e-3 * x[:, 0]
+
+    made, _ = study("drs", lambda z, y: z[:, :1], score, held, classes={"zero": 9, "one": 9, "two": 9})
+    labels = None if label is None else lambda k, *key: torch.full((k,), 1)
+    try:
+        made.chosen(50, 8, labels=labels)
+    except ValueError:
+        pass  # noise: an AUC near one half either way
+    of_held = [pair for pair in rated if torch.isin(pair[0], held[0]).all()]
+    x_real, y_real = (torch.cat(parts) for parts in zip(*of_held))
+    if label is None:
+        assert torch.equal(y_real, y_held)
+    else:
+        assert (y_real == 1).all() and torch.equal(x_real, held[0][y_held == 1])
+        fakes = torch.cat([y for x, y in rated if not torch.isin(x, held[0]).any()])
+        assert (fakes == 1).all()

@@ -919,6 +919,9 @@ ERRORS = [  # the script, its flags, and what the line has to name
     ("wgan_gp", f"{GOOD} --generate 2 --generate-to used", "used"),
     ("wgan_gp", f"{GOOD} --generate 2 --generate-to file/in", "file/in"),
     ("wgan_gp", f"{GOOD} --generate-to x", "--generate N"),
+    ("wgan_gp", "--label 3", "--generate N"),
+    ("wgan_gp", "--image-size 20", "not --image-size 20"),
+    ("wgan_clip", f"{GOOD} --d-dropout .3", "d-dropout"),
     ("dcgan", "--gp -1", "gp"),
     ("dcgan", "--r1 nan", "r1"),
     ("dcgan", "--loss hinge", "hinge"),
@@ -1428,6 +1431,28 @@ def test_a_run_goes_on_from_another_directory(w, monkeypatch, tmp_path):
     assert Path(args.data_dir) == (tmp_path / "here" / "pictures").resolve()
     (tmp_path / "here" / "pictures").rmdir()
     assert w.parse_args(["--resume", "../here/a/last.pt"]).data_dir == "data"
+
+
+def test_a_resume_never_takes_other_pictures_in_silence(w, capsys, tmp_path):
+    """--data-dir is "data" by default: pictures that happen to lie there are not those of the run."""
+    as_folder(60, "photos")
+    w.main([*w.tiny, *"--dataset folder --data-dir photos --image-size 16 --steps 4 --run-dir a".split()])
+    as_folder(60, "data")
+    os.rename("photos", "elsewhere")
+    assert "give --data-dir" in fails(w, capsys, "--resume", "a/last.pt", "--steps", "8")
+    assert checkpoint("a/last.pt")["step"] == 4
+    w.main([*GOOD_A, "2"])  # that needs no data
+    w.main(["--resume", "a/last.pt", "--steps", "8", "--data-dir", "elsewhere"])
+    assert checkpoint("a/last.pt")["step"] == 8
+
+
+def test_another_seed_keeps_the_images_held_out(w, ran):
+    """Those of the training: D has seen the others."""
+    ran("a", "--steps", "4", "--holdout", "40")
+    whole = w.Batches(w.parse_args([*w.tiny, "--holdout", "40"]), torch.device("cpu")).held
+    flags = [*GOOD_A, "5", "--reject", "drs", "--seed", "7"]
+    held = w.Batches(w.parse_args(flags), torch.device("cpu")).held
+    assert all(torch.equal(a, b) for a, b in zip(held, whole, strict=True))
 
 
 def test_a_holdout_of_everything_is_one_line(w, capsys):

@@ -478,3 +478,29 @@ def test_a_stream_that_takes_nothing_does_not_end_a_run(tmp_path):
         flags = [sys.executable, str(ROOT / "toy2d.py"), "--steps", "2", "--seeds", "1", "--run-dir", str(tmp_path)]
         done = subprocess.run(flags, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 0 and done.stderr == "" and (tmp_path / "scores.json").exists()
+
+
+def test_flags_of_another_method_are_said(capsys):
+    args("--method", "gan", "--clip", "3", "--k", "9")
+    err = capsys.readouterr().err
+    assert "--clip has no effect on --method gan" in err and "--k has no effect on --method gan" in err
+    args("--method", "wgan_clip", "--clip", "3")
+    args("--method", "unrolled", "--k", "9", "--loss", "ns")
+    assert capsys.readouterr().err == ""
+
+
+def test_ctrl_c_leaves_a_table_without_a_traceback(monkeypatch):
+    def interrupted(*a, **k):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(toy2d, "run", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        toy2d.main(["--table"])
+    assert stop.value.code == 130
+
+
+def test_a_flag_is_written_out(capsys):
+    """--table is taken out of the flags by its name, which --tab would escape."""
+    with pytest.raises(SystemExit) as stop:
+        toy2d.main(["--tab", "--steps", "2"])
+    assert stop.value.code == 2 and "unrecognized arguments: --tab" in capsys.readouterr().err
