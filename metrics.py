@@ -2301,13 +2301,11 @@ class Table:
         """Drops the rows past `step`, and returns those that stay as dicts of texts. ValueError: it is no such file."""
         if not self.path.exists():
             return []
-        text = self.path.read_bytes()
-        if text and not text.endswith(b"\n"):  # a killed process left half a row
-            whole = text[: text.rfind(b"\n") + 1]
-            replace_file(self.path, lambda file: file.write(whole))
         rows = read_csv(self.path)
         if rows and "step" not in rows[0]:
             raise ValueError(f"{self.path} has no column step")
+        if not self.path.read_bytes().endswith((b"\n", b"\r")):  # a killed process left half a row
+            rows = rows[:-1]
         rows = [row for row in rows if is_number(row["step"]) and float(row["step"]) <= step]
         self.rewrite(rows)
         return rows
