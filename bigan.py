@@ -408,8 +408,8 @@ def train(args):
 def load(path):
     """The averaged generator of a checkpoint, on the CPU and in eval mode.
 
-    It maps z (B, latent_dim) to images (B, C, S, S) in [-1, 1]; latent_dim is in args.json. Ends the program if the file
-    is no checkpoint."""
+    It maps z (B, latent_dim) to images (B, C, S, S) in [-1, 1]; latent_dim is in args.json. Ends the program if
+    the file is no checkpoint."""
     checkpoint = read_checkpoint(path)
     args = argparse.Namespace(**checkpoint["args"])
     G = averaged(Generator(args, CHANNELS[args.dataset]))
