@@ -181,9 +181,15 @@ def frechet_distance(mean1, cov1, mean2, cov2):
         raise ValueError("features that are not finite, or too large")
     root, singular = torch.linalg.cholesky_ex(cov1)
     if singular:
-        values, vectors = torch.linalg.eigh(cov1)
-        root = vectors * values.clamp(min=0).sqrt()
-    trace = torch.linalg.eigvalsh(root.T @ cov2 @ root).clamp(min=0).sqrt().sum()
+        # By singular values: eigh does not converge for some matrices of nearly rank 1, such as those of a collapsed G.
+        vectors, values, _ = torch.linalg.svd(cov1)
+        root = vectors * values.sqrt()
+    product = root.T @ cov2 @ root
+    try:
+        values = torch.linalg.eigvalsh(product)
+    except torch.linalg.LinAlgError:
+        values = torch.linalg.svdvals(product)  # the same numbers, as none is negative
+    trace = values.clamp(min=0).sqrt().sum()
     between_means = (mean1 - mean2).square().sum()
     distance = between_means + cov1.trace() + cov2.trace() - 2 * trace
     return clamp_rounding(distance, cov1.trace() + cov2.trace())

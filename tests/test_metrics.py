@@ -923,3 +923,23 @@ def test_the_distance_of_arrays_of_numpy():
     radius = metrics.ball_radius(real, 5).numpy()
     assert metrics.coverage(real, fake, 5, radius) == metrics.coverage(real, fake, 5)
     assert metrics.density_coverage(real, fake, 5, radius) == metrics.density_coverage(real, fake, 5)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 40])
+def test_the_distance_of_a_collapsed_generator(rank, monkeypatch):
+    """LAPACK's eigenvalues of such a covariance do not always converge. The distance is that of scipy's root."""
+
+    def fails(*a):
+        raise torch.linalg.LinAlgError("it did not converge")
+
+    rng = np.random.RandomState(rank)
+    x = rng.randn(300, rank) @ rng.randn(rank, 40) * 1e-3 + 2
+    y = rng.randn(300, 40)
+    means, covariances = zip(*((f.mean(0), np.cov(f, rowvar=False)) for f in (x, y)))
+    root = linalg.sqrtm(covariances[0] @ covariances[1] + 0j).real
+    wanted = np.square(means[0] - means[1]).sum() + np.trace(covariances[0] + covariances[1] - 2 * root)
+    assert metrics.fid(x, y) == pytest.approx(wanted, rel=1e-4)
+    monkeypatch.setattr(torch.linalg, "eigh", fails)
+    monkeypatch.setattr(torch.linalg, "eigvalsh", fails)
+    assert metrics.fid(x, y) == pytest.approx(wanted, rel=1e-4)
+    assert metrics.fid(y, x) == pytest.approx(wanted, rel=1e-4)
