@@ -378,6 +378,7 @@ def test_amp_keeps_the_penaltys_second_derivative(w, arch):
 def test_amp_asks_for_bfloat16_that_is_not_emulated(w, own, monkeypatch, capsys):
     """is_bf16_supported() alone says yes to every GPU: before Ampere it is emulated, and slower than float32."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or own)
     assert w.parse_args([*TINY, "--device", "cuda"]).device == "cuda"
     if own:
@@ -568,6 +569,7 @@ def test_a_failed_capture_is_one_line_that_names_the_way_out(fake, w, monkeypatc
 )
 def test_the_graph_is_the_default_on_one_gpu(w, flags, world, wanted, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(w.module, "WORLD", world)
     assert w.parse_args([*TINY, "--device", "auto", *flags]).graph is wanted
 
