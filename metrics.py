@@ -172,7 +172,7 @@ def frechet_distance(mean1, cov1, mean2, cov2):
     """|m1 - m2|^2 + Tr(C1 + C2 - 2 (C1 C2)^(1/2)), Heusel et al. 2017 (1706.08500), section 4.
 
     (C1 C2)^(1/2) has the trace of (L' C2 L)^(1/2) for any L with L L' = C1. That matrix is symmetric, so its
-    eigenvalues are real. Cholesky's L costs a thirtieth of the symmetric root, which serves where C1 is singular.
+    eigenvalues are real. Cholesky's L is the cheapest. Where C1 is singular, L comes from its singular values.
 
     Means (d,) and covariances (d, d), tensors or arrays -> a float, 0 or more. ValueError: a number that is not finite,
     or above 1e110."""
@@ -363,9 +363,8 @@ def precision_recall(real, fake, k=3, radii=None):
 def density_coverage(real, fake, k=5, radius=None):
     """Naeem et al. 2020 (2002.09797), eq. (7) and (8), of features (N, d) and (M, d).
 
-    Density is the number of real balls around a fake, over k, on average: 1 if both distributions are equal,
-    more where fakes crowd.
-    Coverage is that of coverage()."""
+    Density is the number of real balls around a fake, over k, on average: 1 if both distributions are equal, more where
+    fakes crowd. Coverage is that of coverage()."""
     check_count("k", k)
     radius = ball_radius(real, k) if radius is None else torch.as_tensor(radius)
     count = sum(block.sum().item() for block in inside(fake, real, radius, False))
@@ -1563,10 +1562,6 @@ def mode_coverage(labels, classes):
 FEWEST = 50  # images of a kind, below which a score is no score; below 1,000 it is printed with a warning
 
 
-class TooFew(ValueError):
-    """Too few images for any score."""
-
-
 def enough(dataset):
     """How many images of each kind are scored, where there are as many."""
     return 26_000 if dataset == "stacked_mnist" else 10_000
@@ -1599,7 +1594,9 @@ class Judge:
         train, test = load("train"), load("test")
         self.n = min(n or enough(dataset), len(train[0]), len(test[0]))
         if self.n < FEWEST:
-            raise TooFew(f"{len(train[0])} training and {len(test[0])} test images, where {FEWEST} of each are needed")
+            raise ValueError(
+                f"{len(train[0])} training and {len(test[0])} test images, where {FEWEST} of each are needed"
+            )
         self.net = classifier(dataset, train, test, folder, device, epochs, say)
         self.train = embed(self.net, some(train[0], self.n), False)
         self.real = embed(self.net, some(test[0], self.n))
@@ -2500,7 +2497,9 @@ def read_log(run):
     try:
         for file in files:
             rows = read_csv(file)
-            for name in rows[0] if rows else ():
+            if not rows:
+                continue
+            for name in rows[0]:
                 filled = [row for row in rows if row[name]]
                 steps = [float(row["step"]) for row in filled]
                 columns.setdefault(name, (steps, [float(row[name]) for row in filled]))
@@ -2546,7 +2545,7 @@ def groups(runs):
         label = script
         for name, value in mine.items():
             if len({repr(others.get(name)) for others in same_script}) > 1:
-                label += f", {value} processes" if name == "processes" else f" --{name.replace('_', '-')} {value}"
+                label += f", processes: {value}" if name == "processes" else f" --{name.replace('_', '-')} {value}"
         group = str(run) if (label, seed) in seen else label
         together.setdefault(group, []).append(run)
         seen.append((label, seed))

@@ -451,7 +451,7 @@ def add_run_flags(p):
     p.add_argument(
         "--image-size",
         type=number(int, 8, 1024),
-        help="in pixels. Default: 28, of cifar10 32, of celeba and folder 64; --arch mlp: 28, else --paper: 32",
+        help="in pixels. Default: 28 (cdcgan.py: 32), of cifar10 32, of photographs 64; --arch mlp: 28, --paper: 32",
     )
     p.add_argument("--flip", action="store_true", help="mirror images at random: for faces, not for digits")
     p.add_argument("--holdout", type=count, default=0, help="training images that D never sees, for --reject drs")

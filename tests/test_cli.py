@@ -1459,6 +1459,35 @@ def test_traversal_slides_the_strongest_coordinates_first(tmp_path, prior, far):
             assert np.abs(picture[:6] - painted(slid, s.gain.double().numpy())[:, None]).max() <= 0.51
 
 
+def test_runs_on_other_numbers_of_gpus_are_told_apart_in_words(tmp_path):
+    for name, processes in (("a", 1), ("b", 2)):
+        (tmp_path / name).mkdir()
+        text = json.dumps({"script": "dcgan", "seed": 0, "lr_g": 0.1, "processes": processes})
+        (tmp_path / name / "args.json").write_text(text)
+    assert list(metrics.groups([tmp_path / "a", tmp_path / "b"])) == ["dcgan, processes: 1", "dcgan, processes: 2"]
+
+
+def test_an_image_that_goes_while_it_is_scored_is_named(tmp_path):
+    for i in range(3):
+        Image.new("L", (8, 8), i).save(tmp_path / f"{i}.png")
+    images = metrics.Images(tmp_path, 1)
+    (tmp_path / "1.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"1\.png.* It could be read a moment ago"):
+        list(images.batches(3))
+
+
+def test_an_old_file_that_will_not_go_costs_nothing(tmp_path, monkeypatch):
+    """On Windows it may be open. The new one is written, and once."""
+
+    def stays(*a):
+        raise PermissionError("in use")
+
+    written = []
+    monkeypatch.setattr(metrics, "remove_old", stays)
+    metrics.keep(tmp_path, "new", lambda file: written.append(file.write(b"x")), say=pytest.fail, old="old")
+    assert written == [1] and (tmp_path / "new").read_bytes() == b"x"
+
+
 def test_half_a_row_that_a_kill_left_is_dropped(tmp_path):
     """300, cut to 3, would stand behind 200 as update 3."""
     table = metrics.Table(tmp_path / "log.csv")
