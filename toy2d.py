@@ -4,7 +4,7 @@ A generator that has learned the distribution puts points on each mode (covered)
 and close to its centre (high quality, within 3 standard deviations: 98.9 % of the real points are). Only together do
 these say much: a uniform blob covers all 25 modes of the grid, with 2 % of its points of high quality.
 
-    python toy2d.py --protocol metz --method gan                   collapses onto one mode and hops on
+    python toy2d.py --protocol metz --method gan                   collapses into one blob, which circles the ring
     python toy2d.py --protocol metz --method unrolled --seeds 3    8 of 8
     python toy2d.py --data grid --method wgan_gp --seeds 3
     python toy2d.py --table --quick                      all of them beside the published figures

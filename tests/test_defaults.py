@@ -299,8 +299,10 @@ def settings_table(module):
         ways["colour below 64 pixels"] = ["--dataset", "cifar10"]
     plain = flags(module, "--dataset", "mnist")
     found = {way: flags(module, "--dataset", "mnist", *more) for way, more in ways.items()}
-    for way in ways.keys() & {"colour images", "colour below 64 pixels"}:  # the side comes from the data set
-        found[way]["image_size"] = plain["image_size"]
+    if "colour images" in found and "colour below 64 pixels" not in found:
+        side = found["colour images"]["image_size"]
+        small_side = flags(module, "--dataset", "cifar10")["image_size"]
+        found["colour images"]["image_size"] = f"{side} (cifar10: {small_side})"
     aside = {"paper", "arch", "dataset", "run_dir", "device", "graph"}
     names = [n for n in plain if n not in aside and any(f[n] != plain[n] for f in found.values())]
     lines = [f"| flag | default, on MNIST | {' | '.join(ways)} |", "|---" * (len(ways) + 2) + "|"]
