@@ -2329,9 +2329,11 @@ class Table:
             warn(f"{self.path} cannot be written, which is tried again at the next row ({e})")
 
     def rewrite(self, rows):
-        columns = list(dict.fromkeys(name for row in rows for name in row))
+        columns = {}  # the names in their order, each once
+        for row in rows:
+            columns |= dict.fromkeys(row)
         if rows:
-            replace_file(self.path, lambda file: file.write(csv_bytes(rows, columns, header=True)))
+            replace_file(self.path, lambda file: file.write(csv_bytes(rows, list(columns), header=True)))
         else:
             self.path.unlink()
         self.columns = columns
@@ -2631,7 +2633,9 @@ def ticks(low, high, wanted=6):
 
 def log_ticks(low, high):
     """Marks for an axis of logarithms: 1, 2 and 5 times powers of ten, or even steps within a decade."""
-    values = [m * 10.0**power for power in range(-3, 9) for m in (1, 2, 5)]
+    values = []
+    for power in range(-3, 9):
+        values += [m * 10.0**power for m in (1, 2, 5)]
     if high - low < 1:
         values = ticks(10**low, 10**high)
     return [math.log10(value) for value in values]
