@@ -1628,3 +1628,16 @@ def test_a_run_on_stacked_digits_logs_its_modes(tmp_path, monkeypatch, stacked_d
     assert [row["step"] for row in rows] == ["1", "2"]
     assert 0 < float(rows[0]["modes_kl"]) <= 6.90776  # log 1000, in the six digits of the file
     assert Image.open("a/samples.png").mode == "RGB"
+
+
+def test_a_table_keeps_the_columns_of_all_its_rows(tmp_path):
+    """Two rows of different columns, as text: a cell that a row lacks is empty."""
+    table = metrics.Table(tmp_path / "log.csv")
+    table.add({"step": 1, "old": 5})
+    table.add({"step": 2, "new": 7})
+    assert (tmp_path / "log.csv").read_text().split() == ["step,old,new", "1,5,", "2,,7"]
+
+
+def test_the_marks_of_an_axis_of_logarithms_are_1_2_and_5():
+    marks = [round(10**mark, 6) for mark in metrics.log_ticks(0, 2) if 0 <= mark <= 2]
+    assert marks == [1, 2, 5, 10, 20, 50, 100]
