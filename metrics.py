@@ -2329,11 +2329,11 @@ class Table:
             warn(f"{self.path} cannot be written, which is tried again at the next row ({e})")
 
     def rewrite(self, rows):
-        columns = {}  # the names in their order, each once
+        columns = []
         for row in rows:
-            columns |= dict.fromkeys(row)
+            columns += [name for name in row if name not in columns]
         if rows:
-            replace_file(self.path, lambda file: file.write(csv_bytes(rows, list(columns), header=True)))
+            replace_file(self.path, lambda file: file.write(csv_bytes(rows, columns, header=True)))
         else:
             self.path.unlink()
         self.columns = columns
@@ -2631,6 +2631,11 @@ def ticks(low, high, wanted=6):
     return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
+def logarithms(values):
+    """To base 10, as a list; what is below .001 counts as .001."""
+    return np.log10(np.maximum(values, 1e-3)).tolist()
+
+
 def log_ticks(low, high):
     """Marks for an axis of logarithms: 1, 2 and 5 times powers of ten, or even steps within a decade."""
     values = []
@@ -2684,9 +2689,12 @@ def panel(image, corner, size, name, curves):
     x1, y1 = x0 + size[0], y0 + size[1]
     log_scale = name.startswith("fid") or name == "grad_norm"
     if log_scale:
-        curves = [(steps, *(np.log10(np.maximum(v, 1e-3)).tolist() for v in values)) for steps, *values in curves]
-    values = [v for _, _, least, largest in curves for v in (*least, *largest) if math.isfinite(v)] or [0.0]
-    low, high = min(values), max(values)
+        curves = [(steps, *map(logarithms, values)) for steps, *values in curves]
+    finite = []
+    for _, _, least, largest in curves:
+        finite += [v for v in (*least, *largest) if math.isfinite(v)]
+    low = min(finite, default=0.0)
+    high = max(finite, default=0.0)
     size_of_values = max(1.0, abs(low), abs(high))
     flat = high - low < 1e-9 * size_of_values
     margin = 0.5 * size_of_values if flat else 0.04 * (high - low)
@@ -2703,7 +2711,8 @@ def panel(image, corner, size, name, curves):
     draw.text((x0, y0 - 6), name + (" (log scale)" if log_scale else ""), "black", font, anchor="ls")
     for t in ticks(0, last):
         draw.text((place(t, low)[0], y1 + 4), f"{t:g}", "#555555", font, anchor="mt")
-    for t in log_ticks(low, high) if log_scale else ticks(low, high):
+    marks = log_ticks(low, high) if log_scale else ticks(low, high)
+    for t in marks:
         if low <= t <= high:
             y = place(0, t)[1]
             draw.line([(x0, y), (x1, y)], "#e4e4e4")

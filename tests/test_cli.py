@@ -1641,3 +1641,7 @@ def test_a_table_keeps_the_columns_of_all_its_rows(tmp_path):
 def test_the_marks_of_an_axis_of_logarithms_are_1_2_and_5():
     marks = [round(10**mark, 6) for mark in metrics.log_ticks(0, 2) if 0 <= mark <= 2]
     assert marks == [1, 2, 5, 10, 20, 50, 100]
+
+
+def test_logarithms_are_to_base_10_and_a_zero_has_one_too():
+    assert metrics.logarithms([100.0, 1.0, 0.0]) == pytest.approx([2, 0, -3])
