@@ -136,16 +136,7 @@ class Generator(nn.Module):
     def __init__(self, args, channels, classes):
         super().__init__()
         S = args.image_size
-        if args.arch == "mlp":
-            self.from_z = nn.Identity()
-            self.from_label = OneHot(classes)
-            layers = []
-            w_in = args.latent_dim + classes
-            for w_out in (256, 512, 1024):
-                layers += [nn.Linear(w_in, w_out, bias=False), nn.BatchNorm1d(w_out), nn.LeakyReLU(negative_slope=0.2)]
-                w_in = w_out
-            layers += [nn.Linear(w_in, channels * S * S), nn.Tanh(), nn.Unflatten(1, (channels, S, S))]
-        else:
+        if args.arch == "dcgan":
             n = doublings(S)
             w_in = args.ngf * 2 ** (n - 1)
             self.from_z = nn.Sequential(
@@ -166,6 +157,15 @@ class Generator(nn.Module):
                 layers += [nn.ConvTranspose2d(w_in, w_out, 4, 2, 1, bias=False), nn.BatchNorm2d(w_out), nn.ReLU()]
                 w_in = w_out
             layers += [nn.ConvTranspose2d(w_in, channels, 4, 2, 1), nn.Tanh()]  # (B, channels, S, S)
+        else:
+            self.from_z = nn.Identity()
+            self.from_label = OneHot(classes)
+            layers = []
+            w_in = args.latent_dim + classes
+            for w_out in (256, 512, 1024):
+                layers += [nn.Linear(w_in, w_out, bias=False), nn.BatchNorm1d(w_out), nn.LeakyReLU(negative_slope=0.2)]
+                w_in = w_out
+            layers += [nn.Linear(w_in, channels * S * S), nn.Tanh(), nn.Unflatten(1, (channels, S, S))]
         self.net = nn.Sequential(*layers)
         self.apply(dcgan_init)
 
@@ -180,18 +180,7 @@ class Discriminator(nn.Module):
     def __init__(self, args, channels, classes):
         super().__init__()
         S = args.image_size
-        if args.arch == "mlp":
-            self.from_image = nn.Flatten()
-            self.from_label = OneHot(classes)
-            w_in = channels * S * S
-            if not args.d_ignores_label:
-                w_in += classes
-            layers = []
-            for w_out in (1024, 512, 256):
-                layers += [nn.Linear(w_in, w_out), nn.LeakyReLU(negative_slope=0.2)]
-                w_in = w_out
-            layers += [nn.Linear(w_in, 1)]
-        else:
+        if args.arch == "dcgan":
             self.from_image = nn.Sequential(
                 nn.Conv2d(channels, args.ndf, 4, 2, 1),
                 nn.LeakyReLU(negative_slope=0.2),  # (B, ndf, S / 2, S / 2)
@@ -212,6 +201,17 @@ class Discriminator(nn.Module):
                 w_in = w_out
                 w_out = 2 * w_out
             layers += [nn.Conv2d(w_in, 1, 4, 1, 0)]  # (B, w_in, 4, 4) -> (B, 1, 1, 1)
+        else:
+            self.from_image = nn.Flatten()
+            self.from_label = OneHot(classes)
+            w_in = channels * S * S
+            if not args.d_ignores_label:
+                w_in += classes
+            layers = []
+            for w_out in (1024, 512, 256):
+                layers += [nn.Linear(w_in, w_out), nn.LeakyReLU(negative_slope=0.2)]
+                w_in = w_out
+            layers += [nn.Linear(w_in, 1)]
         if args.d_ignores_label:
             self.from_label = None
         self.net = nn.Sequential(*layers, nn.Flatten(0))  # (B,)

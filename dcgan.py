@@ -158,25 +158,26 @@ class Generator(nn.Module):
     def __init__(self, args, channels):
         super().__init__()
         S = args.image_size
-        if args.arch == "mlp":
+        if args.arch == "dcgan":
+            n = doublings(S)
+            w_in = args.ngf * 2 ** (n - 1)
+            layers = [nn.Unflatten(1, (args.latent_dim, 1, 1))]  # (B, latent_dim, 1, 1)
+            layers += [nn.ConvTranspose2d(args.latent_dim, w_in, 4, 1, 0, bias=False)]  # (B, w_in, 4, 4)
+            layers += [nn.BatchNorm2d(w_in), nn.ReLU()]
+            for i in range(n - 1):  # twice the side, half the channels
+                # A kernel of 4 doubles the side. For 28 the first layer has a kernel of 3, which takes 4 to 7.
+                kernel = 3 if S == 28 and i == 0 else 4
+                w_out = w_in // 2
+                layers += [*grow(args.upsample, w_in, w_out, kernel), nn.BatchNorm2d(w_out), nn.ReLU()]
+                w_in = w_out
+            layers += [*grow(args.upsample, w_in, channels, 4), nn.Tanh()]  # (B, channels, S, S)
+        else:
             layers = []
             w_in = args.latent_dim
             for w_out in (256, 512, 1024):
                 layers += [nn.Linear(w_in, w_out, bias=False), nn.BatchNorm1d(w_out), nn.LeakyReLU(negative_slope=0.2)]
                 w_in = w_out
             layers += [nn.Linear(w_in, channels * S * S), nn.Tanh(), nn.Unflatten(1, (channels, S, S))]
-        else:
-            n = doublings(S)
-            w_in = args.ngf * 2 ** (n - 1)
-            layers = [nn.Unflatten(1, (args.latent_dim, 1, 1))]  # (B, latent_dim, 1, 1)
-            layers += [nn.ConvTranspose2d(args.latent_dim, w_in, 4, 1, 0, bias=False)]  # (B, w_in, 4, 4)
-            for i in range(n):  # twice the side, half the channels; the last layer makes the image
-                # A kernel of 4 doubles the side. For 28 the first layer has a kernel of 3, which takes 4 to 7.
-                kernel = 3 if S == 28 and i == 0 else 4
-                w_out = channels if i == n - 1 else w_in // 2
-                layers += [nn.BatchNorm2d(w_in), nn.ReLU(), *grow(args.upsample, w_in, w_out, kernel)]
-                w_in = w_out
-            layers += [nn.Tanh()]  # (B, channels, S, S)
         self.net = nn.Sequential(*layers)
         if args.init == "dcgan":
             self.apply(dcgan_init)
@@ -191,15 +192,7 @@ class Discriminator(nn.Module):
     def __init__(self, args, channels):
         super().__init__()
         S = args.image_size
-        if args.arch == "mlp":
-            layers = [nn.Flatten()]
-            w_in = channels * S * S
-            for i, w_out in enumerate((1024, 512, 256)):
-                norm = [nn.BatchNorm1d(w_out)] if args.d_norm == "batch" and (i > 0 or args.norm_first) else []
-                layers += [nn.Linear(w_in, w_out, bias=not norm), *norm, nn.LeakyReLU(negative_slope=0.2)]
-                w_in = w_out
-            layers += [nn.Linear(w_in, 1)]
-        else:
+        if args.arch == "dcgan":
             n = doublings(S)
             layers = []
             w_in = channels
@@ -207,10 +200,24 @@ class Discriminator(nn.Module):
                 # A kernel of 4 halves the side. For 28 the last layer has a kernel of 3, which takes 7 to 4.
                 kernel = 3 if S == 28 and i == n - 1 else 4
                 w_out = args.ndf * 2**i
-                norm = [nn.BatchNorm2d(w_out)] if args.d_norm == "batch" and (i > 0 or args.norm_first) else []
-                layers += [nn.Conv2d(w_in, w_out, kernel, 2, 1, bias=not norm), *norm, nn.LeakyReLU(negative_slope=0.2)]
+                has_norm = args.d_norm == "batch" and (i > 0 or args.norm_first)
+                layers += [nn.Conv2d(w_in, w_out, kernel, 2, 1, bias=not has_norm)]
+                if has_norm:
+                    layers += [nn.BatchNorm2d(w_out)]
+                layers += [nn.LeakyReLU(negative_slope=0.2)]
                 w_in = w_out
             layers += [nn.Conv2d(w_in, 1, 4, 1, 0, bias=False)]  # (B, w_in, 4, 4) -> (B, 1, 1, 1)
+        else:
+            layers = [nn.Flatten()]
+            w_in = channels * S * S
+            for i, w_out in enumerate((1024, 512, 256)):
+                has_norm = args.d_norm == "batch" and (i > 0 or args.norm_first)
+                layers += [nn.Linear(w_in, w_out, bias=not has_norm)]
+                if has_norm:
+                    layers += [nn.BatchNorm1d(w_out)]
+                layers += [nn.LeakyReLU(negative_slope=0.2)]
+                w_in = w_out
+            layers += [nn.Linear(w_in, 1)]
         self.net = nn.Sequential(*layers, nn.Flatten(0))  # (B,)
         if args.init == "dcgan":
             self.apply(dcgan_init)

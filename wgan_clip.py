@@ -131,28 +131,27 @@ class Generator(nn.Module):
         if args.conditional:
             self.embedding = nn.Parameter(torch.randn(classes, args.label_embedding_dim or classes))
             w_in += self.embedding.shape[1]
-        if args.arch == "mlp":
+        if args.arch == "dcgan":
+            n = doublings(S)
+            w_out = args.ngf * 2 ** (n - 1)
+            layers = [nn.Unflatten(1, (w_in, 1, 1))]  # (B, w_in, 1, 1)
+            layers += [nn.ConvTranspose2d(w_in, w_out, 4, 1, 0, bias=bias)]  # (B, w_out, 4, 4)
+            layers += [*norm(args.g_norm, w_out), nn.ReLU()]
+            w_in = w_out
+            for i in range(n - 1):  # twice the side, half the channels
+                # A kernel of 4 doubles the side. For 28 the first layer has a kernel of 3, which takes 4 to 7.
+                kernel = 3 if S == 28 and i == 0 else 4
+                w_out = w_in // 2
+                layers += [*grow(args.upsample, w_in, w_out, kernel, bias), *norm(args.g_norm, w_out), nn.ReLU()]
+                w_in = w_out
+            layers += [*grow(args.upsample, w_in, channels, 4, bias=False), nn.Tanh()]  # (B, channels, S, S)
+        else:
             layers = []
             for w_out in (256, 512, 1024):
                 layers += [nn.Linear(w_in, w_out, bias), *norm(args.g_norm, w_out, maps=False)]
                 layers += [nn.LeakyReLU(negative_slope=0.2)]
                 w_in = w_out
             layers += [nn.Linear(w_in, channels * S * S), nn.Tanh(), nn.Unflatten(1, (channels, S, S))]
-        else:
-            n = doublings(S)
-            w_out = args.ngf * 2 ** (n - 1)
-            layers = [nn.Unflatten(1, (w_in, 1, 1))]  # (B, w_in, 1, 1)
-            layers += [nn.ConvTranspose2d(w_in, w_out, 4, 1, 0, bias=bias)]  # (B, w_out, 4, 4)
-            w_in = w_out
-            for i in range(n):  # twice the side, half the channels; the last layer makes the image
-                # A kernel of 4 doubles the side. For 28 the first layer has a kernel of 3, which takes 4 to 7.
-                kernel = 3 if S == 28 and i == 0 else 4
-                last = i == n - 1
-                w_out = channels if last else w_in // 2
-                layers += [*norm(args.g_norm, w_in), nn.ReLU()]
-                layers += grow(args.upsample, w_in, w_out, kernel, bias and not last)
-                w_in = w_out
-            layers += [nn.Tanh()]  # (B, channels, S, S)
         self.net = nn.Sequential(*layers)
         self.apply(dcgan_init)
 
@@ -178,17 +177,7 @@ class Discriminator(nn.Module):
             planes = torch.eye(classes)
             w_in += classes
         self.register_buffer("planes", planes, persistent=False)
-        dropout = [Dropout(args.d_dropout)] if args.d_dropout else []
-        if args.arch == "mlp":
-            layers = [nn.Flatten()]
-            w_in *= S * S
-            for i, w_out in enumerate((1024, 512, 256)):
-                kind = args.d_norm if i > 0 else "none"
-                layers += [nn.Linear(w_in, w_out, bias=kind == "none"), *norm(kind, w_out, maps=False)]
-                layers += [nn.LeakyReLU(negative_slope=0.2), *dropout]
-                w_in = w_out
-            layers += [nn.Linear(w_in, 1)]
-        else:
+        if args.arch == "dcgan":
             n = doublings(S)
             layers = []
             for i in range(n):  # half the side, twice the channels; the first makes ndf channels
@@ -197,9 +186,22 @@ class Discriminator(nn.Module):
                 kind = args.d_norm if i > 0 else "none"
                 w_out = args.ndf * 2**i
                 layers += [nn.Conv2d(w_in, w_out, kernel, 2, 1, bias=kind == "none"), *norm(kind, w_out)]
-                layers += [nn.LeakyReLU(negative_slope=0.2), *dropout]
+                layers += [nn.LeakyReLU(negative_slope=0.2)]
+                if args.d_dropout:
+                    layers += [Dropout(args.d_dropout)]
                 w_in = w_out
             layers += [nn.Conv2d(w_in, 1, 4, 1, 0, bias=False)]  # (B, w_in, 4, 4) -> (B, 1, 1, 1)
+        else:
+            layers = [nn.Flatten()]
+            w_in *= S * S
+            for i, w_out in enumerate((1024, 512, 256)):
+                kind = args.d_norm if i > 0 else "none"
+                layers += [nn.Linear(w_in, w_out, bias=kind == "none"), *norm(kind, w_out, maps=False)]
+                layers += [nn.LeakyReLU(negative_slope=0.2)]
+                if args.d_dropout:
+                    layers += [Dropout(args.d_dropout)]
+                w_in = w_out
+            layers += [nn.Linear(w_in, 1)]
         self.net = nn.Sequential(*layers, nn.Flatten(0))  # (B,)
         self.apply(dcgan_init)
 

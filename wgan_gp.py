@@ -130,25 +130,26 @@ class Generator(nn.Module):
     def __init__(self, args, channels):
         super().__init__()
         S = args.image_size
-        if args.arch == "mlp":
+        if args.arch == "dcgan":
+            n = doublings(S)
+            w_in = args.ngf * 2 ** (n - 1)
+            layers = [nn.Unflatten(1, (args.latent_dim, 1, 1))]  # (B, latent_dim, 1, 1)
+            layers += [nn.ConvTranspose2d(args.latent_dim, w_in, 4, 1, 0, bias=False)]  # (B, w_in, 4, 4)
+            layers += [nn.BatchNorm2d(w_in), nn.ReLU()]
+            for i in range(n - 1):  # twice the side, half the channels
+                # A kernel of 4 doubles the side. For 28 the first layer has a kernel of 3, which takes 4 to 7.
+                kernel = 3 if S == 28 and i == 0 else 4
+                w_out = w_in // 2
+                layers += [nn.ConvTranspose2d(w_in, w_out, kernel, 2, 1, bias=False), nn.BatchNorm2d(w_out), nn.ReLU()]
+                w_in = w_out
+            layers += [nn.ConvTranspose2d(w_in, channels, 4, 2, 1, bias=False), nn.Tanh()]  # (B, channels, S, S)
+        else:
             layers = []
             w_in = args.latent_dim
             for w_out in (256, 512, 1024):
                 layers += [nn.Linear(w_in, w_out, bias=False), nn.BatchNorm1d(w_out), nn.LeakyReLU(negative_slope=0.2)]
                 w_in = w_out
             layers += [nn.Linear(w_in, channels * S * S), nn.Tanh(), nn.Unflatten(1, (channels, S, S))]
-        else:
-            n = doublings(S)
-            w_in = args.ngf * 2 ** (n - 1)
-            layers = [nn.Unflatten(1, (args.latent_dim, 1, 1))]  # (B, latent_dim, 1, 1)
-            layers += [nn.ConvTranspose2d(args.latent_dim, w_in, 4, 1, 0, bias=False)]  # (B, w_in, 4, 4)
-            for i in range(n):  # twice the side, half the channels; the last layer makes the image
-                # A kernel of 4 doubles the side. For 28 the first layer has a kernel of 3, which takes 4 to 7.
-                kernel = 3 if S == 28 and i == 0 else 4
-                w_out = channels if i == n - 1 else w_in // 2
-                layers += [nn.BatchNorm2d(w_in), nn.ReLU(), nn.ConvTranspose2d(w_in, w_out, kernel, 2, 1, bias=False)]
-                w_in = w_out
-            layers += [nn.Tanh()]  # (B, channels, S, S)
         self.net = nn.Sequential(*layers)
         self.apply(dcgan_init)
 
@@ -164,14 +165,7 @@ class Discriminator(nn.Module):
     def __init__(self, args, channels):
         super().__init__()
         S = args.image_size
-        if args.arch == "mlp":
-            layers = [nn.Flatten()]
-            w_in = channels * S * S
-            for w_out in (1024, 512, 256):
-                layers += [nn.Linear(w_in, w_out), nn.LeakyReLU(negative_slope=0.2)]
-                w_in = w_out
-            layers += [nn.Linear(w_in, 1)]
-        else:
+        if args.arch == "dcgan":
             n = doublings(S)
             layers = []
             w_in = channels
@@ -182,6 +176,13 @@ class Discriminator(nn.Module):
                 layers += [nn.Conv2d(w_in, w_out, kernel, 2, 1), nn.LeakyReLU(negative_slope=0.2)]
                 w_in = w_out
             layers += [nn.Conv2d(w_in, 1, 4, 1, 0)]  # (B, w_in, 4, 4) -> (B, 1, 1, 1)
+        else:
+            layers = [nn.Flatten()]
+            w_in = channels * S * S
+            for w_out in (1024, 512, 256):
+                layers += [nn.Linear(w_in, w_out), nn.LeakyReLU(negative_slope=0.2)]
+                w_in = w_out
+            layers += [nn.Linear(w_in, 1)]
         self.net = nn.Sequential(*layers, nn.Flatten(0))  # (B,)
         self.apply(dcgan_init)
 
