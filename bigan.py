@@ -261,10 +261,12 @@ def generator_loss(logit_real, logit_fake):
 def squared_gradient(D, x, z):
     """E[||grad f(x, z)||^2] for images x (B, C, H, W) and codes z (B, latent_dim).
 
-    The squares are summed over all numbers of a pair, and their mean is over the pairs. gamma / 2 of this on (x, E(x))
-    is R1, eq. (9) of Mescheder et al. 2018, arXiv 1801.04406."""
+    The sum over a pair's numbers, the mean over pairs. gamma/2 of it on real pairs (x, E(x)) is R1: Mescheder et al.
+    2018, 1801.04406, eq. (9)."""
     x = x.detach().requires_grad_(True)
     z = z.detach().requires_grad_(True)
+    # A logit depends on its own pair alone. So row i of the gradient of their sum is the gradient of pair i's logit.
+    # create_graph: the backward of d_loss must differentiate this gradient again, with respect to D's weights.
     grad_x, grad_z = torch.autograd.grad(D(x, z).sum(), (x, z), create_graph=True)
     return (grad_x.flatten(1).square().sum(1) + grad_z.square().sum(1)).mean()
 
@@ -289,9 +291,10 @@ def train(args):
     seed_noise(args.seed)  # torchrun, a process for each GPU: other noise in each from here on
 
     def amp():
-        """bfloat16, a float of 16 bits, for --amp.
+        """With --amp the layers inside run in bfloat16, a float of 16 bits. Without it this does nothing.
 
-        cache_enabled=False: else a weight that was cast under no_grad would be used again where its gradient is due."""
+        cache_enabled=False: autocast would reuse a weight's bfloat16 copy that was made under no_grad, and no gradient
+        goes through that copy."""
         return torch.autocast(device.type, torch.bfloat16, enabled=args.amp, cache_enabled=False)
 
     def pairs(x_real):
@@ -302,20 +305,22 @@ def train(args):
     def step(x):
         """One iteration: an update of D for each batch in x, uint8 (d_steps, B, C, S, S), then --g-steps of G and E.
 
-        Returns what log.csv gets, of the last update of D and of G. The numbers stay on the device: reading one would
-        make the CPU wait, which a CUDA graph (see captured) forbids."""
+        It returns the losses of the last update of D and of the last of G, for log.csv. They stay on the device:
+        reading one would make the CPU wait, which a CUDA graph (see captured) forbids."""
+        B = x.shape[1]  # images in a batch
         for x_uint8 in x:
             x_real = from_uint8(x_uint8)
             with torch.no_grad(), amp():  # D's backward ends at the pairs
                 x_both, z_both = pairs(x_real)
             with amp():
-                score_real, score_fake = D(x_both, z_both).chunk(2)  # one call for both, as D has no batch norm
-            d_loss = discriminator_loss(score_real, score_fake)
+                # One call for both, as D has no batch norm.
+                logit_real, logit_fake = D(x_both, z_both).chunk(2)
+            d_loss = discriminator_loss(logit_real, logit_fake)
             if args.r1:
-                # The penalty is costly, so it is taken on k images only: the first k, as the batch is shuffled.
-                k = math.ceil(args.penalty_share * len(x_real))
+                # The penalty is costly, so it is taken on n images only: the first n, as the batch is shuffled.
+                n = math.ceil(args.penalty_share * B)
                 with amp():
-                    penalty = squared_gradient(D, x_both[:k], z_both[:k])
+                    penalty = squared_gradient(D, x_both[:n], z_both[:n])
                 d_loss = d_loss + args.r1 / 2 * penalty
             opt_d.zero_grad(set_to_none=True)
             d_loss.backward()
@@ -324,7 +329,9 @@ def train(args):
 
         for _ in range(args.g_steps):
             with amp():
-                g_loss = generator_loss(*D(*pairs(x_real)).chunk(2))  # D's last images, a fresh z
+                x_both, z_both = pairs(x_real)  # D's last images, a fresh z
+                logits = D(x_both, z_both)
+            g_loss = generator_loss(*logits.chunk(2))
             opt_g.zero_grad(set_to_none=True)
             g_loss.backward(inputs=list(G_and_E.parameters()))  # back through D, but only G and E get gradients
             average_gradients(G_and_E)
@@ -335,7 +342,7 @@ def train(args):
         return {
             "d_loss": d_loss,
             "g_loss": g_loss,
-            "d_acc": pair_accuracy(score_real, score_fake),
+            "d_acc": pair_accuracy(logit_real, logit_fake),
         }
 
     def encode(x):
@@ -344,16 +351,15 @@ def train(args):
     def decode(z):
         return to_uint8(ema(z))
 
+    # Study writes the log, sheets of samples and FIDs, and never trains. It calls sample and score. y, the labels, are
+    # for the conditional scripts.
     def sample(z, y):
         return decode(z)
 
     def score(x, y):
         return D(from_uint8(x), encode(x))
 
-    # Study writes the log, sheets of samples and FIDs, and never trains. It calls sample and score. y, the labels, are
-    # for the conditional scripts.
-    study = Study(args, batches.held, sample, score, script=SCRIPT)
-    study.classes_of_data = batches.classes  # for args.json
+    study = Study(args, batches.held, sample, score, batches.classes, script=SCRIPT)
     state = {"G": G, "D": D, "E": E, "ema": ema, "ema_e": ema_e, "opt_g": opt_g, "opt_d": opt_d}
     if args.probe:
         untrained = copy.deepcopy(ema_e)
@@ -399,11 +405,15 @@ def train(args):
 
     save("last.pt", i, state, study)
     stop.leave_if_set(i, study)  # after Ctrl-C the program ends here
-    is_best = study.evaluate(i)
+    is_best = study.evaluate(i)  # does nothing if the loop has scored this update
     if is_best:
         save("best.pt", i, state, study)
     reconstruction_figures(study.folder, study.load, encode, decode, batches.x)
-    study.finish(i, restore=lambda path: restore(path, {"ema": ema, "ema_e": ema_e, "D": D}))
+
+    def load_networks(path):
+        return restore(path, {"ema": ema, "ema_e": ema_e, "D": D})
+
+    study.finish(i, load_networks)
 
 
 def load(path):

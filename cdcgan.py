@@ -271,10 +271,12 @@ def generator_loss(logit_fake):
 
 
 def squared_gradient(D, x):
-    """E[||grad f(x, y)||^2] for images x (B, C, H, W): the sum over the numbers of an image, the mean over images.
+    """E[||grad f(x, y)||^2] for images x (B, C, H, W): the sum over an image's numbers, the mean over images.
 
-    On real images, times gamma / 2, it is R1 (Mescheder et al. 2018, arXiv 1801.04406, eq. 9). This paper has none."""
+    gamma/2 of it on real images is R1: Mescheder et al. 2018, 1801.04406, eq. (9)."""
     x = x.detach().requires_grad_(True)
+    # A logit depends on its own image alone. So row i of the gradient of their sum is the gradient of image i's logit.
+    # create_graph: the backward of d_loss must differentiate this gradient again, with respect to D's weights.
     (grad,) = torch.autograd.grad(D(x).sum(), x, create_graph=True)
     return grad.flatten(1).square().sum(1).mean()
 
@@ -299,32 +301,36 @@ def train(args):
     seed_noise(args.seed)  # torchrun, a process for each GPU: other noise in each from here on
 
     def amp():
-        """bfloat16, a float of 16 bits, for --amp.
+        """With --amp the layers inside run in bfloat16, a float of 16 bits. Without it this does nothing.
 
-        cache_enabled=False: else a weight that was cast under no_grad would be used again where its gradient is due."""
+        cache_enabled=False: autocast would reuse a weight's bfloat16 copy that was made under no_grad, and no gradient
+        goes through that copy."""
         return torch.autocast(device.type, torch.bfloat16, enabled=args.amp, cache_enabled=False)
 
     def step(x, y):
         """One iteration: an update of D for each batch in x, uint8 (d_steps, B, C, S, S), then --g-steps of G.
 
-        y are the labels (d_steps, B). It returns scalars on the device and never waits for it, which is what a CUDA
-        graph needs."""
+        y are the labels (d_steps, B).
+
+        It returns the losses of the last update of D and of the last of G, for log.csv. They stay on the device:
+        reading one would make the CPU wait, which a CUDA graph (see captured) forbids."""
+        B = x.shape[1]  # images in a batch
         for x_uint8, labels in zip(x, y):
             x_real = from_uint8(x_uint8)
             with torch.no_grad(), amp():  # D's update needs no gradient through G
-                x_fake = G(sample_z(args, len(x_real), device), labels)
+                x_fake = G(sample_z(args, B, device), labels)
             with amp():
                 if args.d_norm == "batch":
                     logit_real = D(x_real, labels)
                     logit_fake = D(x_fake, labels)
-                else:  # one forward for both
+                else:  # one call for both
                     logit_real, logit_fake = D(torch.cat([x_real, x_fake]), labels.repeat(2)).chunk(2)
             d_loss = discriminator_loss(logit_real, logit_fake)
             if args.r1:
-                # The penalty is costly, so it is taken on k images only: the first k, as the batch is shuffled.
-                k = math.ceil(args.penalty_share * len(x_real))
+                # The penalty is costly, so it is taken on n images only: the first n, as the batch is shuffled.
+                n = math.ceil(args.penalty_share * B)
                 with amp():
-                    penalty = squared_gradient(functools.partial(D, y=labels[:k]), x_real[:k])
+                    penalty = squared_gradient(functools.partial(D, y=labels[:n]), x_real[:n])
                 d_loss = d_loss + args.r1 / 2 * penalty
             opt_d.zero_grad(set_to_none=True)
             d_loss.backward()
@@ -333,8 +339,9 @@ def train(args):
 
         for _ in range(args.g_steps):  # a fresh z, and the last labels: they have the shares of the training set
             with amp():
-                x_fake = G(sample_z(args, len(x_real), device), labels)
-                g_loss = generator_loss(D(x_fake, labels))
+                x_fake = G(sample_z(args, B, device), labels)
+                logit = D(x_fake, labels)
+            g_loss = generator_loss(logit)
             opt_g.zero_grad(set_to_none=True)
             g_loss.backward(inputs=list(G.parameters()))  # back through D, but only G's weights get gradients
             average_gradients(G)
@@ -343,19 +350,18 @@ def train(args):
 
         return {"d_loss": d_loss, "g_loss": g_loss, "d_acc": pair_accuracy(logit_real, logit_fake)}
 
+    # Study writes the log, sheets of samples and FIDs, and never trains. It calls sample and score. y, the labels, are
+    # for the conditional scripts.
     def sample(z, y):
         return to_uint8(ema(z, y))
 
     def score(x, y):
-        D.eval()
-        logits = D(from_uint8(x), y)
+        D.eval()  # batch norm by its running averages
+        scores = D(from_uint8(x), y)
         D.train()
-        return logits
+        return scores
 
-    # Study writes the log, sheets of samples and FIDs, and never trains. It calls sample and score. y, the labels, are
-    # for the conditional scripts.
-    study = Study(args, batches.held, sample, score, classes=batches.classes, script=SCRIPT)
-    study.classes_of_data = batches.classes  # for args.json
+    study = Study(args, batches.held, sample, score, batches.classes, conditional=True, script=SCRIPT)
     state = {"G": G, "D": D, "ema": ema, "opt_g": opt_g, "opt_d": opt_d}
     i = restore(args.resume, state, study) if args.resume else 0  # updates of D so far
     if args.generate:
@@ -390,10 +396,14 @@ def train(args):
 
     save("last.pt", i, state, study)
     stop.leave_if_set(i, study)  # after Ctrl-C the program ends here
-    is_best = study.evaluate(i)
+    is_best = study.evaluate(i)  # does nothing if the loop has scored this update
     if is_best:
         save("best.pt", i, state, study)
-    study.finish(i, restore=lambda path: restore(path, {"ema": ema, "D": D}))
+
+    def load_networks(path):
+        return restore(path, {"ema": ema, "D": D})
+
+    study.finish(i, load_networks)
 
 
 def load(path):

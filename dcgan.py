@@ -282,7 +282,7 @@ def generator_loss(logit_fake, kind="ns", logit_real=None):
 
 
 def squared_gradient(D, x):
-    """E[||grad f(x)||^2] for images x (B, C, H, W): the sum over an image's pixels and channels, the mean over images.
+    """E[||grad f(x)||^2] for images x (B, C, H, W): the sum over an image's numbers, the mean over images.
 
     gamma/2 of it on real images is R1, on fake ones R2: Mescheder et al. 2018, 1801.04406, eq. (9) and (10)."""
     x = x.detach().requires_grad_(True)
@@ -310,9 +310,10 @@ def train(args):
     seed_noise(args.seed)  # torchrun, a process for each GPU: other noise in each from here on
 
     def amp():
-        """bfloat16, a float of 16 bits, for --amp.
+        """With --amp the layers inside run in bfloat16, a float of 16 bits. Without it this does nothing.
 
-        cache_enabled=False: else a weight that was cast under no_grad would be used again where its gradient is due."""
+        cache_enabled=False: autocast would reuse a weight's bfloat16 copy that was made under no_grad, and no gradient
+        goes through that copy."""
         return torch.autocast(device.type, torch.bfloat16, enabled=args.amp, cache_enabled=False)
 
     # the weights of the penalties on real and on fake images
@@ -322,16 +323,17 @@ def train(args):
     def step(x):
         """One iteration: an update of D for each batch in x, uint8 (d_steps, B, C, S, S), then --g-steps of G.
 
-        Returns what log.csv gets, of the last update of D and of G. The numbers stay on the device: reading one would
-        make the CPU wait, which a CUDA graph (see captured) forbids."""
+        It returns the losses of the last update of D and of the last of G, for log.csv. They stay on the device:
+        reading one would make the CPU wait, which a CUDA graph (see captured) forbids."""
+        B = x.shape[1]  # images in a batch
         for x_uint8 in x:
             x_real = from_uint8(x_uint8)
             with torch.no_grad(), amp():  # D's update needs no gradient through G
-                x_fake = G(sample_z(args, len(x_real), device))
-            # The penalty is costly, so it is taken on k images only: the first k, as the batch is shuffled.
-            k = math.ceil(args.penalty_share * len(x_real))
+                x_fake = G(sample_z(args, B, device))
+            # The penalty is costly, so it is taken on n images only: the first n, as the batch is shuffled.
+            n = math.ceil(args.penalty_share * B)
             if args.d_norm == "batch":
-                k = max(k, 2)  # one image has no batch statistics
+                n = max(n, 2)  # one image has no batch statistics
             penalty = torch.zeros((), device=device)
             with amp():
                 if args.d_norm == "batch":
@@ -339,9 +341,9 @@ def train(args):
                 else:
                     logit_real, logit_fake = D(torch.cat([x_real, x_fake])).chunk(2)  # one call for both
                 if weight_real > 0:
-                    penalty = penalty + weight_real * squared_gradient(D, x_real[:k])
+                    penalty = penalty + weight_real * squared_gradient(D, x_real[:n])
                 if weight_fake > 0:
-                    penalty = penalty + weight_fake * squared_gradient(D, x_fake[:k])
+                    penalty = penalty + weight_fake * squared_gradient(D, x_fake[:n])
             d_loss = discriminator_loss(logit_real, logit_fake, args.loss) + penalty
             opt_d.zero_grad(set_to_none=True)
             d_loss.backward()
@@ -350,10 +352,11 @@ def train(args):
 
         for _ in range(args.g_steps):
             with amp():
-                x_fake = G(sample_z(args, len(x_real), device))  # a fresh z
+                x_fake = G(sample_z(args, B, device))  # a fresh z
                 # relativistic: G's loss needs the logits of real images too, of D's last batch
-                logit_real_now = D(x_real) if args.loss == "relativistic" else None
-                g_loss = generator_loss(D(x_fake), args.loss, logit_real_now)
+                logit_of_real = D(x_real) if args.loss == "relativistic" else None
+                logit = D(x_fake)
+            g_loss = generator_loss(logit, args.loss, logit_of_real)
             opt_g.zero_grad(set_to_none=True)
             g_loss.backward(inputs=list(G.parameters()))  # back through D, but only G's weights get gradients
             average_gradients(G)
@@ -367,19 +370,18 @@ def train(args):
             "d_acc": pair_accuracy(logit_real, logit_fake),
         }
 
+    # Study writes the log, sheets of samples and FIDs, and never trains. It calls sample and score. y, the labels, are
+    # for the conditional scripts.
     def sample(z, y):
         return to_uint8(ema(z))
 
     def score(x, y):
-        D.eval()  # for its batch norm
-        logit = D(from_uint8(x))
+        D.eval()  # batch norm by its running averages
+        scores = D(from_uint8(x))
         D.train()
-        return logit
+        return scores
 
-    # Study writes the log, sheets of samples and FIDs, and never trains. It calls sample and score. y, the labels, are
-    # for the conditional scripts.
-    study = Study(args, batches.held, sample, score, script=SCRIPT)
-    study.classes_of_data = batches.classes  # for args.json
+    study = Study(args, batches.held, sample, score, batches.classes, script=SCRIPT)
     state = {"G": G, "D": D, "ema": ema, "opt_g": opt_g, "opt_d": opt_d}
     i = restore(args.resume, state, study) if args.resume else 0  # updates of D so far
     if args.generate:
@@ -414,10 +416,14 @@ def train(args):
 
     save("last.pt", i, state, study)
     stop.leave_if_set(i, study)  # after Ctrl-C the program ends here
-    is_best = study.evaluate(i)
+    is_best = study.evaluate(i)  # does nothing if the loop has scored this update
     if is_best:
         save("best.pt", i, state, study)
-    study.finish(i, restore=lambda path: restore(path, {"ema": ema, "D": D}))
+
+    def load_networks(path):
+        return restore(path, {"ema": ema, "D": D})
+
+    study.finish(i, load_networks)
 
 
 def load(path):

@@ -1803,18 +1803,19 @@ class Study:
     held            (images uint8, labels) that D never sees, or None: --reject drs is calibrated on them
     sample(z, y)    -> images uint8 (B, C, S, S) of z (B, latent_dim) and labels (B,)
     score(x, y)     -> D's scores (B,) of images uint8 (B, C, S, S) with labels (B,)
-    classes         {name: number of training images} of the classes that G can be asked for; {} if it takes no label
+    classes         {name: number of training images} of the data set
+    conditional     whether G takes a label
     script          the script's path, for the copy in the run's folder
 
     The other ranks of a torchrun have one too, which does nothing."""
 
-    def __init__(self, args, held, sample, score, classes=None, script=None):
+    def __init__(self, args, held, sample, score, classes=None, conditional=False, script=None):
         self.args = args
         self.held = held
         self.sample = in_parts(sample, args.device)
         self.score = in_parts(score, args.device)
-        self.classes = classes or {}
-        self.classes_of_data = self.classes  # for args.json. The scripts set it, as most of them take no label
+        self.classes_of_data = classes or {}
+        self.classes = self.classes_of_data if conditional else {}  # those that G can be asked for
         self.script = Path(script) if script else None
         self.folder = Path(args.run_dir)
         self.log_file = Table(self.folder / "log.csv")
@@ -2051,8 +2052,8 @@ class Study:
 
     # When it is done
 
-    def finish(self, i, restore):
-        """samples.png, the figures, scores.json and curves.png. restore(path) loads the networks of a checkpoint."""
+    def finish(self, i, load_networks):
+        """samples.png, the figures, scores.json and curves.png. load_networks(path) loads those of a checkpoint."""
         if RANK:
             return
         with or_warn("no samples.png"):
@@ -2063,7 +2064,7 @@ class Study:
             self.interpolations()
         with or_warn("no traversal.png"):
             self.traversal()
-        self.last_scores(i, restore)
+        self.last_scores(i, load_networks)
         if self.log_file.path.exists():
             try:
                 plot([self.folder], self.folder / "curves.png")
@@ -2073,7 +2074,7 @@ class Study:
             say("no curves.png: log.csv has no rows, which come every --log-every updates of D")
         say(f"done: {self.folder}")
 
-    def last_scores(self, i, restore):
+    def last_scores(self, i, load_networks):
         """scores.json: last.pt and best.pt on fresh z, and what --reject keeps of their samples."""
         if not self.ready():
             return
@@ -2081,7 +2082,7 @@ class Study:
         for name in ("last.pt", "best.pt"):
             if not (self.folder / name).exists():
                 continue
-            step = restore(self.folder / name)
+            step = load_networks(self.folder / name)
             if name == "best.pt" and step == i:
                 scores |= {key.replace("last", "best"): value for key, value in scores.items()}
                 say("best.pt is last.pt")

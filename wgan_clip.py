@@ -298,8 +298,7 @@ def train(args):
     """Trains G and D as the flags say; with --generate it draws from a checkpoint instead."""
     device = start(args)
     batches = Batches(args, device)
-    asked = batches.classes if args.conditional else {}  # {name: images} of the classes that G can be asked for
-    classes = len(asked)
+    classes = len(batches.classes)
     if args.conditional and classes < 2:
         fail(f"--dataset {args.dataset} has no labels to condition on: a folder needs a subfolder for each class")
     torch.manual_seed(args.seed)
@@ -312,25 +311,29 @@ def train(args):
     seed_noise(args.seed)  # torchrun, a process for each GPU: other noise in each from here on
 
     def amp():
-        """bfloat16, a float of 16 bits, for --amp.
+        """With --amp the layers inside run in bfloat16, a float of 16 bits. Without it this does nothing.
 
-        cache_enabled=False: else a weight that was cast under no_grad would be used again where its gradient is due."""
+        cache_enabled=False: autocast would reuse a weight's bfloat16 copy that was made under no_grad, and no gradient
+        goes through that copy."""
         return torch.autocast(device.type, torch.bfloat16, enabled=args.amp, cache_enabled=False)
 
     def step(x, y):
         """One iteration: an update of D for each batch in x, uint8 (d_steps, B, C, S, S), then --g-steps of G.
 
-        y are the labels (d_steps, B), which networks without --conditional leave unread. It returns scalars on the
-        device and never waits for it, which is what a CUDA graph needs."""
+        y are the labels (d_steps, B), which networks without --conditional leave unread.
+
+        It returns the losses of the last update of D and of the last of G, for log.csv. They stay on the device:
+        reading one would make the CPU wait, which a CUDA graph (see captured) forbids."""
+        B = x.shape[1]  # images in a batch
         for x_uint8, labels in zip(x, y):
             x_real = from_uint8(x_uint8)
             with torch.no_grad(), amp():  # D's update needs no gradient through G
-                x_fake = G(sample_z(args, len(x_real), device), labels)
+                x_fake = G(sample_z(args, B, device), labels)
             with amp():
                 if args.d_norm == "batch":
                     score_real = D(x_real, labels)
                     score_fake = D(x_fake, labels)
-                else:  # one forward for both
+                else:  # one call for both
                     score_real, score_fake = D(torch.cat([x_real, x_fake]), labels.repeat(2)).chunk(2)
             d_loss = discriminator_loss(score_real, score_fake)
             opt_d.zero_grad(set_to_none=True)
@@ -341,8 +344,9 @@ def train(args):
 
         for _ in range(args.g_steps):  # a fresh z, and the last labels: they have the shares of the training set
             with amp():
-                x_fake = G(sample_z(args, len(x_real), device), labels)
-                g_loss = generator_loss(D(x_fake, labels))
+                x_fake = G(sample_z(args, B, device), labels)
+                score = D(x_fake, labels)
+            g_loss = generator_loss(score)
             opt_g.zero_grad(set_to_none=True)
             g_loss.backward(inputs=list(G.parameters()))  # back through D, but only G's weights get gradients
             average_gradients(G)
@@ -352,24 +356,23 @@ def train(args):
         return {
             "d_loss": d_loss,
             "g_loss": g_loss,
-            "w_dist": -d_loss,
+            "w_dist": score_real.mean() - score_fake.mean(),
             "clipped": clipped,
             "d_acc": pair_accuracy(score_real, score_fake),
         }
 
+    # Study writes the log, sheets of samples and FIDs, and never trains. It calls sample and score. y, the labels, are
+    # for the conditional scripts.
     def sample(z, y):
         return to_uint8(ema(z, y))
 
     def score(x, y):
-        D.eval()
+        D.eval()  # batch norm by its running averages
         scores = D(from_uint8(x), y)
         D.train()
         return scores
 
-    # Study writes the log, sheets of samples and FIDs, and never trains. It calls sample and score. y, the labels, are
-    # for the conditional scripts.
-    study = Study(args, batches.held, sample, score, classes=asked, script=SCRIPT)
-    study.classes_of_data = batches.classes  # for args.json
+    study = Study(args, batches.held, sample, score, batches.classes, args.conditional, script=SCRIPT)
     state = {"G": G, "D": D, "ema": ema, "opt_g": opt_g, "opt_d": opt_d}
     i = restore(args.resume, state, study) if args.resume else 0  # updates of D so far
     if args.generate:
@@ -404,12 +407,16 @@ def train(args):
 
     save("last.pt", i, state, study)
     stop.leave_if_set(i, study)  # after Ctrl-C the program ends here
-    is_best = study.evaluate(i)
+    is_best = study.evaluate(i)  # does nothing if the loop has scored this update
     if is_best:
         save("best.pt", i, state, study)
     if args.conditional:
         study.class_interpolations()
-    study.finish(i, restore=lambda path: restore(path, {"ema": ema, "D": D}))
+
+    def load_networks(path):
+        return restore(path, {"ema": ema, "D": D})
+
+    study.finish(i, load_networks)
 
 
 def load(path):

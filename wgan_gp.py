@@ -258,26 +258,28 @@ def train(args):
     seed_noise(args.seed)  # torchrun, a process for each GPU: other noise in each from here on
 
     def amp():
-        """bfloat16, a float of 16 bits, for --amp.
+        """With --amp the layers inside run in bfloat16, a float of 16 bits. Without it this does nothing.
 
-        cache_enabled=False: else a weight that was cast under no_grad would be used again where its gradient is due."""
+        cache_enabled=False: autocast would reuse a weight's bfloat16 copy that was made under no_grad, and no gradient
+        goes through that copy."""
         return torch.autocast(device.type, torch.bfloat16, enabled=args.amp, cache_enabled=False)
 
     def step(x):
         """One iteration: an update of D for each batch in x, uint8 (d_steps, B, C, S, S), then --g-steps of G.
 
-        Returns what log.csv gets, of the last update of D and of G. The numbers stay on the device: reading one would
-        make the CPU wait, which a CUDA graph (see captured) forbids."""
+        It returns the losses of the last update of D and of the last of G, for log.csv. They stay on the device:
+        reading one would make the CPU wait, which a CUDA graph (see captured) forbids."""
+        B = x.shape[1]  # images in a batch
         for x_uint8 in x:
             x_real = from_uint8(x_uint8)
             with torch.no_grad(), amp():  # D's update needs no gradient through G
-                x_fake = G(sample_z(args, len(x_real), device))
-            # The penalty is costly, so it is taken on k images only: the first k, as the batch is shuffled.
-            k = math.ceil(args.penalty_share * len(x_real))
+                x_fake = G(sample_z(args, B, device))
+            # The penalty is costly, so it is taken on n images only: the first n, as the batch is shuffled.
+            n = math.ceil(args.penalty_share * B)
             with amp():
-                # One call for both halves, as D has no batch norm.
+                # One call for both, as D has no batch norm.
                 score_real, score_fake = D(torch.cat([x_real, x_fake])).chunk(2)
-                penalty, grad_norm = gradient_penalty(D, x_real[:k], x_fake[:k])
+                penalty, grad_norm = gradient_penalty(D, x_real[:n], x_fake[:n])
             d_loss = discriminator_loss(score_real, score_fake) + args.gp_weight * penalty
             opt_d.zero_grad(set_to_none=True)
             d_loss.backward()
@@ -286,8 +288,9 @@ def train(args):
 
         for _ in range(args.g_steps):
             with amp():
-                x_fake = G(sample_z(args, len(x_real), device))  # a fresh z
-                g_loss = generator_loss(D(x_fake))
+                x_fake = G(sample_z(args, B, device))  # a fresh z
+                score = D(x_fake)
+            g_loss = generator_loss(score)
             opt_g.zero_grad(set_to_none=True)
             g_loss.backward(inputs=list(G.parameters()))  # back through D, but only G's weights get gradients
             average_gradients(G)
@@ -302,16 +305,15 @@ def train(args):
             "d_acc": pair_accuracy(score_real, score_fake),
         }
 
+    # Study writes the log, sheets of samples and FIDs, and never trains. It calls sample and score. y, the labels, are
+    # for the conditional scripts.
     def sample(z, y):
         return to_uint8(ema(z))
 
     def score(x, y):
         return D(from_uint8(x))
 
-    # Study writes the log, sheets of samples and FIDs, and never trains. It calls sample and score. y, the labels, are
-    # for the conditional scripts.
-    study = Study(args, batches.held, sample, score, script=SCRIPT)
-    study.classes_of_data = batches.classes  # for args.json
+    study = Study(args, batches.held, sample, score, batches.classes, script=SCRIPT)
     state = {"G": G, "D": D, "ema": ema, "opt_g": opt_g, "opt_d": opt_d}
     i = restore(args.resume, state, study) if args.resume else 0  # updates of D so far
     if args.generate:
@@ -346,10 +348,14 @@ def train(args):
 
     save("last.pt", i, state, study)
     stop.leave_if_set(i, study)  # after Ctrl-C the program ends here
-    is_best = study.evaluate(i)
+    is_best = study.evaluate(i)  # does nothing if the loop has scored this update
     if is_best:
         save("best.pt", i, state, study)
-    study.finish(i, restore=lambda path: restore(path, {"ema": ema, "D": D}))
+
+    def load_networks(path):
+        return restore(path, {"ema": ema, "D": D})
+
+    study.finish(i, load_networks)
 
 
 def load(path):

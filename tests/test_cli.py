@@ -1238,7 +1238,7 @@ class Script:
         vars(args).update({"dataset": "small", "device": "cpu", "run_dir": str(self.folder), **flags})
         counts = self.sets["train"][1].bincount(minlength=10).tolist()
         counts = {name: counts[int(name)] for name in classes}
-        self.study = metrics.Study(args, None, self.draw, self.rate, classes=counts)
+        self.study = metrics.Study(args, None, self.draw, self.rate, counts, conditional=bool(counts))
         self.study.sample, self.study.score = self.draw, self.rate  # of all at once: a batch would know its rows only
         self.study.load, self.study.noise = self.load, self.noise
         self.study.start(0, 1000, 10)

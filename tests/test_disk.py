@@ -52,7 +52,8 @@ def study(folder, classes=None, **flags):
         lambda z, y: (z[:, :1, None, None] * 50 + 128).clamp(0, 255).byte().expand(-1, 1, 8, 8),
         lambda x, y: torch.zeros(len(x)),
         classes,
-        ROOT / "wgan_gp.py",
+        conditional=bool(classes),
+        script=ROOT / "wgan_gp.py",
     )
     return made
 

@@ -212,7 +212,7 @@ def test_d_ignores_label(monkeypatch, module, argv, ignored):
 @pytest.mark.parametrize("module, argv", [(dcgan, []), (wgan_clip, [])], ids=["dcgan", "wgan_clip"])
 def test_without_conditional_nobody_is_told_a_label(monkeypatch, module, argv):
     seen = run(monkeypatch, module, [*ONE, *argv])
-    assert not seen.classes
+    assert not seen.conditional
     if module is wgan_clip:  # its networks are passed labels, and do not look
         x, z = torch.randn(6, 1, 16, 16), torch.randn(6, 5)
         for net, rows in ((seen.G.eval(), z), (seen.D.eval(), x)):

@@ -105,8 +105,8 @@ def run(monkeypatch, module, argv, iterations=1, x=None, y=None, nets=()):
         setattr(seen, name, averaged(net))
         return getattr(seen, name)
 
-    def study(args, held, sample, score, classes=None, script=None):
-        seen.held, seen.sample, seen.score, seen.classes = held, sample, score, classes
+    def study(args, held, sample, score, classes=None, conditional=False, script=None):
+        seen.held, seen.sample, seen.score, seen.classes, seen.conditional = held, sample, score, classes, conditional
         stand_in = mock.MagicMock()
         stand_in.evaluate.return_value = False
         stand_in.add = lambda losses: seen.logged.append({k: v.item() for k, v in losses.items()})
@@ -529,7 +529,8 @@ def test_gradients_are_those_of_the_objective_and_flow_only_where_they_should(mo
     assert order == ["D", "D", "G", "G"] * 2
     assert all(p.requires_grad for net in (seen.G, seen.D) for p in net.parameters())
     told = module is cdcgan or "--conditional" in flags
-    assert (seen.classes or {}) == ({"0": 20, "1": 20, "2": 20} if told else {})
+    assert seen.classes == {"0": 20, "1": 20, "2": 20}
+    assert bool(seen.conditional) == told
 
 
 @LOOP

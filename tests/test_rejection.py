@@ -440,7 +440,7 @@ def study(kind, sample, score, held=None, classes=None, **flags):
     """A Study of nothing but z (n, 2), and the keys that its noise is asked for."""
     data = {"dataset": "digits", "data_dir": "data", "image_size": 28, "run_dir": "run", "device": "cpu"}
     how = {"reject": kind, "seed": 11, "drs_percentile": None, "latent_dim": 2, "prior": "normal"}
-    made = metrics.Study(SimpleNamespace(**data, **(how | flags)), held, sample, score, classes)
+    made = metrics.Study(SimpleNamespace(**data, **(how | flags)), held, sample, score, classes, bool(classes))
     keys, noise = [], made.noise
 
     def noted(n, *key):
