@@ -66,7 +66,8 @@ from metrics import (
     write_whole,
 )
 
-# --paper sets these, the networks of a course: the paper's own have no convolutions.
+# --paper sets these, the networks of a course: the paper's own have no convolutions. It also doubles the channels of
+# D's layers after the first.
 PAPER = dict(batch_size=128, lr_g=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999, ema=0.999, ngf=128, ndf=64)
 PAPER |= dict(d_norm="batch", r1=0.0, penalty_share=1.0, lr_decay="none")
 MLP = dict(lr_d=5e-4)  # --arch mlp sets these
@@ -191,6 +192,7 @@ class Discriminator(nn.Module):
                 nn.LeakyReLU(negative_slope=0.2),  # (B, ndf, S / 2, S / 2), and with that of the image twice as many
             )
             w_in = args.ndf if args.d_ignores_label else 2 * args.ndf
+            # The course's second layer doubles the channels, ours does not.
             w_out = 4 * args.ndf if args.paper else 2 * args.ndf
             layers = []
             for _ in range(doublings(S) - 1):  # half the side, twice the channels

@@ -66,7 +66,8 @@ from metrics import (
     write_whole,
 )
 
-# --paper sets these. They are ours: the authors gave none for images.
+# --paper sets these. They are ours, as the authors gave none for images. Of their mixture and their loss, which the
+# paper does fix, see --mixture published and --loss saturating.
 PAPER = dict(batch_size=32, lr_g=5e-4, lr_d=5e-4, beta1=0.5, beta2=0.999, ema=0.999)
 PAPER |= dict(r1=0.0, penalty_share=1.0, lr_decay="none")
 MLP = dict(lr_g=2e-3, lr_d=5e-4)  # --arch mlp sets these
@@ -270,7 +271,9 @@ def dcgan_init(module):
 
 
 def discriminator_loss(score_real, score_fake):
-    """E[u(x)] - E[log(1 - exp(-u(G(z))))] for scores -u (B,): the paper's, less 2 log lambda."""
+    """E[u(x)] - E[log(1 - exp(-u(G(z))))] for scores -u (B,).
+
+    It is minus the paper's objective, which D maximises, plus the constant 2 log lambda."""
     return -score_real.mean() - log1mexp(-score_fake).mean()
 
 

@@ -1640,7 +1640,7 @@ class Judge:
         return "  ".join(parts)
 
 
-# REJECTION: which of a generator's pictures to keep, by their scores --------------------------------------------------
+# REJECTION: which of a generator's images to keep, by their scores --------------------------------------------------
 
 
 def check_scores(score):
@@ -1651,13 +1651,13 @@ def check_scores(score):
 
 
 def naive(score):
-    """The chance (N,) to keep a picture of this score (N,): sigmoid, as the reports do. Even for the best D this draws
+    """The chance (N,) to keep an image of this score (N,): sigmoid, as the reports do. Even for the best D this draws
     from p_g p_d / (p_g + p_d), normalised, and not from p_d; for a critic's raw score it means nothing."""
     return check_scores(score.double()).sigmoid()
 
 
 def drs(score, top, gamma=0.0, eps=1e-8):
-    """Discriminator rejection sampling: the chance (N,) to keep a picture whose score (N,) is log p_d / p_g.
+    """Discriminator rejection sampling: the chance (N,) to keep an image whose score (N,) is log p_d / p_g.
 
     Azadi et al. 2019 (1810.06758), section 3: sigmoid(F - gamma), F = d - log(1 - exp(d - eps)), d = score - top, where
     top (a number or (N,)) is the largest score there is. Without eps and gamma it is exp(d), and what is kept follows
@@ -1676,9 +1676,9 @@ def drs_logit(score, top, eps=1e-8):
 
 
 def platt(score_real, score_fake):
-    """(a, b, auc): sigmoid(a score + b) is the chance that a picture is real, if as many are real as fake.
+    """(a, b, auc): sigmoid(a score + b) is the chance that an image is real, if as many are real as fake.
 
-    So a score + b is log p_d / p_g, calibrated (Platt 1999). Scores (N,) of real pictures that D never saw and (M,) of
+    So a score + b is log p_d / p_g, calibrated (Platt 1999). Scores (N,) of real images that D never saw and (M,) of
     fresh fakes; each side weighs one half. auc is the share of pairs that the scores order rightly. ValueError: a is
     not above 0, or the scores separate the two without a mistake, so that the likelihood keeps rising with a."""
     real, fake = (s.double().flatten().cpu() for s in (score_real, score_fake))
@@ -1688,7 +1688,7 @@ def platt(score_real, score_fake):
     below = torch.searchsorted(order, real) + torch.searchsorted(order, real, right=True)  # a tie counts one half
     auc = below.double().mean().item() / (2 * len(fake))
     if real.min() >= fake.max() and real.max() > fake.min():
-        raise ValueError("every held-out real picture scores above every fake: there is no ratio to calibrate")
+        raise ValueError("every held-out real image scores above every fake: there is no ratio to calibrate")
     s = torch.cat([real, fake])
     centre, scale = s.mean(), s.std()
     s = torch.stack([(s - centre) / scale.clamp(min=1e-300), torch.ones(len(s))], 1)
@@ -1710,23 +1710,23 @@ def platt(score_real, score_fake):
         w = w - step
     a = (w[0] / scale).item()
     if not a > 0:
-        raise ValueError(f"D does not rate held-out real pictures above fakes (AUC {auc:.3f}): nothing to select by")
+        raise ValueError(f"D does not rate held-out real images above fakes (AUC {auc:.3f}): nothing to select by")
     return a, (w[1] - w[0] * centre / scale).item(), auc
 
 
 def rejected(kind, more, n, generator, head=None, percentile=60, burn_in=10_000, batch=1000, patience=1000):
-    """n of a generator's pictures, kept by their scores, and a dict of what that took.
+    """n of a generator's images, kept by their scores, and a dict of what that took.
 
     kind        "naive" or "drs"
-    more(k)     -> the next k pictures (k, ...) on the CPU and their scores (k,); z and its seeds are the caller's
-    generator   draws one uniform for each picture on the CPU: same seed, same choice, whatever the batch
+    more(k)     -> the next k images (k, ...) on the CPU and their scores (k,); z and its seeds are the caller's
+    generator   draws one uniform for each image on the CPU: same seed, same choice, whatever the batch
     head        platt's (a, b, auc): a score + b is used in place of score. A critic's score needs one
     percentile  drs: gamma is F at this percentile of the burn-in's scores; None: gamma 0
-    burn_in     drs: so many pictures are drawn and dropped first to find the largest score; it rises later if need be
+    burn_in     drs: so many images are drawn and dropped first to find the largest score; it rises later if need be
 
     The dict:
 
-    attempts            pictures drawn, up to and including the n-th kept one; the burn-in does not count
+    attempts            images drawn, up to and including the n-th kept one; the burn-in does not count
     attempts_per_10000  the same for 10,000 kept ones
     acceptance          n / attempts
     auc                 the head's; None without one
@@ -1734,25 +1734,28 @@ def rejected(kind, more, n, generator, head=None, percentile=60, burn_in=10_000,
     warning             a line for the user, or None
     index               (n,): which of the attempts were kept
 
-    ValueError: no picture was kept in `patience` batches in a row, or a score is NaN or +inf."""
+    ValueError: no image was kept in `patience` batches in a row, a score is NaN or +inf, or an argument is out of
+    range."""
     a, b, auc = head or (1.0, 0.0, None)
 
     def draw(k):
         x, score = more(k)
         return x, check_scores(a * score.detach().double().flatten().cpu() + b)
 
-    drs_kind = {"naive": False, "drs": True}[kind]
-    burn_in = burn_in if drs_kind else 0
-    if n < 1 or (drs_kind and percentile is not None and burn_in < 1):
+    if kind not in ("naive", "drs"):
+        raise ValueError(f"kind is naive or drs, not {kind}")
+    if kind == "naive":
+        burn_in = 0
+    if n < 1 or (kind == "drs" and percentile is not None and burn_in < 1):
         raise ValueError("n is 1 or more; a percentile is of the burn-in's scores: give burn_in, or percentile None")
     first_scores = [draw(min(batch, burn_in - i))[1] for i in range(0, burn_in, batch)]
-    top, score_at_percentile = -math.inf, None
+    top = -math.inf
+    score_at_percentile = None
     if first_scores:
         first_scores = torch.cat(first_scores)
         top = first_scores.max().item()
-        score_at_percentile = (
-            None if percentile is None else first_scores.quantile(percentile / 100, interpolation="lower").item()
-        )
+        if percentile is not None:
+            score_at_percentile = first_scores.quantile(percentile / 100, interpolation="lower").item()
     kept = []
     indexes = []
     n_kept = 0
@@ -1760,11 +1763,14 @@ def rejected(kind, more, n, generator, head=None, percentile=60, burn_in=10_000,
     empty_batches = 0
     while n_kept < n:
         x, score = draw(batch)
-        if drs_kind:
+        if kind == "drs":
             tops = score.cummax(0).values.clamp(min=top)  # as if one by one: what comes later has no say
             top = tops[-1].item()
-            # F rises with the score, so its percentile is F at the scores' percentile, under each picture's own top
-            chance = drs(score, tops, 0.0 if score_at_percentile is None else drs_logit(score_at_percentile, tops))
+            # F rises with the score, so its percentile is F at the scores' percentile, under each image's own top
+            gamma = 0.0
+            if score_at_percentile is not None:
+                gamma = drs_logit(score_at_percentile, tops)
+            chance = drs(score, tops, gamma)
         else:
             chance = naive(score)
         index = (torch.rand(batch, generator=generator, dtype=torch.float64) < chance).nonzero().flatten()[: n - n_kept]
@@ -1775,11 +1781,11 @@ def rejected(kind, more, n, generator, head=None, percentile=60, burn_in=10_000,
         kept.append(x[index])
         if empty_batches >= patience:
             raise ValueError(
-                f"not one of {empty_batches * batch} pictures was kept (--reject {kind}): {n_kept} of {n} so far"
+                f"not one of {empty_batches * batch} images was kept (--reject {kind}): {n_kept} of {n} so far"
             )
     warning = None
     if auc is not None and auc < 0.55:
-        warning = f"AUC {auc:.3f}: D hardly tells held-out real pictures from fakes, so rejection changes little"
+        warning = f"AUC {auc:.3f}: D hardly tells held-out real images from fakes, so rejection changes little"
     return torch.cat(kept), {
         "attempts": attempts,
         "attempts_per_10000": 10_000 * attempts / n,
@@ -2980,9 +2986,11 @@ def score(args):
     of_data_set = args.real in CHANNELS
     if not of_data_set and args.split == "train":
         raise ValueError("--split train goes with a data set's name: of a path --real takes every image")
-    judge = args.classifier or (args.real if of_data_set else None)  # the data set whose network gives the features
-    small = args.features == "classifier"
-    channels = CHANNELS[judge] if small and judge else 3
+    trained_on = args.classifier  # the data set whose network gives the features
+    if not trained_on and of_data_set:
+        trained_on = args.real
+    by_classifier = args.features == "classifier"
+    channels = CHANNELS[trained_on] if by_classifier and trained_on else 3
     fake = Images(args.fake, channels)
 
     @functools.cache
@@ -3000,20 +3008,23 @@ def score(args):
         order = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))
         apart = max(1, len(real) // 10) if len(real) < 2000 else max(1000, len(real) // 10)
         known, unknown = order.tensor_split([len(real) - apart])
-        if small and not judge and apart >= 1000:
+        if by_classifier and not trained_on and apart >= 1000:
             others, real = everything.part(known), everything.part(unknown)
-    n = min(len(fake), len(real), enough(judge) if args.n is None else args.n)
+    n = min(len(fake), len(real), enough(trained_on) if args.n is None else args.n)
     if others and args.split == "test":
         n = min(n, len(others))
     if n < FEWEST:
         raise ValueError(f"{n} + {n} images: a score of fewer than {FEWEST} says nothing")
-    if small and (padded(fake.size) != padded(real.size) if judge else fake.size != real.size):
+    sides = {fake.size, real.size}
+    if trained_on:  # its network pads 28 to 32
+        sides = {padded(fake.size), padded(real.size)}
+    if by_classifier and len(sides) > 1:
         raise ValueError(f"fakes of {fake.size} pixels, real images of {real.size} ({CROPPED})")
-    home = cache_home("folder" if "folder" in (judge, args.real) else judge, args.data_dir)
-    if not small:
+    home = cache_home("folder" if "folder" in (trained_on, args.real) else trained_on, args.data_dir)
+    if not by_classifier:
         net = inception(args.weights, device)
-    elif judge:
-        net = classifier(judge, data(judge, "train"), data(judge, "test"), home, device, say=warn)
+    elif trained_on:
+        net = classifier(trained_on, data(trained_on, "train"), data(trained_on, "test"), home, device, say=warn)
     else:
         x = torch.cat(list(everything.batches(1000)))
         parts = [(x[part], torch.full((len(part),), -1)) for part in (known, unknown)]
@@ -3032,10 +3043,8 @@ def score(args):
     train_sample = None
     if "fid" in wanted:
         if others:
-            first, second = (
-                embed_kept(images=others.only(n), keep_features=False, what="other real images"),
-                real_sample,
-            )
+            first = embed_kept(images=others.only(n), keep_features=False, what="other real images")
+            second = real_sample
         else:
             halves = order.split(max(2, min(n, len(order) // 2)))[:2]
             first, second = (embed_kept(images=everything.part(i), keep_features=False, what="half") for i in halves)
@@ -3043,7 +3052,7 @@ def score(args):
         if of_data_set and args.split == "test":
             train_sample = first
     scores = compare(fake_sample, real_sample, wanted, train_sample)
-    if keep_features and small and net.labelled:
+    if keep_features and by_classifier and net.labelled:
         scores |= class_shares(fake_sample.logits)
         if isinstance(net, Stacked):
             scores |= mode_coverage(fake_sample.logits.argmax(1), 1000)
@@ -3053,7 +3062,7 @@ def score(args):
         if images.formats["JPEG"]:
             count = images.formats["JPEG"]
             warn(f"warning: {images.path} holds {count} JPEG files, whose losses are in the scores: {JPEG_EFFECT}")
-    if n < 1000 or (not small and n < 4096 and "fid" in args.scores):
+    if n < 1000 or (not by_classifier and n < 4096 and "fid" in args.scores):
         warn(f"warning: {n} images of each kind: FID is too large, and compares at this n only")
     put(sys.stdout, f"{json.dumps(scores, indent=1) if args.json else table(scores, fake, real)}\n")
 

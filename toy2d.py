@@ -2,7 +2,7 @@
 
 A generator that has learned the distribution puts points on each mode (covered), the right share on each (reverse KL),
 and close to its centre (high quality, within 3 standard deviations: 98.9 % of the real points are). Only together do
-these say much: a uniform blob covers all 25 modes of the grid, with 2 % of its points of high quality.
+these say much: 2,500 points spread evenly over the grid cover 21 of its 25 modes, with 2 % of high quality.
 
     python toy2d.py --protocol metz --method gan                   collapses into one blob, which circles the ring
     python toy2d.py --protocol metz --method unrolled --seeds 3    8 of 8
@@ -177,11 +177,11 @@ def resolve(args, given):
     args.radius = args.radius or {"ring": 1.0, "grid": 4.0}[args.data]
     args.std = args.std or {"ring": args.radius / 100, "grid": 0.05}[args.data]
     args.snapshot_every = args.snapshot_every or max(1, args.steps // 5)
-    there = torch.cuda.is_available()
-    if args.device == "cuda" and not there:
+    has_cuda = torch.cuda.is_available()
+    if args.device == "cuda" and not has_cuda:
         fail("--device cuda: this PyTorch finds no such device")
     if args.device == "auto":
-        args.device = "cuda" if there else "cpu"
+        args.device = "cuda" if has_cuda else "cpu"
     return args
 
 
@@ -219,7 +219,7 @@ def coverage(points, centres, std):
 
     covered       modes with a point of high quality, one within 3 std of its nearest centre
     strict        modes with at least a quarter of their due share in such points
-    high_quality  share of all points
+    high_quality  share of all points that lie within 3 std of their nearest centre
     near          share of all points within a quarter of the spacing of the modes
     reverse_kl    KL(modes of high-quality points || uniform); infinite where there is no such point"""
     distance, mode = torch.cdist(points.double(), centres.double()).min(1)
@@ -301,6 +301,23 @@ class Simplex(nn.Module):
         return (self.peak - self.log_sum(e)).clamp(min=1e-6)
 
 
+class Discriminator(nn.Module):
+    """D, for mdgan with the mixture on top: points (runs, B, 2) -> score (runs, B), larger for more real."""
+
+    def __init__(self, args, scale):
+        super().__init__()
+        self.scale = scale
+        self.simplex = Simplex(args.mixture) if args.method == "mdgan" else None
+        n_out = 9 if self.simplex else 1
+        self.net = MLP(args.seeds, 2, args.hidden, n_out, args.layers, args.slope)
+
+    def forward(self, x):
+        out = self.net(x / self.scale)
+        if self.simplex:
+            return -self.simplex.u(5 * out.sigmoid() - 2.5)
+        return out[..., 0]
+
+
 def log1mexp(u):
     """log(1 - exp(-u)) for u >= 1e-6. The clamps of mdgan.py, for smaller u, are not needed."""
     return torch.where(u < math.log(2), (-torch.expm1(-u)).log(), torch.log1p(-torch.exp(-u)))
@@ -313,7 +330,7 @@ def mean(x):
     return x.mean(-1).sum()
 
 
-def d_loss(method, real, fake):
+def discriminator_loss(method, real, fake):
     """Scores are logits (gan, unrolled), the critic's values (WGANs), or -u (mdgan)."""
     if method.startswith("wgan"):
         return mean(fake) - mean(real)
@@ -322,7 +339,7 @@ def d_loss(method, real, fake):
     return mean(F.softplus(-real)) + mean(F.softplus(fake))
 
 
-def g_loss(method, kind, fake):
+def generator_loss(method, kind, fake):
     """kind: "ns", non-saturating, or "minimax". A WGAN has one loss only."""
     if method.startswith("wgan"):
         return -mean(fake)
@@ -343,8 +360,8 @@ def gradient_penalty(D, real, fake):
 def look_ahead(D, opt, real, fake, k, lr):
     """D's parameters after k more Adam steps on one batch, as functions of `fake`.
 
-    G's slope runs through each of the steps: Metz et al. 2017, eq. (7). Adam goes on from the moments it has; D and its
-    optimizer stay as they are."""
+    G's gradient runs through each of the steps: Metz et al. 2017, eq. (7). Adam goes on from the moments it has. D and
+    its optimizer stay as they are."""
     params = dict(D.named_parameters())
     b1, b2 = opt.param_groups[0]["betas"]
     eps = opt.param_groups[0]["eps"]
@@ -357,7 +374,9 @@ def look_ahead(D, opt, real, fake, k, lr):
         m = [s["exp_avg"].clone() for s in states]
         v = [s["exp_avg_sq"].clone() for s in states]
     for i in range(t + 1, t + 1 + k):
-        loss = d_loss("gan", functional_call(D, params, (real,)), functional_call(D, params, (fake,)))
+        score_real = functional_call(D, params, (real,))
+        score_fake = functional_call(D, params, (fake,))
+        loss = discriminator_loss("unrolled", score_real, score_fake)
         grads = torch.autograd.grad(loss, list(params.values()), create_graph=True)
         m = [b1 * a + (1 - b1) * g for a, g in zip(m, grads)]
         v = [b2 * a + (1 - b2) * g * g for a, g in zip(v, grads)]
@@ -372,23 +391,6 @@ def look_ahead(D, opt, real, fake, k, lr):
 # TRAINING -------------------------------------------------------------------------------------------------------------
 
 
-class Discriminator(nn.Module):
-    """D, for mdgan with the mixture on top: points (runs, B, 2) -> score (runs, B), larger for more real."""
-
-    def __init__(self, args, scale):
-        super().__init__()
-        self.scale = scale
-        self.simplex = Simplex(args.mixture) if args.method == "mdgan" else None
-        n_out = 9 if self.simplex else 1
-        self.net = MLP(args.seeds, 2, args.hidden, n_out, args.layers, args.slope)
-
-    def forward(self, x):
-        out = self.net(x / self.scale)
-        if self.simplex:
-            return -self.simplex.u(5 * out.sigmoid() - 2.5)
-        return out[..., 0]
-
-
 def train(args, on_snapshot=lambda step, G, D: None):
     """Trains --seeds runs together. Returns the averaged G, a function of z, and D."""
     torch.manual_seed(args.seed)
@@ -398,18 +400,21 @@ def train(args, on_snapshot=lambda step, G, D: None):
     scale = mode_centres(args).square().mean().sqrt().item()  # the networks see coordinates of size 1
     D = Discriminator(args, scale).to(args.device)
     net = MLP(R, args.latent_dim, args.hidden, 2, args.layers).to(args.device)
-    average = copy.deepcopy(net).requires_grad_(False)
+    ema = copy.deepcopy(net).requires_grad_(False)
     betas = (args.beta1, 0.9 if args.method.startswith("wgan") else 0.999)
     opt_g = torch.optim.Adam(net.parameters(), args.lr_g, betas, fused=True)
     opt_d = torch.optim.Adam(D.parameters(), args.lr_d, betas, fused=True)
 
-    def G(z, of=net):
+    def to_points(out):
         if args.bound:
-            return of(z).tanh() * (args.bound * args.radius)
-        return of(z) * scale
+            return out.tanh() * (args.bound * args.radius)
+        return out * scale
+
+    def G(z):
+        return to_points(net(z))
 
     def averaged_G(z):
-        return G(z, average)
+        return to_points(ema(z))
 
     for step in range(1, args.steps + 1):
         decay = 1.0
@@ -422,11 +427,11 @@ def train(args, on_snapshot=lambda step, G, D: None):
             real = sample_real(centres, args.std, R, B)
             with torch.no_grad():
                 fake = G(noise(args, R, B))
-            loss = d_loss(args.method, D(real), D(fake))
+            d_loss = discriminator_loss(args.method, D(real), D(fake))
             if args.method == "wgan_gp":
-                loss = loss + args.gp_weight * gradient_penalty(D, real, fake)
+                d_loss = d_loss + args.gp_weight * gradient_penalty(D, real, fake)
             opt_d.zero_grad()
-            loss.backward()
+            d_loss.backward()
             opt_d.step()
             if args.method == "wgan_clip":
                 with torch.no_grad():
@@ -436,17 +441,20 @@ def train(args, on_snapshot=lambda step, G, D: None):
         fake = G(noise(args, R, B))
         if args.method == "unrolled":
             ahead = look_ahead(D, opt_d, real, fake, args.k, args.lr_d * decay)
-            loss = g_loss("gan", args.loss, functional_call(D, ahead, (fake,)))
-            if args.loss == "minimax":  # the game's other term depends on G too, through D's steps
-                loss = loss - mean(F.softplus(-functional_call(D, ahead, (real,))))
+            score_fake = functional_call(D, ahead, (fake,))
+            if args.loss == "minimax":  # all of D's loss: its real term depends on G too, through D's steps
+                score_real = functional_call(D, ahead, (real,))
+                g_loss = -discriminator_loss("unrolled", score_real, score_fake)
+            else:
+                g_loss = generator_loss("unrolled", "ns", score_fake)
         else:
-            loss = g_loss(args.method, args.loss, D(fake))
+            g_loss = generator_loss(args.method, args.loss, D(fake))
         opt_g.zero_grad()
-        loss.backward(inputs=list(net.parameters()))  # D's weights get no gradient
+        g_loss.backward(inputs=list(net.parameters()))  # D's weights get no gradient
         opt_g.step()
         with torch.no_grad():
             weight = 1 - min(args.ema, (1 + step) / (10 + step))
-            for a, p in zip(average.parameters(), net.parameters()):
+            for a, p in zip(ema.parameters(), net.parameters()):
                 a.lerp_(p, weight)
 
         if step % args.snapshot_every == 0 or step == args.steps:
@@ -505,20 +513,20 @@ def scores_of_kept(args, G, D, n=2500):
     return kept
 
 
-def texts(runs):
+def cells(scores):
     """One text for each of COLUMNS: the mean over the runs, and the standard deviation where there are several."""
     parts = []
     for name, form in COLUMNS.items():
-        values = np.array([scores[name] for scores in runs])
+        values = np.array([of_run[name] for of_run in scores])
         text = form.format(values.mean())
-        if len(runs) > 1 and np.isfinite(values).all():
+        if len(scores) > 1 and np.isfinite(values).all():
             text += f" +- {form.format(values.std(ddof=1))}"
         parts.append(text)
     return parts
 
 
-def headed(runs):
-    return "  ".join(f"{name} {text}" for name, text in zip(COLUMNS, texts(runs)))
+def score_line(scores):
+    return "  ".join(f"{name} {text}" for name, text in zip(COLUMNS, cells(scores)))
 
 
 # FIGURES AND TABLES ---------------------------------------------------------------------------------------------------
@@ -565,9 +573,10 @@ def run(args, out=None, report=say):
     start = time.time()
 
     def on_snapshot(step, G, D):
-        runs = score(args, G)
-        rows.append({"step": step, **{name: float(np.mean([scores[name] for scores in runs])) for name in COLUMNS}})
-        report(f"step {step}: {headed(runs)}  {time.time() - start:.0f} s")
+        scores = score(args, G)
+        means = {name: float(np.mean([of_run[name] for of_run in scores])) for name in COLUMNS}
+        rows.append({"step": step, **means})
+        report(f"step {step}: {score_line(scores)}  {time.time() - start:.0f} s")
         if not out:
             return
         images.append(picture(args, G, D))
@@ -612,30 +621,30 @@ def table(argv, shorter):
         say(f"\n{data}: 2,500 points, {args.seeds} runs each\n")
         say(f"| method | G updates | {' | '.join(COLUMNS)} | seconds | of its own |")
         say(f"|---|---|{'---|' * (len(COLUMNS) + 2)}")
-        say(f"| real | | {' | '.join(texts(score_real(args)))} | | |")
+        say(f"| real | | {' | '.join(cells(score_real(args)))} | | |")
         for method in METHODS:
             args = parse_args([*flags, "--data", data, "--method", method])
             args = argparse.Namespace(**{**vars(args), "steps": max(1, args.steps // shorter)})
             start = time.time()
-            runs = run(args, report=lambda text: None)[0]
+            scores = run(args, report=lambda text: None)[0]
             seconds = time.time() - start
             tuned = [name for name in TUNED[method] if name != "steps"]
             own = ", ".join(f"{name.replace('_', '-')} {getattr(args, name)}" for name in tuned)
-            say(f"| {method} | {args.steps} | {' | '.join(texts(runs))} | {seconds:.0f} | {own} |")
+            say(f"| {method} | {args.steps} | {' | '.join(cells(scores))} | {seconds:.0f} | {own} |")
         for name, modes, quality, kl, source in PUBLISHED[data]:
             say(f"| {name}, published | | {modes} | | {quality} | | {kl} | | {source} |")
 
 
 def main(argv=None):
     try:
-        study(argv)
+        command(argv)
     except KeyboardInterrupt:
         raise SystemExit(130) from None  # 128 + SIGINT, as shells expect
     except OSError as e:  # a disk that refuses
         fail(e)
 
 
-def study(argv):
+def command(argv):
     """What the flags ask for: the table of all methods, or the runs of one."""
     args = parse_args(argv)
     if args.table:
@@ -654,20 +663,22 @@ def study(argv):
         what = "clusters" if end > 0.01 else "one blob, no clusters"
         say(f"mean shift from a corner ends at {end:.3f} of its radius: {what}")
     try:
-        runs, G, D = run(args, out)
+        scores, G, D = run(args, out)
     except KeyboardInterrupt:
         say(f"stopped: {out} holds what there is")
         raise SystemExit(130) from None
-    say(f"real:  {headed(score_real(args))}\nmade:  {headed(runs)}")
+    real = score_real(args)
+    say(f"real:  {score_line(real)}\nmade:  {score_line(scores)}")
     after = None
     if args.reject == "drs":
         after = scores_of_kept(args, G, D)
     if after:
-        acceptance = np.mean([scores["acceptance"] for scores in after])
-        auc = np.mean([scores["auc"] for scores in after])
-        say(f"kept:  {headed(after)}  acceptance {acceptance:.1%}  AUC {auc:.3f}")
-    scores = {"made": runs, "kept": after, "real": score_real(args)}
-    text = json.dumps(scores, indent=1).replace("Infinity", "null")  # reverse KL where no point is near a mode
+        acceptance = np.mean([of_run["acceptance"] for of_run in after])
+        auc = np.mean([of_run["auc"] for of_run in after])
+        say(f"kept:  {score_line(after)}  acceptance {acceptance:.1%}  AUC {auc:.3f}")
+    text = json.dumps({"made": scores, "kept": after, "real": real}, indent=1).replace(
+        "Infinity", "null"
+    )  # reverse KL where no point is near a mode
     (out / "scores.json").write_text(text)
     say(f"done: {out}")
 

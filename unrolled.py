@@ -68,7 +68,8 @@ from metrics import (
     write_whole,
 )
 
-# --paper sets these. k, Adam, its first moment and the rate of G are the authors', the rest is ours.
+# --paper sets these. k, Adam, beta1 and the rate of G are those of the authors' demonstration, the rest is ours. The
+# paper's loss needs --loss minimax.
 PAPER = dict(lr_g=1e-3, lr_d=2e-4, beta1=0.5, beta2=0.999, ema=0.999, k=5, inner="adam")
 PAPER |= dict(inner_lr=0.05, r1=0.0, penalty_share=1.0, lr_decay="none")
 MLP = dict(lr_g=2e-3, lr_d=5e-4, r1=0.02)  # --arch mlp sets these
@@ -160,7 +161,7 @@ class Generator(nn.Module):
 class Discriminator(nn.Module):
     """Image (B, channels, S, S) -> logit (B,), larger for more real.
 
-    There is no batch norm after its layers, so each has a bias."""
+    There is no batch norm after its layers, so each has a bias, but for the last convolution."""
 
     def __init__(self, args, channels):
         super().__init__()
@@ -244,7 +245,7 @@ def look_ahead(D, opt, x_real, x_fake, k, inner="adam", inner_lr=0.05):
     would go on, from the moments, the count and the rate that `opt` has after one step or more. sgd: gradient descent
     at the rate inner_lr."""
     params = dict(D.named_parameters())
-    if k and inner == "adam":
+    if k and inner == "adam":  # before D's first step there are no moments, which k = 0 does not need
         group = opt.param_groups[0]
         beta1, beta2 = group["betas"]
         state = [opt.state[p] for p in params.values()]
@@ -258,15 +259,15 @@ def look_ahead(D, opt, x_real, x_fake, k, inner="adam", inner_lr=0.05):
         grads = torch.autograd.grad(loss, list(params.values()), create_graph=True)
         if inner == "sgd":
             params = {name: p - inner_lr * g for (name, p), g in zip(params.items(), grads)}
-            continue
-        t = t + 1
-        m = [torch.lerp(g, a, beta1) for a, g in zip(m, grads)]
-        v = [torch.lerp(g * g, a, beta2) for a, g in zip(v, grads)]
-        rate = group["lr"] / one_minus_power(beta1, t)
-        correction = one_minus_power(beta2, t)
-        # the slope of a root is infinite at 0, where a unit that never fires leaves v: hence the 1e-16
-        roots = [(a / correction + 1e-16).sqrt() + group["eps"] for a in v]
-        params = {name: p - rate * a / root for (name, p), a, root in zip(params.items(), m, roots)}
+        else:
+            t = t + 1
+            m = [torch.lerp(g, a, beta1) for a, g in zip(m, grads)]  # beta1 a + (1 - beta1) g
+            v = [torch.lerp(g * g, a, beta2) for a, g in zip(v, grads)]
+            rate = group["lr"] / one_minus_power(beta1, t)
+            correction = one_minus_power(beta2, t)
+            # The derivative of a root is infinite at 0, where a unit that never fires leaves v: hence the 1e-16.
+            roots = [(a / correction + 1e-16).sqrt() + group["eps"] for a in v]
+            params = {name: p - rate * a / root for (name, p), a, root in zip(params.items(), m, roots)}
     return params
 
 

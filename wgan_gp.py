@@ -17,7 +17,7 @@ The penalty is a soft form of this limit, taken at random points between a fake 
 below 1 too, because the best critic has slope 1 almost everywhere between the two distributions (section 2.3).
 
     python wgan_gp.py                                    digits rendered at start-up, no download
-    python wgan_gp.py --dataset mnist --epochs 6         real digits: two to five minutes of two CPU cores
+    python wgan_gp.py --dataset mnist --epochs 6         real digits, six passes over them: 5,622 updates
     python wgan_gp.py --dataset folder --data-dir photos --flip --steps 2000
     python wgan_gp.py --dataset mnist --paper            the paper's settings, not the best ones
 

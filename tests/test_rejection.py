@@ -266,6 +266,11 @@ def test_scores_that_are_not_finite_are_an_error(kind, bad):
         metrics.rejected(kind, more, 10, seeded(0))
 
 
+def test_another_kind_of_rejection_is_an_error():
+    with pytest.raises(ValueError, match="naive or drs, not none"):
+        metrics.rejected("none", discrete(), 10, seeded(0))
+
+
 @pytest.mark.parametrize(
     "burn_in, percentile, refused", [(0, 60, True), (0, 0, True), (0, None, False), (1, 60, False)]
 )

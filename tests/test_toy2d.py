@@ -176,7 +176,7 @@ def test_looking_ahead_is_adam_itself(float64, k):
     assert all(torch.equal(p, q) for p, q in zip(score.parameters(), before))
     for _ in range(k):
         opt.zero_grad()
-        toy2d.d_loss("gan", score(real), score(fake)).backward()
+        toy2d.discriminator_loss("gan", score(real), score(fake)).backward()
         opt.step()
     for p, q in zip(score.parameters(), ahead.values()):
         torch.testing.assert_close(q, p, atol=1e-6, rtol=1e-6)
