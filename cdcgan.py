@@ -292,7 +292,8 @@ def train(args):
     batches = Batches(args, device)
     classes = len(batches.classes)
     if classes < 2:
-        fail(f"--dataset {args.dataset} has no labels to condition on: a folder needs a subfolder for each class")
+        few = f"--dataset {args.dataset} has {classes} labelled classes, where two or more are needed"
+        fail(f"{few}. A folder needs a sub-folder for each class, and no image beside them")
     torch.manual_seed(args.seed)
     # channels_last: the same shapes, stored pixel by pixel, which makes convolutions faster
     G = Generator(args, batches.channels, classes).to(device, memory_format=torch.channels_last)
@@ -435,7 +436,8 @@ FIXED = """dataset image_size holdout flip batch_size d_steps g_steps seed paper
     mixture embedding_dim optimizer""".split()
 NOT_KEPT = "device graph run_dir resume generate generate_to label probe".split()
 
-COLOUR_IMAGES = ("cifar10", "celeba", "folder")  # stacked_mnist has three channels too, but of three digits
+# Colour images, with their side where no flag gives it. stacked_mnist has three channels too, but of three digits.
+COLOUR_SIDES = {"cifar10": 32, "celeba": 64, "folder": 64}
 
 # FLAGS ----------------------------------------------------------------------------------------------------------------
 
@@ -553,7 +555,7 @@ def resolve(p, argv, paper, mlp, colour=None, small_colour=None, grey_side=28):
     preset = {}
     if args.arch == "mlp":
         preset |= mlp
-    elif colour and args.dataset in COLOUR_IMAGES and (args.image_size or side) >= 32:
+    elif colour and args.dataset in COLOUR_SIDES and (args.image_size or side) >= 32:
         preset |= colour
         if small_colour and (args.image_size or side) < 64:
             preset |= small_colour
@@ -596,7 +598,7 @@ def suited_to(args, grey_side):
         return 28, 100
     if args.paper:
         return 32, 100
-    side = {"cifar10": 32, "celeba": 64, "folder": 64}.get(args.dataset, grey_side)
+    side = COLOUR_SIDES.get(args.dataset, grey_side)
     latent_dim = 16 if CHANNELS[args.dataset] == 1 else 100  # on MNIST 16 gave a lower FID than 100 in every script
     return side, latent_dim
 
@@ -904,6 +906,8 @@ def main(argv=None):
         raise SystemExit(130) from None  # 128 + SIGINT, as shells expect
     except OSError as e:  # a disk that refuses, a name that is too long
         fail(e)
+    except torch.OutOfMemoryError:
+        fail("the GPU has too little memory: give a smaller --batch-size, --image-size, --ngf or --ndf")
     finally:
         Stop.put_back()
         if WORLD > 1 and torch.distributed.is_initialized():

@@ -50,6 +50,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import unicodedata
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -713,7 +714,8 @@ def load_data(dataset, data_dir, size, split):
     data = from_torchvision(dataset.removeprefix("stacked_"), root, train=split == "train")
     x = torch.as_tensor(data.data)
     y = torch.as_tensor(data.targets).long()
-    names = [name.split(" - ")[0] for name in data.classes]  # MNIST's are "0 - zero"
+    names = getattr(data, "classes", None) or [str(i) for i in range(int(y.max()) + 1)]  # torchvision's USPS names none
+    names = [name.split(" - ")[0] for name in names]  # MNIST's are "0 - zero"
     x = x[:, None] if x.dim() == 3 else x.permute(0, 3, 1, 2)
     if dataset == "stacked_mnist":
         x, y = stack_digits(x, y, 128_000, 3) if split == "train" else stack_digits(x, y, 26_000, 4)
@@ -907,8 +909,8 @@ def read_images(root, size, split, files):
         for part in progress(torch.arange(len(paths)).split(1000), len(paths), f"reading {root}"):
             list(pool.map(decode, part.tolist()))
     reasons = [bad[i] for i in sorted(bad)]
-    if len(bad) == len(paths):
-        fail(f"no image in {root} can be read: {reasons[0]}")
+    if split == "train" and len(bad) == len(paths):
+        fail(f"none of the {len(paths)} training images in {root} can be read: {reasons[0]}")
     facts = []
     if bad:
         facts.append(f"left out {len(bad)} of {len(paths)} files: {'; '.join(reasons[:3])}")
@@ -918,7 +920,7 @@ def read_images(root, size, split, files):
     said = ". ".join(facts)
     if said:
         warn_once(said)
-    good = np.array([i for i in range(len(paths)) if i not in bad])
+    good = np.array([i for i in range(len(paths)) if i not in bad], dtype=int)  # without a dtype none are floats
     x = x[good] if bad else x
     old = f"{re.escape(name)}-[0-9a-f]{{12}}\\.npz"
     keep(root.resolve().parent, f"{name}-{key}.npz", lambda file: np.savez(file, x=x, good=good, said=said), old=old)
@@ -971,7 +973,8 @@ def read_image(path, channels=3, size=None):
 def eight_bits(image):
     """The image upright, with 8 bits a channel. ValueError: floats, 32-bit integers, and 16 bits of which only the
     lower 14 are used. These may be 12 or 14 bits kept as they are, and would come out much too dark."""
-    of_16 = ";16" in str(image.tile)  # what is in the file; Pillow itself cuts colours to their upper 8 bits
+    # What is in the file; Pillow itself cuts colours to their upper 8 bits. BGR;16 is 16 bits for all three colours.
+    of_16 = ";16" in str(image.tile).replace("BGR;16", "")
     grey_16 = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
     if image.mode in ("I", "F") and not grey_16:
         raise ValueError(f"mode {image.mode}: no clear scale from black to white")
@@ -1320,8 +1323,8 @@ def classifier(dataset, train, test, folder=None, device="cpu", epochs=None, say
         return Stacked(classifier("mnist", *red, folder, device, epochs, say))
     x, y = train[:2]
     x_test, y_test = (some(part, 10_000) for part in test[:2])
-    key = picture_key(x, y)
-    test_key = picture_key(x_test, y_test)
+    key = image_key(x, y)
+    test_key = image_key(x_test, y_test)
     side = padded(x.shape[-1])
     labelled = len(y.unique()) > 1 and bool(min(y.min(), y_test.min()) >= 0)
     if labelled:
@@ -1397,7 +1400,7 @@ def rotation_accuracy(net, x):
     return right / min(len(x), 1000)
 
 
-def picture_key(x, y):
+def image_key(x, y):
     """A hash of images and labels, the same for MNIST at 28 and padded to 32."""
     x = F.pad(x, (2, 2, 2, 2)) if x.shape[-1] == 28 else x
     key = hashlib.sha256(x.contiguous().numpy())  # as they lie: tobytes would double them
@@ -1799,7 +1802,7 @@ def rejected(kind, more, n, generator, head=None, percentile=60, burn_in=10_000,
 
 # STUDY: what watches a run and never trains ---------------------------------------------------------------------------
 
-NOT_LOGGED = {"n_real", "n_fake", "floor", "accuracy", "features", "inception_score_std", "modes_real", "modes_kl_real"}
+NOT_LOGGED = {"n_real", "n_fake", "floor", "accuracy", "inception_score_std", "modes_real", "modes_kl_real"}
 
 
 class Study:
@@ -1818,8 +1821,8 @@ class Study:
     def __init__(self, args, held, sample, score, classes=None, conditional=False, script=None):
         self.args = args
         self.held = held
-        self.sample = in_parts(sample, args.device)
-        self.score = in_parts(score, args.device)
+        self.sample = in_parts(sample, args.device, args.image_size)
+        self.score = in_parts(score, args.device, args.image_size)
         self.classes_of_data = classes or {}
         self.classes = self.classes_of_data if conditional else {}  # those that G can be asked for
         self.script = Path(script) if script else None
@@ -1844,11 +1847,16 @@ class Study:
         self.start_time = time.monotonic() - self.seconds_before
         self.scored_at = None
         self.best_fid = math.inf
+        self.scored_by = None  # the network of the last scores
+        self.test_key = None  # of the test images
         if RANK:
             return
         args = self.args
         if args.dataset != "digits":  # those are rendered, so they are always there
-            self.load("test")  # test images that cannot be read end the program now, and not at the first scores
+            x, y = self.load("test")[:2]  # test images that cannot be read end the program now, not at the first scores
+            self.test_key = image_key(x, y)
+            if args.resume:
+                self.compare_test_images(Path(args.resume).parent / "args.json")
         if i >= total + args.d_steps:  # the last iteration may end past the total
             fail(f"{args.resume} is at update {i}, past the {total} asked for")
         goes_on = args.resume and Path(args.resume).resolve().parent == self.folder.resolve()
@@ -1869,7 +1877,8 @@ class Study:
             machine = {"torch": torch.__version__, "gpu": None, "processes": WORLD}
             if args.device == "cuda":
                 machine["gpu"] = torch.cuda.get_device_name()
-            text = json.dumps({"script": script, **vars(args), "classes": self.classes_of_data, **machine}, indent=1)
+            text = {"script": script, **vars(args), "classes": self.classes_of_data, **machine}
+            text = json.dumps(text | {"test_images": self.test_key}, indent=1)
             replace_file(self.folder / "args.json", lambda file: file.write(text.encode()))
             (self.folder / "scores.json").unlink(missing_ok=True)  # of an earlier end
             for sheet in (self.folder / "samples").glob("step_*.png"):
@@ -1898,6 +1907,13 @@ class Study:
             except OSError:  # a file system without locks
                 pass
 
+    def compare_test_images(self, path):
+        """Warns if the run in the args.json at `path` had other test images: some may have been trained on."""
+        with contextlib.suppress(OSError, ValueError):  # a checkpoint may lie without its run
+            before = json.loads(path.read_text()).get("test_images")
+            if before not in (None, self.test_key):
+                warn(f"the test images are not those of {path}: if images came or went, some were trained on before")
+
     def say_what_takes_long(self, i):
         """The first scores of new images need a network that is trained on them. Once it is there they take seconds."""
         args = self.args
@@ -1910,16 +1926,21 @@ class Study:
             say(f"the first scores, at update {at}, train their network: two or three minutes, once (in {home})")
 
     def find_best(self, rows, i):
-        """Keeps best.pt if it was written at the step of the lowest fid_train in scores.csv, and removes it otherwise.
+        """Keeps best.pt if it was written at the step of the lowest fid_train in scores.csv, and renames it otherwise.
 
         Then it comes from updates that this resume undoes, or the run was killed before the newer one was written."""
         best = self.folder / "best.pt"
         fids = {int(float(row["step"])): float(row["fid_train"]) for row in rows if is_number(row.get("fid_train", ""))}
+        if rows:
+            self.scored_by = rows[-1].get("features")
         if fids and best.exists() and step_of(best) == min(fids, key=fids.get):
             self.scored_at = max(fids)
             self.best_fid = min(fids.values())
         else:
-            best.unlink(missing_ok=True)
+            if best.exists():
+                other = self.folder / f"best_{step_of(best)}.pt"
+                best.replace(other)
+                warn(f"{best} is not the best of the updates that this run goes on from: it is {other.name} now")
             if i >= self.total:  # then the loop is over, and update i is scored again
                 self.scores_file.keep(i - 1)
 
@@ -2017,6 +2038,10 @@ class Study:
         row |= {name: value for name, value in scores.items() if name not in NOT_LOGGED}
         self.scores_file.add(row)
         self.to_board(row)
+        if self.scored_by not in (None, scores["features"]):
+            warn(f"the scores are by another network than before, {self.scored_by}: best.pt starts afresh")
+            self.best_fid = math.inf
+        self.scored_by = scores["features"]
         better = scores["fid_train"] < self.best_fid
         self.best_fid = min(self.best_fid, scores["fid_train"])
         self.scored_at = i
@@ -2071,6 +2096,8 @@ class Study:
         with or_warn("no traversal.png"):
             self.traversal()
         self.last_scores(i, load_networks)
+        if self.board:
+            self.board.close()
         if self.log_file.path.exists():
             try:
                 plot([self.folder], self.folder / "curves.png")
@@ -2223,9 +2250,12 @@ class Study:
             return self.labels(n, *key)
         if label == "turn":
             return torch.arange(n) % len(names)
-        if label not in names:
+        # An accented letter is one character or two: folders of a Mac have two.
+        plain = [unicodedata.normalize("NFC", name) for name in names]
+        label = unicodedata.normalize("NFC", label)
+        if label not in plain:
             fail(f"--label {label} is no class; there are: {', '.join(names[:20]) or 'none'}")
-        return torch.full((n,), names.index(label))
+        return torch.full((n,), plain.index(label))
 
 
 class Stop:
@@ -2282,12 +2312,15 @@ def step_of(checkpoint):
         return None
 
 
-def in_parts(f, device):
-    """f(rows, y), of as many rows as wanted: 500 at a time on `device`, without gradients. The result is on the CPU."""
+def in_parts(f, device, side=64):
+    """f(rows, y), of as many rows as wanted, without gradients. The result is on the CPU.
+
+    At a time 500 rows go to `device`; where images have more than 64 pixels a side, as many as have the same area."""
+    n = max(16, min(500, 500 * 64**2 // side**2))
 
     @torch.no_grad()
     def whole(rows, y):
-        return torch.cat([f(a.to(device), b.to(device)).cpu() for a, b in zip(rows.split(500), y.split(500))])
+        return torch.cat([f(a.to(device), b.to(device)).cpu() for a, b in zip(rows.split(n), y.split(n))])
 
     return whole
 
@@ -2361,18 +2394,20 @@ def is_number(text):
     return False
 
 
-def save_gif(paths, out, limit=300 * 1024):
+def save_gif(paths, out, limit=300 * 1024, largest=530):
     """The sheets as an animated GIF of at most `limit` bytes: ever fewer frames and colours until it fits.
 
-    Nothing is written if even two frames of two colours are too large. OSError: a sheet cannot be read, or the disk
-    refuses."""
+    Frames larger than `largest` pixels, the side of a sheet of 64 images of 64 pixels, are made smaller. Nothing is
+    written if even two frames of two colours are too large. OSError: a sheet cannot be read, or the disk refuses."""
 
     def frame(path, colours):
         try:
             with Image.open(path) as image:
-                return image.quantize(colours)
+                image = image.convert("RGB")
         except (OSError, SyntaxError) as e:  # Pillow raises either for a damaged PNG, and does not name the file
             raise OSError(f"{path}: {e}") from None
+        image.thumbnail((largest, largest))
+        return image.quantize(colours)
 
     if not paths:
         return
@@ -2423,6 +2458,9 @@ def reconstruction_figures(folder, load, encode, decode, x_train):
     if RANK:
         return
     x = load("test")[0][:16].to(x_train.device)
+    if len(x) == 0:
+        say("no reconstructions.png: no test image can be read")
+        return
     z = encode(x)
     made = decode(z)
     parts = x_train.split(1000)
@@ -2487,8 +2525,8 @@ def probe(study, i, features, reconstruct, x, y):
 COLOURS = "#1f5fa8 #c8452b #2f8f4e #8a4fa3 #b58a00 #444444 #3fb0c9 #d477a8 #7a5230 #8fb339 #6a6acd #e08a2e".split()
 NOT_PLOTTED = {"step", "epoch", "g_updates", "seconds", "images_per_s", "class_min", "class_max"}
 NOT_COMPARED = set(
-    "script classes torch gpu seed data_dir device graph run_dir resume generate generate_to label tensorboard "
-    "log_every sample_every eval_every checkpoint_every".split()
+    "script classes test_images torch gpu seed data_dir device graph run_dir resume generate generate_to label "
+    "tensorboard log_every sample_every eval_every checkpoint_every".split()
 )
 
 
@@ -2509,6 +2547,8 @@ def read_log(run):
             if not rows:
                 continue
             for name in rows[0]:
+                if name == "features":  # a text: the network that scored
+                    continue
                 filled = [row for row in rows if row[name]]
                 steps = [float(row["step"]) for row in filled]
                 columns.setdefault(name, (steps, [float(row[name]) for row in filled]))

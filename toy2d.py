@@ -557,9 +557,13 @@ def picture(args, G, D, side=256):
     return image
 
 
-def strip(images, most=10):
-    """Side by side; of more than `most`, as many evenly spaced ones, the last among them."""
-    images = [images[round(i)] for i in np.linspace(0, len(images) - 1, min(most, len(images)))]
+def some(paths, most):
+    """The images of these files; of more than `most`, as many evenly spaced ones, the first and last among them."""
+    return [Image.open(paths[round(i)]) for i in np.linspace(0, len(paths) - 1, min(most, len(paths)))]
+
+
+def strip(images):
+    """Side by side."""
     sheet = Image.new("RGB", (sum(image.width + 4 for image in images) - 4, images[0].height), "white")
     for k, image in enumerate(images):
         sheet.paste(image, (k * (image.width + 4), 0))
@@ -568,7 +572,6 @@ def strip(images, most=10):
 
 def run(args, out=None, report=say):
     """One training with its figures; returns the scores of each run, G and D."""
-    images = []
     rows = []
     start = time.time()
 
@@ -579,8 +582,7 @@ def run(args, out=None, report=say):
         report(f"step {step}: {score_line(scores)}  {time.time() - start:.0f} s")
         if not out:
             return
-        images.append(picture(args, G, D))
-        images[-1].save(out / f"step_{step:07}.png")
+        picture(args, G, D).save(out / f"step_{step:07}.png")
         with open(out / "log.csv", "a", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
             if len(rows) == 1:
@@ -589,9 +591,11 @@ def run(args, out=None, report=say):
 
     G, D = train(args, on_snapshot)
     if out:
-        strip(images).save(out / "strip.png")
-        rest = images[1:] + images[-1:] * 3
-        images[0].save(out / "training.gif", save_all=True, append_images=rest, duration=300, loop=0)
+        paths = sorted(out.glob("step_*.png"))
+        strip(some(paths, 10)).save(out / "strip.png")
+        frames = some(paths, 48)
+        rest = frames[1:] + frames[-1:] * 3
+        frames[0].save(out / "training.gif", save_all=True, append_images=rest, duration=300, loop=0)
     return score(args, G), G, D
 
 

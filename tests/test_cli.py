@@ -48,7 +48,7 @@ def digits(split):
 def known(folder, x, y, name="small"):
     """The shipped network of digits as that of the data set `name` of these pictures: the tests train none."""
     saved = torch.load(metrics.JUDGES / "digits.pt", weights_only=True)
-    key = metrics.picture_key(x, y)
+    key = metrics.image_key(x, y)
     folder.mkdir(exist_ok=True)
     torch.save({**saved, "pictures": [key]}, folder / f"classifier-{name}-32-{key}.pt")
 
@@ -1277,7 +1277,8 @@ SHARES = "0123456789"
 def scored(s):
     """The rows of scores.csv, as numbers."""
     with open(s.folder / "scores.csv", newline="") as file:
-        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+        rows = list(csv.DictReader(file))
+    return [{name: float(value) for name, value in row.items() if name != "features"} for row in rows]
 
 
 def test_a_perfect_conditional_generator_scores_at_the_floor(script, capsys):
@@ -1353,6 +1354,20 @@ def test_without_labels_a_study_logs_fid_and_coverage(script, rotation, capsys):
     assert scores["fid"] < 2 * s.study.judge.floor
     line = capsys.readouterr().out.splitlines()[-1]
     assert "no labels" in line and f"FID[{rotation.net.name}]" in line
+
+
+def test_another_network_starts_the_best_afresh(script, capsys):
+    """FIDs of two networks do not compare. A run goes on with another one on another machine."""
+    s = script()
+    s.study.best_fid = -1.0  # lower than any
+    assert not s.study.evaluate(10)  # the same network
+    s.study.scored_by = "classifier-small-32/128 ffffffff"
+    assert s.study.evaluate(20) and "by another network than before" in capsys.readouterr().err
+    s.spoil = lambda x, z: 255 - x
+    assert not s.study.evaluate(30)
+    with open(s.folder / "scores.csv", newline="") as file:
+        assert [row["features"] for row in csv.DictReader(file)] == [s.study.judge.net.name] * 3
+    assert "features" not in metrics.read_log(s.folder / "scores.csv")
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 49])
@@ -1590,6 +1605,10 @@ def test_training_gif_plays_the_sheets_in_order_within_its_size(tmp_path):
         Image.fromarray(rng.randint(0, 256, (240, 240), np.uint8)).save(folder / f"step_{i + 1:07}.png")
     metrics.save_gif(sorted(folder.glob("*.png")), tmp_path / "large.gif")
     assert Image.open(tmp_path / "large.gif").n_frames >= 2 and (tmp_path / "large.gif").stat().st_size <= 300 * 1024
+    for step in (1, 2):
+        Image.new("RGB", (1060, 600), (100 * step, 0, 0)).save(folder / f"wide_{step}.png")
+    metrics.save_gif(sorted(folder.glob("wide_*.png")), tmp_path / "wide.gif")
+    assert Image.open(tmp_path / "wide.gif").size == (530, 300)  # large sheets once cost all but two colours
     metrics.save_gif([], tmp_path / "none.gif")
     assert not (tmp_path / "none.gif").exists()
 

@@ -756,7 +756,7 @@ def test_the_accuracy_is_of_the_test_set_that_is_there(tmp_path, monkeypatch):
     """A kept network once printed that of another: labels shifted by one, and still 100 % right."""
     x, y = metrics.render_digits(200, 1)
     test = metrics.render_digits(100, 2)
-    key = metrics.picture_key(x, y)
+    key = metrics.image_key(x, y)
     shipped = torch.load(metrics.JUDGES / "digits.pt", weights_only=True)
     torch.save({**shipped, "pictures": [key]}, tmp_path / f"classifier-d-32-{key}.pt")
     monkeypatch.setattr(metrics, "train_classifier", lambda *a: pytest.fail("trained"))

@@ -4,9 +4,11 @@ import contextlib
 import csv
 import errno
 import functools
+import importlib
 import importlib.util
 import io
 import json
+import math
 import os
 import signal
 import subprocess
@@ -14,6 +16,7 @@ import sys
 import threading
 import types
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -426,6 +429,47 @@ def test_scores_that_a_spreadsheet_saved_still_tell_the_best(tmp_path, monkeypat
     assert s.best_fid == 7.5 and s.scored_at == 200
 
 
+def test_a_best_that_is_ahead_of_a_resume_is_renamed(tmp_path, monkeypatch, capsys):
+    """Killed at update 220 with last.pt at 150: best.pt is the only file that knows update 200."""
+    monkeypatch.setattr(metrics, "step_of", lambda path: 200)
+    s = study(tmp_path / "a", resume=str(tmp_path / "a" / "last.pt"))
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "best.pt").write_bytes(b"weights")
+    (tmp_path / "a" / "scores.csv").write_text("step,fid_train,features\n100,9.5,net\n200,7.5,net\n")
+    s.start(150, 1000, 10)
+    assert not (tmp_path / "a" / "best.pt").exists() and s.best_fid == math.inf and s.scored_by == "net"
+    assert (tmp_path / "a" / "best_200.pt").read_bytes() == b"weights"
+    assert "best_200.pt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dataset, level, warned", [("small", 0, False), ("small", 1, True), ("digits", 1, False)])
+def test_a_resume_with_other_test_images_is_warned_of(tmp_path, capsys, dataset, level, warned):
+    """A picture that comes or goes deals a folder anew: some of its test images were trained on."""
+    for folder, step, resume, shade in (("a", 0, None, 0), ("b", 5, str(tmp_path / "a" / "last.pt"), level)):
+        s = study(tmp_path / folder, dataset=dataset, resume=resume)
+        s.load = lambda split, shade=shade: (torch.full((3, 1, 8, 8), shade, dtype=torch.uint8), torch.zeros(3).long())
+        s.start(step, 1000, 10)
+    assert ("test images are not those of" in capsys.readouterr().err) == warned
+    first, second = (json.loads((tmp_path / folder / "args.json").read_text())["test_images"] for folder in "ab")
+    assert (first != second) == warned and (first is None) == (dataset == "digits")
+
+
+def test_tensorboards_file_is_closed_at_the_end(tmp_path, monkeypatch):
+    s = started(tmp_path / "a")
+    s.board = mock.MagicMock()
+    monkeypatch.setattr(s, "ready", lambda: False)
+    s.finish(1000, None)
+    s.board.close.assert_called_once()
+
+
+@pytest.mark.parametrize("side, most", [(8, 500), (64, 500), (128, 125), (256, 31), (1024, 16)])
+def test_as_many_images_at_a_time_as_have_the_area_of_500_of_64_pixels(side, most):
+    parts = []
+    whole = metrics.in_parts(lambda z, y: parts.append(len(z)) or z + y, "cpu", side)
+    z = torch.arange(1000.0)
+    assert torch.equal(whole(z, z), 2 * z) and max(parts) == most and sum(parts) == 1000
+
+
 # streams
 
 
@@ -628,7 +672,7 @@ def test_a_first_run_says_what_its_first_scores_take(tmp_path, capsys, every, at
     def said(folder, per_epoch=1000, **more):
         capsys.readouterr()
         made = study(tmp_path / folder, **flags | more)
-        made.load = lambda split: None  # there are no photos
+        made.load = lambda split: (torch.zeros(1, 1, 8, 8).byte(), torch.zeros(1).long())
         made.start(400, 1000, per_epoch)
         return capsys.readouterr().out
 
@@ -669,3 +713,21 @@ def test_a_class_that_is_not_there_is_one_line_and_no_folder(tmp_path, capsys):
     s = study(tmp_path / "run", {"cat": 4, "dog": 4}, label="cow", generate_to=str(tmp_path / "out"))
     assert "--label cow is no class; there are: cat, dog" in one_line(capsys, lambda: s.generate(5))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("typed, named", [("caf\u00e9", "cafe\u0301"), ("cafe\u0301", "caf\u00e9")])
+def test_an_accent_is_one_character_or_two(tmp_path, typed, named):
+    """A keyboard gives one, the folders of a Mac have two; they look the same."""
+    s = study(tmp_path / "run", {"bar": 4, named: 4}, label=typed)
+    assert s.labels_to_generate(3).tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("name", ["dcgan", "wgan_gp"])
+def test_a_gpu_without_memory_is_one_line(name, monkeypatch, capsys):
+    script = importlib.import_module(name)
+
+    def train(args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore lines.")
+
+    monkeypatch.setattr(script, "train", train)
+    assert "smaller --batch-size" in one_line(capsys, lambda: script.main([]))

@@ -3,6 +3,7 @@ come as files. Layers that a flag adds or removes: test_networks.py; terms of th
 
 import os
 import shutil
+import struct
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -239,7 +240,7 @@ def test_unlabelled_data_is_one_line_for_a_conditional_script(monkeypatch, capsy
         with pytest.raises(SystemExit) as stop:
             run(monkeypatch, module, [*ONE, *argv], y=y)
         err = capsys.readouterr().err
-        assert stop.value.code == 2 and err.count("\n") == 1 and "label" in err and "Traceback" not in err
+        assert stop.value.code == 2 and err.count("\n") == 1 and f"has {classes} labelled classes" in err
         assert list(tmp_path.iterdir()) == []
     run(monkeypatch, wgan_clip, ONE, y=y)  # unconditional: any data will do
     run(monkeypatch, dcgan, ONE, y=y)
@@ -334,6 +335,35 @@ def alone(root):
     picture(root / "test/0.png")
     (root / "train").mkdir(exist_ok=True)
     return root / "train"
+
+
+def test_unreadable_test_images_are_left_out_and_unreadable_training_images_are_an_error(tmp_path, capsys):
+    """A folder of few pictures has one test picture. A run without scores goes on without it."""
+    inside = alone(tmp_path / "few")
+    picture(inside / "0.png")
+    (tmp_path / "few/test/0.png").write_bytes(b"no PNG")
+    x, y = load(tmp_path / "few", split="test")
+    assert x.shape == (0, 3, 32, 32) and y.shape == (0,)
+    assert "left out 1 of 1 files" in capsys.readouterr().err
+    assert len(load(tmp_path / "few")[0]) == 1
+    assert load(tmp_path / "few", split="test")[0].shape == (0, 3, 32, 32)  # as it was kept
+    (inside / "0.png").write_bytes(b"no PNG either")
+    with pytest.raises(SystemExit):
+        load(tmp_path / "few")
+    assert "none of the 1 training images" in capsys.readouterr().err
+
+
+def test_a_dark_bmp_of_16_bits_for_three_colours_is_read(tmp_path):
+    """5, 6 and 5 bits: not the 16 bits a channel of which a scanner may leave the highest two unused."""
+    rows = np.full((40, 40), (6 << 11) | (12 << 5) | 6, "<u2").tobytes()
+    head = struct.pack("<IiiHHIIiiII", 40, 40, 40, 1, 16, 3, len(rows), 0, 0, 0, 0)
+    masks = struct.pack("<III", 0xF800, 0x07E0, 0x001F)
+    start = 14 + len(head) + len(masks)
+    (tmp_path / "dark.bmp").write_bytes(
+        b"BM" + struct.pack("<IHHI", start + len(rows), 0, 0, start) + head + masks + rows
+    )
+    x, _ = metrics.read_image(tmp_path / "dark.bmp")
+    assert x.shape == (3, 40, 40) and 40 < x.float().mean() < 60
 
 
 def load(root, size=32, split="train"):
@@ -728,6 +758,27 @@ def test_cifar10_channels_come_first(monkeypatch, tmp_path):
         assert y.tolist() == [i % 10 for i in range(len(y))] and names == list("abcdefghij")
     assert asked == [(str(tmp_path), True), (str(tmp_path), False)]
     assert metrics.load_data("cifar10", str(tmp_path), 64, "train")[0].shape == (12, 3, 64, 64)
+
+
+def test_a_set_of_torchvision_that_names_no_classes(monkeypatch, tmp_path):
+    """USPS has none. Its labels are its names."""
+    import torchvision.datasets
+
+    data = SimpleNamespace(data=np.zeros((4, 16, 16), np.uint8), targets=[0, 2, 1, 2])
+    monkeypatch.setattr(torchvision.datasets, "USPS", lambda root, train, download: data, raising=False)
+    monkeypatch.setitem(metrics.TORCHVISION, "usps", ("USPS", "usps"))
+    x, y, names = metrics.load_data("usps", str(tmp_path), 16, "train")
+    assert x.shape == (4, 1, 16, 16) and y.tolist() == [0, 2, 1, 2] and names == ["0", "1", "2"]
+
+
+def test_a_colour_set_of_ones_own_has_the_settings_of_colour(monkeypatch):
+    """README: a line in CHANNELS and TORCHVISION, and one in COLOUR_SIDES."""
+    monkeypatch.setitem(metrics.CHANNELS, "cifar100", 3)
+    monkeypatch.setitem(dcgan.COLOUR_SIDES, "cifar100", 32)
+    args = vars(dcgan.parse_args(["--dataset", "cifar100"]))
+    like = vars(dcgan.parse_args(["--dataset", "cifar10"]))
+    assert {name for name in args if args[name] != like[name]} == {"dataset", "run_dir"}
+    assert (args["image_size"], args["batch_size"], args["ngf"]) == (32, 16, 32)
 
 
 def test_cifar10_without_files_or_network_is_one_line(monkeypatch, tmp_path, capsys):

@@ -450,12 +450,25 @@ def test_a_score_without_points_is_null_and_the_log_is_written_as_it_goes(monkey
     assert (tmp_path / "b/log.csv").read_text() == "".join((tmp_path / "a/log.csv").read_text().splitlines(True)[:2])
 
 
-def test_a_strip_shows_ten_and_the_last():
-    images = [Image.new("RGB", (8, 8), (i, 0, 0)) for i in range(101)]
-    sheet = toy2d.strip(images)
+def test_a_strip_shows_ten_and_the_last(tmp_path):
+    paths = [tmp_path / f"{i}.png" for i in range(101)]
+    for i, path in enumerate(paths):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(path)
+    sheet = toy2d.strip(toy2d.some(paths, 10))
     assert sheet.size == (10 * 12 - 4, 8)
     assert [sheet.getpixel((12 * k, 0))[0] for k in range(10)] == [0, 11, 22, 33, 44, 56, 67, 78, 89, 100]
-    assert toy2d.strip(images[:3]).size == (3 * 12 - 4, 8)
+    assert toy2d.strip(toy2d.some(paths[:3], 10)).size == (3 * 12 - 4, 8)
+
+
+def test_a_film_of_many_snapshots_has_48_frames(tmp_path, monkeypatch):
+    """Each snapshot is a file: 10,000 of them do not lie in memory."""
+    count = iter(range(100))
+    monkeypatch.setattr(toy2d, "picture", lambda args, G, D: Image.new("RGB", (16, 16), (2 * next(count), 0, 0)))
+    toy2d.run(args("--steps", "60", "--snapshot-every", "1", "--hidden", "2"), tmp_path, report=lambda text: None)
+    film = Image.open(tmp_path / "training.gif")
+    film.seek(film.n_frames - 1)
+    assert len(list(tmp_path.glob("step_*.png"))) == 60 and film.n_frames <= 48
+    assert film.convert("RGB").getpixel((0, 0))[0] == 2 * 59
 
 
 def test_the_shading_is_the_first_runs(monkeypatch):
