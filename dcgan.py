@@ -34,8 +34,9 @@ Colour images have settings of their own (COLOUR below).
 With --paper D has batch norm in all blocks but the first, as in the paper. In the first block it would subtract the
 average brightness of a batch, so D could not see that all fakes are too grey, and G would keep a grey background
 (--norm-first shows it). With batch norm real and fake images go through D as separate batches. While training, G's
-batch norm uses the statistics of the current batch. The images to look at come from `ema`, a copy of G with averaged
-weights. It is in eval mode, where batch norm uses its running averages."""
+batch norm uses the current batch. The images to look at come from `ema`, a copy of G with averaged weights, in eval
+mode.
+"""
 
 # `uv run dcgan.py` reads this block, installs the packages and runs the file. Without uv it is a comment.
 # /// script

@@ -19,7 +19,7 @@ between generated and real images, here in the features of a small network that 
 digits against other real ones have 1.3. tests/gallery/README.md has the protocol.
 
 With the published constants and d = 9 the ten Gaussians melt into one blob; a run's first lines say where its clusters
-lie. The published loss of G has the slope 1 / (exp(u) - 1) in u, which is next to none where D is sure. The
+lie. The published loss of G has the derivative 1 / (exp(u) - 1) in u, which is next to none where D is sure. The
 score -u is no logit: --reject naive means nothing here.
 
 D has no batch norm. While training, G's batch norm uses the current batch. The images to look at come from `ema`, a
@@ -287,7 +287,7 @@ def generator_loss(score_fake, kind="ns"):
 def log1mexp(u):
     """log(1 - exp(-u)) for u > 0, by the form that keeps its digits.
 
-    torch.where sends a gradient of 0 into the form that it does not take. If that form's slope were infinite there, the
+    torch.where sends a gradient of 0 into the form that it does not take. If its derivative were infinite there, the
     product would be NaN. So each form is clamped outside its own range."""
     small = (-torch.expm1(-u.clamp(max=1))).log()
     large = torch.log1p(-(-u.clamp(min=0.5)).exp())

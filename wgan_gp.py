@@ -1,4 +1,4 @@
-"""WGAN-GP: a critic scores images, G learns to score high, and a penalty keeps the critic's slope near 1.
+"""WGAN-GP: a critic scores images, G learns to score high, and a penalty keeps the norm of the critic's gradient near 1.
 
 Gulrajani, Ahmed, Arjovsky, Dumoulin and Courville, "Improved Training of Wasserstein GANs", arXiv 1704.00028, eq. (3).
 D, class Discriminator, is the critic: its score is any real number, not a probability.
@@ -8,13 +8,14 @@ D, class Discriminator, is the critic: its score is any real number, not a proba
     where      x_hat = eps x + (1 - eps) G(z), one eps ~ U[0, 1] for each image
                z ~ N(0, I), or each number of it from U[-1, 1] (--prior)
 
-grad is with respect to the pixels of x_hat, not to the weights. Its norm is the critic's slope. Without a limit on the
-slope the critic could multiply all its scores by 1000, and its loss would fall with nothing learned. If the slope is at
-most 1 everywhere (a 1-Lipschitz critic), the largest E[D(x)] - E[D(G(z))] is the Wasserstein distance: how far images
-have to be moved, on average, to turn the generated distribution into the real one.
+grad is with respect to the pixels of x_hat, not to the weights. Without a limit on its norm the critic could multiply
+all its scores by 1000, and its loss would fall with nothing learned. If the norm is at most 1 everywhere (a 1-Lipschitz
+critic), the largest E[D(x)] - E[D(G(z))] is the Wasserstein distance: how far images have to be moved, on average, to
+turn the generated distribution into the real one.
 
-The penalty is a soft form of this limit, taken at random points between a fake image and a real one. It punishes slopes
-below 1 too, because the best critic has slope 1 almost everywhere between the two distributions (section 2.3).
+The penalty is a soft form of this limit, taken at random points between a fake image and a real one. It punishes norms
+below 1 too, because the best critic's gradient has norm 1 almost everywhere between the two distributions (section
+2.3).
 
     python wgan_gp.py                                    digits rendered at start-up, no download
     python wgan_gp.py --dataset mnist --epochs 6         real digits, six passes over them: 5,622 updates
@@ -30,10 +31,10 @@ The defaults differ from the paper: one update of the critic for one of G, the p
 higher rates that fall to 0. --paper undoes this, and --help lists what it sets. The networks, the size of the images
 and of z, and the average are ours with --paper too. Colour images have settings of their own (COLOUR).
 
-With batch norm the critic's score of an image would depend on the whole batch, and the slope at one image would mean
-nothing. So the critic has none. While training, G's batch norm uses the statistics of the current batch. The images to
-look at come from `ema`, a copy of G with averaged weights. It is in eval mode, where batch norm uses its running
-averages."""
+With batch norm the critic's score of an image would depend on the whole batch, and the gradient at one image would
+mean nothing. So the critic has none. While training, G's batch norm uses the current batch. The images to look at come
+from `ema`, a copy of G with averaged weights, in eval mode.
+"""
 
 # `uv run wgan_gp.py` reads this block, installs the packages and runs the file. Without uv it is a comment.
 # /// script
@@ -216,7 +217,7 @@ def discriminator_loss(score_real, score_fake):
     """E[D(G(z))] - E[D(x)] for scores (B,): eq. (3) without its penalty.
 
     Its negative is logged as w_dist: the critic's estimate of the Wasserstein distance, which is rough as long as
-    the critic's slope is not 1."""
+    the norm of the critic's gradient is not 1."""
     return score_fake.mean() - score_real.mean()
 
 
