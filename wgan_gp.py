@@ -1,4 +1,4 @@
-"""WGAN-GP: a critic scores images, G learns to score high, and a penalty keeps the norm of the critic's gradient near 1.
+"""WGAN-GP: a critic scores images, G learns to score high, and a penalty keeps the critic's gradient norm near 1.
 
 Gulrajani, Ahmed, Arjovsky, Dumoulin and Courville, "Improved Training of Wasserstein GANs", arXiv 1704.00028, eq. (3).
 D, class Discriminator, is the critic: its score is any real number, not a probability.
