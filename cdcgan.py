@@ -67,7 +67,7 @@ from metrics import (
 )
 
 # --paper sets these, the networks of a course: the paper's own have no convolutions. It also doubles the channels of
-# D's layers after the first.
+# D's layers after the first, and puts batch norm into G's branch of the label.
 PAPER = dict(batch_size=128, lr_g=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999, ema=0.999, ngf=128, ndf=64)
 PAPER |= dict(d_norm="batch", r1=0.0, penalty_share=1.0, lr_decay="none")
 MLP = dict(lr_d=5e-4)  # --arch mlp sets these
@@ -146,12 +146,12 @@ class Generator(nn.Module):
                 nn.BatchNorm2d(w_in // 2),
                 nn.ReLU(),  # (B, w_in / 2, 4, 4)
             )
-            self.from_label = nn.Sequential(
-                OneHot(classes, side=1),  # (B, classes, 1, 1)
-                nn.ConvTranspose2d(classes, w_in // 2, 4, 1, 0, bias=False),
-                nn.BatchNorm2d(w_in // 2),
-                nn.ReLU(),  # (B, w_in / 2, 4, 4), and with that from z (B, w_in, 4, 4)
-            )
+            label_layers = [OneHot(classes, side=1)]  # (B, classes, 1, 1)
+            label_layers += [nn.ConvTranspose2d(classes, w_in // 2, 4, 1, 0, bias=False)]
+            if args.paper:  # The course has it. A label's features then depend on the other labels of the batch.
+                label_layers += [nn.BatchNorm2d(w_in // 2)]
+            label_layers += [nn.ReLU()]  # (B, w_in / 2, 4, 4), and with that from z (B, w_in, 4, 4)
+            self.from_label = nn.Sequential(*label_layers)
             layers = []
             for _ in range(n - 1):  # twice the side, half the channels
                 w_out = w_in // 2

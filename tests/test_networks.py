@@ -127,7 +127,7 @@ def test_conditional_pair_of_every_side(side):
     G, D = pair(cdcgan, "--image-size", side, "--latent-dim", 7, "--ngf", 2, "--ndf", 3, channels=3, classes=5)
     widths = [2 * 2**i for i in reversed(range(n))]
     hidden = zip(widths, [*widths[1:], 3])
-    norms = 2 * sum(widths)  # of the two halves of the first maps, and of the others
+    norms = 2 * (sum(widths) - widths[0] // 2)  # none in the half of the first maps that is of the label
     assert size(G) == 16 * (7 + 5) * widths[0] // 2 + 16 * sum(a * b for a, b in hidden) + norms + 3
     widths = [3 * 2**i for i in range(n)]
     ins = [6, *widths[1:]]
@@ -287,6 +287,15 @@ def test_report_c_branches_join_picture_first_with_one_hot_labels(net):
     else:
         wanted = F.leaky_relu(branches, 0.2)
     torch.testing.assert_close(seen["both"], wanted)
+
+
+def test_by_default_a_label_does_not_look_at_the_other_labels_of_the_batch():
+    """With batch norm in that branch, as the course has it, the same label has other features in another batch."""
+    y = torch.tensor([3, 0, 7, 3]), torch.tensor([3, 3, 3, 0])
+    for flags, same in (([], True), (["--paper"], False)):
+        G = pair(cdcgan, *flags)[0].train()
+        first, second = (G.from_label(labels)[0] for labels in y)
+        assert torch.equal(first, second) == same
 
 
 def test_report_c_question_7_leaves_the_label_branch_out():
