@@ -1890,7 +1890,7 @@ class Study:
             if args.tensorboard:
                 self.board = writer(self.folder, purge_step=i + 1)
             self.claim()  # the file that has just been written
-        self.find_best(rows, i)
+        self.keep_or_rename_best(rows, i)
         ranks = f"{WORLD} x " if WORLD > 1 else ""
         say(f"{self.folder}: update {i} to {total} of D, {args.batch_size} images each, on {ranks}{args.device}")
         self.say_what_takes_long(i)
@@ -1925,7 +1925,7 @@ class Study:
             at = min(self.total, i - i % args.eval_every + args.eval_every) if args.eval_every else self.total
             say(f"the first scores, at update {at}, train their network: two or three minutes, once (in {home})")
 
-    def find_best(self, rows, i):
+    def keep_or_rename_best(self, rows, i):
         """Keeps best.pt if it was written at the step of the lowest fid_train in scores.csv, and renames it otherwise.
 
         Then it comes from updates that this resume undoes, or the run was killed before the newer one was written."""
