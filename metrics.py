@@ -1890,7 +1890,7 @@ class Study:
             if args.tensorboard:
                 self.board = writer(self.folder, purge_step=i + 1)
             self.claim()  # the file that has just been written
-        self.keep_or_rename_best(rows, i)
+        self.find_best(rows, i)
         ranks = f"{WORLD} x " if WORLD > 1 else ""
         say(f"{self.folder}: update {i} to {total} of D, {args.batch_size} images each, on {ranks}{args.device}")
         self.say_what_takes_long(i)
@@ -1925,10 +1925,11 @@ class Study:
             at = min(self.total, i - i % args.eval_every + args.eval_every) if args.eval_every else self.total
             say(f"the first scores, at update {at}, train their network: two or three minutes, once (in {home})")
 
-    def keep_or_rename_best(self, rows, i):
-        """Keeps best.pt if it was written at the step of the lowest fid_train in scores.csv, and renames it otherwise.
+    def find_best(self, rows, i):
+        """Takes up the lowest fid_train of scores.csv if best.pt is of that step. Otherwise the next score is the best.
 
-        Then it comes from updates that this resume undoes, or the run was killed before the newer one was written."""
+        Then best.pt comes from updates that this resume undoes, or the run was killed before the newer one was written.
+        It stays until the next score replaces it."""
         best = self.folder / "best.pt"
         fids = {int(float(row["step"])): float(row["fid_train"]) for row in rows if is_number(row.get("fid_train", ""))}
         if rows:
@@ -1936,13 +1937,8 @@ class Study:
         if fids and best.exists() and step_of(best) == min(fids, key=fids.get):
             self.scored_at = max(fids)
             self.best_fid = min(fids.values())
-        else:
-            if best.exists():
-                other = self.folder / f"best_{step_of(best)}.pt"
-                best.replace(other)
-                warn(f"{best} is not the best of the updates that this run goes on from: it is {other.name} now")
-            if i >= self.total:  # then the loop is over, and update i is scored again
-                self.scores_file.keep(i - 1)
+        elif i >= self.total:  # the loop is over, and update i is scored again
+            self.scores_file.keep(i - 1)
 
     def mark(self, i):
         """From here on speed is measured, so that scoring and drawing do not count."""
@@ -2037,7 +2033,7 @@ class Study:
         row = {"step": i, "epoch": i / self.per_epoch, "seconds": self.seconds()}
         row |= {name: value for name, value in scores.items() if name not in NOT_LOGGED}
         self.scores_file.add(row)
-        self.to_board(row)
+        self.to_board({name: value for name, value in row.items() if name != "features"})
         if self.scored_by not in (None, scores["features"]):
             warn(f"the scores are by another network than before, {self.scored_by}: best.pt starts afresh")
             self.best_fid = math.inf

@@ -429,17 +429,16 @@ def test_scores_that_a_spreadsheet_saved_still_tell_the_best(tmp_path, monkeypat
     assert s.best_fid == 7.5 and s.scored_at == 200
 
 
-def test_a_best_that_is_ahead_of_a_resume_is_renamed(tmp_path, monkeypatch, capsys):
-    """Killed at update 220 with last.pt at 150: best.pt is the only file that knows update 200."""
+def test_a_best_that_is_ahead_of_a_resume_stays_until_the_next_score(tmp_path, monkeypatch):
+    """Killed at update 220 with last.pt at 150: best.pt is the only file that knows update 200. It was deleted once."""
     monkeypatch.setattr(metrics, "step_of", lambda path: 200)
     s = study(tmp_path / "a", resume=str(tmp_path / "a" / "last.pt"))
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "best.pt").write_bytes(b"weights")
     (tmp_path / "a" / "scores.csv").write_text("step,fid_train,features\n100,9.5,net\n200,7.5,net\n")
     s.start(150, 1000, 10)
-    assert not (tmp_path / "a" / "best.pt").exists() and s.best_fid == math.inf and s.scored_by == "net"
-    assert (tmp_path / "a" / "best_200.pt").read_bytes() == b"weights"
-    assert "best_200.pt" in capsys.readouterr().err
+    assert (tmp_path / "a" / "best.pt").read_bytes() == b"weights"
+    assert s.best_fid == math.inf and s.scored_at is None and s.scored_by == "net"
 
 
 @pytest.mark.parametrize("dataset, level, warned", [("small", 0, False), ("small", 1, True), ("digits", 1, False)])
