@@ -343,8 +343,8 @@ def train(args):
         for _ in range(args.g_steps):  # a fresh z, and the last labels: they have the shares of the training set
             with amp():
                 x_fake = G(sample_z(args, B, device), labels)
-                logit = D(x_fake, labels)
-            g_loss = generator_loss(logit)
+                new_logit_fake = D(x_fake, labels)
+            g_loss = generator_loss(new_logit_fake)
             opt_g.zero_grad(set_to_none=True)
             g_loss.backward(inputs=list(G.parameters()))  # back through D, but only G's weights get gradients
             average_gradients(G)

@@ -355,9 +355,9 @@ def train(args):
             with amp():
                 x_fake = G(sample_z(args, B, device))  # a fresh z
                 # relativistic: G's loss needs the logits of real images too, of D's last batch
-                logit_of_real = D(x_real) if args.loss == "relativistic" else None
-                logit = D(x_fake)
-            g_loss = generator_loss(logit, args.loss, logit_of_real)
+                new_logit_real = D(x_real) if args.loss == "relativistic" else None
+                new_logit_fake = D(x_fake)
+            g_loss = generator_loss(new_logit_fake, args.loss, new_logit_real)
             opt_g.zero_grad(set_to_none=True)
             g_loss.backward(inputs=list(G.parameters()))  # back through D, but only G's weights get gradients
             average_gradients(G)

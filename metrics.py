@@ -920,7 +920,7 @@ def read_images(root, size, split, files):
     said = ". ".join(facts)
     if said:
         warn_once(said)
-    good = np.array([i for i in range(len(paths)) if i not in bad], dtype=int)  # without a dtype none are floats
+    good = np.array([i for i in range(len(paths)) if i not in bad], dtype=int)  # else an empty list makes floats
     x = x[good] if bad else x
     old = f"{re.escape(name)}-[0-9a-f]{{12}}\\.npz"
     keep(root.resolve().parent, f"{name}-{key}.npz", lambda file: np.savez(file, x=x, good=good, said=said), old=old)
@@ -1643,7 +1643,7 @@ class Judge:
         return "  ".join(parts)
 
 
-# REJECTION: which of a generator's images to keep, by their scores --------------------------------------------------
+# REJECTION: which of a generator's images to keep, by their scores ----------------------------------------------------
 
 
 def check_scores(score):

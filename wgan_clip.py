@@ -346,8 +346,8 @@ def train(args):
         for _ in range(args.g_steps):  # a fresh z, and the last labels: they have the shares of the training set
             with amp():
                 x_fake = G(sample_z(args, B, device), labels)
-                score = D(x_fake, labels)
-            g_loss = generator_loss(score)
+                new_score_fake = D(x_fake, labels)
+            g_loss = generator_loss(new_score_fake)
             opt_g.zero_grad(set_to_none=True)
             g_loss.backward(inputs=list(G.parameters()))  # back through D, but only G's weights get gradients
             average_gradients(G)
