@@ -81,8 +81,8 @@ from metrics import (
 PAPER = dict(batch_size=64, d_steps=5, lr_g=1e-4, lr_d=1e-4, beta1=0.5, ema=0.999, ngf=32, ndf=32)
 PAPER |= dict(penalty_share=1.0, lr_decay="none")
 MLP = dict(lr_g=2e-3, lr_d=5e-4)  # --arch mlp sets these
-# Colour images of 32 pixels or more set these, without --arch mlp: the best of a search on faces. There the critic
-# needs the penalty on the whole batch, and a higher rate than G's.
+# Colour images of 32 pixels or more set these, without --arch mlp: the best of a search on faces. The penalty is
+# on the whole batch there, and D's rate is higher than G's.
 COLOUR = dict(batch_size=16, lr_g=1e-3, lr_d=2e-3, ema=0.995, ngf=32, ndf=32, penalty_share=1.0)
 
 
