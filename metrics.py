@@ -141,7 +141,7 @@ def mode_score(logits_fake, logits_real):
     p = logits_fake.softmax(1)
     p_fake = p.mean(0)
     p_real = logits_real.softmax(1).mean(0)
-    printed = (kl(p, p_real).mean() - kl(p_fake, p_real)).exp()
+    printed = kl(p, p_fake).mean().exp()  # with p*, as it is printed, it could be infinity - infinity
     meant = (kl(p, p_fake).mean() - kl(p_fake, p_real)).exp()
     return printed.item(), meant.item()
 
@@ -215,15 +215,15 @@ class Moments:
         self.shift = None
 
     def add(self, x):
-        checked(0, x)
+        (x,) = checked(0, x)
         self.n += len(x)
-        self.rows.append(x.double())
+        self.rows.append(x)
         if self.n >= x.shape[1]:
             x = torch.cat(self.rows)
             if self.shift is None:
                 self.shift = x.mean(0)
                 self.sum = torch.zeros_like(x[0])
-                self.products = x.new_zeros(2 * x.shape[1:])
+                self.products = x.new_zeros(x.shape[1], x.shape[1])
             x = x - self.shift
             self.sum += x.sum(0)
             self.products.addmm_(x.T, x)
@@ -312,14 +312,23 @@ def ball_radius(x, k):
     return torch.cat(radii)
 
 
+def one_for_each(points, radius):
+    """The radii (N,) of N points, as a tensor. ValueError: more or fewer, or not finite."""
+    radius = radius if torch.is_tensor(radius) else of_numbers(radius)
+    checked(0, radius[:, None])
+    if len(radius) != len(points):
+        raise ValueError(f"{len(radius)} radii for {len(points)} points")
+    return radius
+
+
 def coverage(real, fake, k=5, radius=None):
     """The share of real points whose ball, as wide as the distance to the k-th other real point, holds a fake one.
 
     Naeem et al. 2020 (2002.09797), eq. (8), the inequality strict as in their code. Features (N, d) and (M, d);
     `radius` (N,) if already known. If both distributions and sizes are equal it is 1 - 2^-k: .969 at k = 5."""
-    radius = ball_radius(real, k) if radius is None else torch.as_tensor(radius)
+    radius = ball_radius(real, k) if radius is None else radius
     x, y = checked(1, real, fake)
-    checked(len(x), radius[:, None])
+    radius = one_for_each(x, radius)
     centre = x.mean(0)
     x = x - centre
     y = y - centre
@@ -330,7 +339,7 @@ def coverage(real, fake, k=5, radius=None):
 def inside(points, centres, radius, closed):
     """Is point i in ball j? Blocks (B, M) of the whole table, in order. With `closed` the rim belongs to the ball."""
     points, centres = checked(1, points, centres)
-    checked(len(centres), radius[:, None])
+    radius = one_for_each(centres, radius)
     middle = centres.mean(0)
     points = points - middle
     centres = centres - middle
@@ -419,16 +428,16 @@ def one_line(text):
 
 def fail(message):
     """Ends the program for a user's mistake: one line on stderr, exit code 2, no traceback."""
-    put(sys.stderr, f"{Path(sys.argv[0]).name}: error: {one_line(message)}\n")
+    put(sys.stderr, f"{fresh_line()}{Path(sys.argv[0]).name}: error: {one_line(message)}\n")
     raise SystemExit(2)
 
 
 @contextlib.contextmanager
-def or_fail(message):
-    """fail(message) if the lines inside raise. For a line or two whose exceptions are a user's mistake."""
+def or_fail(message, kinds=Exception):
+    """fail(message) if the lines inside raise one of `kinds`. For lines whose exceptions are a user's mistake."""
     try:
         yield
-    except Exception as e:
+    except kinds as e:
         fail(f"{message} ({type(e).__name__}: {e})")
 
 
@@ -493,7 +502,12 @@ def say(text, redraw=False):
 def warn(text):
     """Prints a line on stderr, from rank 0."""
     if not RANK:
-        put(sys.stderr, f"{one_line(text)}\n")
+        put(sys.stderr, f"{fresh_line()}{one_line(text)}\n")
+
+
+def fresh_line():
+    """On a terminal the control codes that clear the line, on which a progress line may stand; elsewhere nothing."""
+    return "\r\033[K" if is_terminal(sys.stderr) else ""
 
 
 @functools.cache
@@ -550,7 +564,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 def seeded(*key):
     """A CPU generator that is a pure function of whole numbers: the run's seed, a stream, and what else tells it apart.
 
-    They are hashed, because torch keeps only 32 bits of a seed."""
+    They are hashed, because torch keeps only 32 bits of a seed. Zeros at the end do not tell two keys apart."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
@@ -745,7 +759,9 @@ def from_torchvision(dataset, root, **part):
 
 def unpacked_mnist(folder, train):
     """MNIST's images and labels from files that torchvision would not find: named train-images.idx3-ubyte, gzipped, or
-    beside the folder raw/. None where there are none, or only cut ones."""
+    beside the folder raw/.
+
+    None where there are none, or only gzipped ones that were cut short. ValueError: another file was."""
     arrays = []
     for kind in ("images?idx3-ubyte*", "labels?idx1-ubyte*"):
         pattern = ("train-" if train else "t10k-") + kind
@@ -1013,8 +1029,11 @@ def render_digits(n, seed):
     angle, shear, sx, sy, tx, ty = (torch.rand(6, n, generator=rng).double() * 2 - 1) * scale[:, None]
     c, s = angle.cos(), angle.sin()
     theta = torch.stack([c * (1.05 + sx), shear - s, tx, s, c * (1.05 + sy), ty], 1).view(n, 2, 3)
-    grid = F.affine_grid(theta, [n, 1, 28, 28], align_corners=False)
-    return F.grid_sample(glyphs.double(), grid, align_corners=False).round().clamp(0, 255).byte(), y
+    parts = []
+    for glyph, part in zip(glyphs.split(1000), theta.split(1000)):  # all at once in float64 would take a gigabyte
+        grid = F.affine_grid(part, [len(part), 1, 28, 28], align_corners=False)
+        parts.append(F.grid_sample(glyph.double(), grid, align_corners=False).round().clamp(0, 255).byte())
+    return torch.cat(parts), y
 
 
 def stack_digits(x, y, n, seed):
@@ -1064,12 +1083,42 @@ def as_images(x, channels=()):
     return x
 
 
-class Classifier(nn.Module):
-    """uint8 images (N, C, S, S) -> features (N, 128), logits (N, K). Inside, 32x32 images in [0, 1]. It judges the side
-    it was trained at, if .side is set: what is pooled from another side looks different."""
+class SmallNet(nn.Module):
+    """What the two networks below share. forward(x) takes what prepare(x) gives, and returns features and logits.
 
-    batch = 1000
+    It judges the side it was trained at, if .side is set: what is pooled from another side looks different."""
+
+    batch = 1000  # images that are read at a time
     side = None
+    inside = 32  # pixels
+
+    def prepare(self, x):
+        """uint8 -> images of the side inside, in [0, 1].
+
+        28x28 is padded to 32 as load_data pads it: MNIST at 28 and at 32 are one scale."""
+        x = x.float() / 255
+        if x.shape[-1] == 28:
+            x = F.pad(x, (2, 2, 2, 2))
+        return F.adaptive_avg_pool2d(x, self.inside) if x.shape[-1] != self.inside else x
+
+    def embed(self, x):
+        """uint8 (N, C, S, S) -> features (N, d), logits (N, K), in eval mode whatever mode it was in."""
+        side = padded(as_images(x, [self.channels]).shape[-1])
+        if self.side not in (None, side):
+            raise ValueError(f"images of {side} pixels, where the network was trained on {self.side}")
+        self.eval()
+        device = self.head.weight.device
+        # a CPU's caches hold the maps of 100: three times as fast
+        return in_batches(self, x, 100 if device.type == "cpu" else 1000, device)
+
+
+def padded(side):
+    return 32 if side == 28 else side
+
+
+class Classifier(SmallNet):
+    """uint8 images (N, C, S, S) -> features (N, 128), logits (N, K). Inside, 32x32 images in [0, 1]."""
+
     width = 128
 
     def __init__(self, channels, classes):
@@ -1085,28 +1134,6 @@ class Classifier(nn.Module):
         features = self.body(x)
         return features, self.head(features)
 
-    @staticmethod
-    def prepare(x):
-        """An image of 28x28 is padded to 32 as load_data pads it: MNIST at 28 and at 32 are one scale."""
-        x = x.float() / 255
-        if x.shape[-1] == 28:
-            x = F.pad(x, (2, 2, 2, 2))
-        return F.adaptive_avg_pool2d(x, 32) if x.shape[-1] != 32 else x
-
-    def embed(self, x):
-        """uint8 (N, C, S, S) -> features (N, 128), logits (N, K), in eval mode whatever mode it was in."""
-        side = padded(as_images(x, [self.channels]).shape[-1])
-        if self.side not in (None, side):
-            raise ValueError(f"images of {side} pixels, where the network was trained on {self.side}")
-        self.eval()
-        device = self.head.weight.device
-        # a CPU's caches hold the maps of 100: three times as fast
-        return in_batches(self, x, 100 if device.type == "cpu" else 1000, device)
-
-
-def padded(side):
-    return 32 if side == 28 else side
-
 
 def train_classifier(x, y, classes, device, epochs=None, say=print):
     """A Classifier of uint8 images (N, C, H, W) and labels (N,).
@@ -1118,7 +1145,7 @@ def train_classifier(x, y, classes, device, epochs=None, say=print):
         torch.default_generator.manual_seed(0)
         net = Classifier(x.shape[1], classes).to(device, memory_format=torch.channels_last)
     rng = torch.Generator().manual_seed(0)
-    start = time.time()
+    start = time.monotonic()
     size = min(100, len(x))
     opt = torch.optim.AdamW(net.parameters(), 1e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 4e-3, epochs * (len(x) // size))
@@ -1133,11 +1160,11 @@ def train_classifier(x, y, classes, device, epochs=None, say=print):
             opt.step()
             schedule.step()
         if (epoch + 1) % max(1, epochs // 3) == 0:
-            say(f"the scores' network: epoch {epoch + 1} of {epochs}, {time.time() - start:.0f} s")
+            say(f"the scores' network: epoch {epoch + 1} of {epochs}, {time.monotonic() - start:.0f} s")
     return net.half().float().eval()
 
 
-class RotationNet(nn.Module):
+class RotationNet(SmallNet):
     """For images without labels: uint8 (N, C, S, S) -> features (N, 512), logits (N, 4) of the quarter turn.
 
     It learns by how many quarters an image was turned (Gidaris et al. 2018, 1803.07728). With aligned faces that task
@@ -1151,8 +1178,6 @@ class RotationNet(nn.Module):
 
     Inside, images of 64 pixels, or of 32 if they are smaller than 64."""
 
-    batch = 1000
-    side = None
     width = 64  # the number of features that FID takes
 
     def __init__(self, channels, side):
@@ -1171,22 +1196,6 @@ class RotationNet(nn.Module):
     def forward(self, x):
         maps = self.maps(x.contiguous(memory_format=torch.channels_last))
         return F.adaptive_avg_pool2d(maps, 2).flatten(1) @ self.axes, self.head(self.body(maps))
-
-    def prepare(self, x):
-        """uint8 -> images of the side inside, in [0, 1]. 28x28 is padded to 32, as load_data pads it."""
-        x = x.float() / 255
-        if x.shape[-1] == 28:
-            x = F.pad(x, (2, 2, 2, 2))
-        return F.adaptive_avg_pool2d(x, self.inside) if x.shape[-1] != self.inside else x
-
-    def embed(self, x):
-        """uint8 (N, C, S, S) -> features (N, 512), logits (N, 4), in eval mode whatever mode it was in."""
-        side = padded(as_images(x, [self.channels]).shape[-1])
-        if self.side not in (None, side):
-            raise ValueError(f"images of {side} pixels, where the network was trained on {self.side}")
-        self.eval()
-        device = self.head.weight.device
-        return in_batches(self, x, 100 if device.type == "cpu" else 1000, device)
 
     @torch.no_grad()
     def find_axes(self, x):
@@ -1339,7 +1348,7 @@ def classifier(dataset, train, test, folder=None, device="cpu", epochs=None, say
     net, saved = read_network([*paths, JUDGES / f"{dataset}.pt"], key, empty, say)
     trained = net is None
     if trained:
-        say(f"training the network that scores, once, on {len(x)} images: {task} of {dataset}")
+        say(f"training the network that scores: {task} of {dataset}, {len(x)} images; up to three minutes, once")
         if labelled:
             net = train_classifier(x, y, classes, torch.device(device), epochs, say)
         else:
@@ -1504,7 +1513,10 @@ def embed(net, images, keep=True, what="images"):
         moments.add(features[:, : getattr(net, "width", None)])  # a RotationNet's FID takes the first of them
         if keep:
             kept.append((features, logits))
-    return Sample(moments, *map(torch.cat, zip(*kept)))
+    if not keep:
+        return Sample(moments)
+    features, logits = zip(*kept)
+    return Sample(moments, torch.cat(features), torch.cat(logits))
 
 
 def compare(fake, real, scores=SCORES, train=None):
@@ -1816,7 +1828,7 @@ class Study:
     conditional     whether G takes a label
     script          the script's path, for the copy in the run's folder
 
-    The other ranks of a torchrun have one too, which does nothing."""
+    The other ranks of a torchrun have one too. It checks that their losses are finite, and does nothing else."""
 
     def __init__(self, args, held, sample, score, classes=None, conditional=False, script=None):
         self.args = args
@@ -1827,8 +1839,8 @@ class Study:
         self.classes = self.classes_of_data if conditional else {}  # those that G can be asked for
         self.script = Path(script) if script else None
         self.folder = Path(args.run_dir)
-        self.log_file = Table(self.folder / "log.csv")
-        self.scores_file = Table(self.folder / "scores.csv")
+        self.log_file = CsvLog(self.folder / "log.csv")
+        self.scores_file = CsvLog(self.folder / "scores.csv")
         self.load = functools.partial(load_data, args.dataset, args.data_dir, args.image_size)
         self.judge = None  # made when it is first needed
         self.board = None
@@ -1859,7 +1871,7 @@ class Study:
                 self.compare_test_images(Path(args.resume).parent / "args.json")
         if i >= total + args.d_steps:  # the last iteration may end past the total
             fail(f"{args.resume} is at update {i}, past the {total} asked for")
-        goes_on = args.resume and Path(args.resume).resolve().parent == self.folder.resolve()
+        goes_on = bool(args.resume) and Path(args.resume).resolve().parent == self.folder.resolve()
         if not goes_on and any(self.folder.glob("*")):
             way_out = "--resume its last.pt" if (self.folder / "last.pt").exists() else "delete it: it has no last.pt"
             fail(f"--run-dir {self.folder} is in use: name another, or {way_out}")
@@ -1867,8 +1879,8 @@ class Study:
             with or_fail("--tensorboard: pip install tensorboard"):
                 writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter
         undo = contextlib.nullcontext() if goes_on else removed_if_it_fails(self.folder)
-        with or_fail(f"--run-dir {self.folder}"), undo:
-            (self.folder / "samples").mkdir(parents=True, exist_ok=bool(goes_on))  # of two that begin at once one fails
+        with or_fail(f"--run-dir {self.folder}", (OSError, ValueError)), undo:
+            (self.folder / "samples").mkdir(parents=True, exist_ok=goes_on)  # of two that begin at once one fails
             self.claim()
             if self.script and not goes_on:
                 for path in (self.script, Path(__file__)):
@@ -1881,10 +1893,9 @@ class Study:
             text = json.dumps(text | {"test_images": self.test_key}, indent=1)
             replace_file(self.folder / "args.json", lambda file: file.write(text.encode()))
             (self.folder / "scores.json").unlink(missing_ok=True)  # of an earlier end
-            for sheet in (self.folder / "samples").glob("step_*.png"):
-                step = sheet.stem.removeprefix("step_")
-                if step.isdecimal() and int(step) > i:  # "step_0001000 (1).png" is somebody's copy
-                    sheet.unlink()
+            for step, path in self.sheets().items():
+                if step > i:
+                    path.unlink()
             self.log_file.keep(i)
             rows = self.scores_file.keep(i)
             if args.tensorboard:
@@ -1893,7 +1904,6 @@ class Study:
         self.find_best(rows, i)
         ranks = f"{WORLD} x " if WORLD > 1 else ""
         say(f"{self.folder}: update {i} to {total} of D, {args.batch_size} images each, on {ranks}{args.device}")
-        self.say_what_takes_long(i)
         self.mark(i)
 
     def claim(self):
@@ -1910,20 +1920,9 @@ class Study:
     def compare_test_images(self, path):
         """Warns if the run in the args.json at `path` had other test images: some may have been trained on."""
         with contextlib.suppress(OSError, ValueError):  # a checkpoint may lie without its run
-            before = json.loads(path.read_text()).get("test_images")
+            before = read_json(path).get("test_images")
             if before not in (None, self.test_key):
                 warn(f"the test images are not those of {path}: if images came or went, some were trained on before")
-
-    def say_what_takes_long(self, i):
-        """The first scores of new images need a network that is trained on them. Once it is there they take seconds."""
-        args = self.args
-        if self.per_epoch * args.batch_size < 2000:  # then it is soon trained
-            return
-        home = cache_home(args.dataset, args.data_dir)
-        found = any(any(place.glob(f"*-{args.dataset}-*.pt")) for place in cache_folders(home))
-        if not found and not (JUDGES / f"{args.dataset.removeprefix('stacked_')}.pt").exists():
-            at = min(self.total, i - i % args.eval_every + args.eval_every) if args.eval_every else self.total
-            say(f"the first scores, at update {at}, train their network: two or three minutes, once (in {home})")
 
     def find_best(self, rows, i):
         """Takes up the lowest fid_train of scores.csv if best.pt is of that step. Otherwise the next score is the best.
@@ -1931,9 +1930,10 @@ class Study:
         Then best.pt comes from updates that this resume undoes, or the run was killed before the newer one was written.
         It stays until the next score replaces it."""
         best = self.folder / "best.pt"
-        fids = {int(float(row["step"])): float(row["fid_train"]) for row in rows if is_number(row.get("fid_train", ""))}
         if rows:
             self.scored_by = rows[-1].get("features")
+        rows = [row for row in rows if row.get("features") == self.scored_by]  # FIDs of two networks do not compare
+        fids = {int(float(row["step"])): float(row["fid_train"]) for row in rows if is_number(row.get("fid_train", ""))}
         if fids and best.exists() and step_of(best) == min(fids, key=fids.get):
             self.scored_at = max(fids)
             self.best_fid = min(fids.values())
@@ -2012,6 +2012,15 @@ class Study:
         self.to_board(sheet=sheet_of(x), i=i)
         self.mark(i)
 
+    def sheets(self):
+        """{step: path} of the sheets in samples/, in the order of their steps."""
+        found = {}
+        for path in (self.folder / "samples").glob("step_*.png"):
+            step = path.stem.removeprefix("step_")
+            if step.isdecimal():  # "step_0001000 (1).png" is somebody's copy
+                found[int(step)] = path
+        return dict(sorted(found.items()))
+
     def sample_sheet(self):
         rows = min(len(self.classes), 20)
         if rows:
@@ -2086,14 +2095,15 @@ class Study:
         with or_warn("no samples.png"):
             save_sheet(self.sample_sheet(), self.folder / "samples.png")
         with or_warn("no training.gif"):
-            save_gif(sorted((self.folder / "samples").glob("step_*.png")), self.folder / "training.gif")
+            save_gif(list(self.sheets().values()), self.folder / "training.gif")
         with or_warn("an interpolation is missing"):
             self.interpolations()
         with or_warn("no traversal.png"):
             self.traversal()
         self.last_scores(i, load_networks)
         if self.board:
-            self.board.close()
+            with or_warn("TensorBoard's file may lack its end"):
+                self.board.close()
         if self.log_file.path.exists():
             try:
                 plot([self.folder], self.folder / "curves.png")
@@ -2154,9 +2164,9 @@ class Study:
             say("--reject naive: D has batch norm, and in eval mode its logit is not the one that trained")
         if args.reject == "drs":
             x, y = self.held
-            wanted = labels(len(y), *key, 0).unique()
-            if self.classes and len(wanted) == 1:  # --label: a class is compared with its own real images
-                x, y = x[y == wanted], y[y == wanted]
+            if self.classes and args.label not in ("shares", "turn"):  # one class, held against its own real images
+                is_wanted = y == labels(1, *key)
+                x, y = x[is_wanted], y[is_wanted]
             fakes = [more(len(part))[1] for part in x.split(500)]
             head = platt(self.score(x, y), torch.cat(fakes))
         calibrated = len(asked)
@@ -2183,10 +2193,11 @@ class Study:
     def traversal(self, rows=10):
         """traversal.png: one z, and in each row one of its coordinates slid from -4 to 4 (uniform prior: -1 to 1).
 
-        The rows are the coordinates that change the image most from end to end, the strongest first."""
+        The rows are the coordinates that change the image most from end to end, the strongest first. Of a longer z the
+        first 512 are tried."""
         far = 4.0 if self.args.prior == "normal" else 1.0
         z = self.noise(1, TRAVERSAL)
-        one = torch.eye(self.args.latent_dim) > 0
+        one = torch.eye(min(512, self.args.latent_dim), self.args.latent_dim) > 0
         y = torch.zeros(len(one), dtype=torch.long)
         low, high = (self.sample(torch.where(one, end, z), y).float() for end in (-far, far))
         change = (high - low).abs().flatten(1).mean(1)
@@ -2223,10 +2234,10 @@ class Study:
             y = self.labels_to_generate(n, GENERATED)
             x = self.sample(self.noise(n, GENERATED), y)
         else:
-            with or_fail(f"--reject {args.reject}"):
+            with or_fail(f"--reject {args.reject}", ValueError):
                 x, y, took = self.chosen(n, GENERATED, labels=self.labels_to_generate)
             line = f": {took['line']}"
-        with removed_if_it_fails(out), or_fail(f"--generate-to {out}"):
+        with or_fail(f"--generate-to {out}", (OSError, ValueError)), removed_if_it_fails(out):
             out.mkdir(parents=True, exist_ok=True)
             for i in range(n):
                 save_sheet(x[i : i + 1], out / f"{i:05}.png")
@@ -2265,14 +2276,14 @@ class Stop:
         if threading.current_thread() is not threading.main_thread():
             return  # only that one may listen
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, None)  # Windows has no SIGHUP
-            if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
-                self.before[number] = signal.signal(number, self.catch)
+            signum = getattr(signal, name, None)  # Windows has no SIGHUP
+            if signum and signal.getsignal(signum) != signal.SIG_IGN:  # nohup ignores it
+                self.before[signum] = signal.signal(signum, self.catch)
 
-    def catch(self, number, frame):
+    def catch(self, signum, frame):
         if self.signal is not None:
-            raise SystemExit(128 + number)
-        self.signal = number
+            raise SystemExit(128 + signum)
+        self.signal = signum
 
     def is_set(self):
         """Under torchrun rank 0 decides, at every tenth call: all ranks leave after the same iteration."""
@@ -2311,7 +2322,8 @@ def step_of(checkpoint):
 def in_parts(f, device, side=64):
     """f(rows, y), of as many rows as wanted, without gradients. The result is on the CPU.
 
-    At a time 500 rows go to `device`; where images have more than 64 pixels a side, as many as have the same area."""
+    At a time 500 rows go to `device`; where images have more than 64 pixels a side, as many as have the same area, but
+    at least 16."""
     n = max(16, min(500, 500 * 64**2 // side**2))
 
     @torch.no_grad()
@@ -2328,7 +2340,7 @@ def not_finite(what, i, folder):
     fail(f"{what} is not finite by step {i}: try lower --lr-d, --lr-g{before}")
 
 
-class Table:
+class CsvLog:
     """A CSV file with a "step" column that a run appends to, and cuts back where it goes on from an earlier step."""
 
     def __init__(self, path):
@@ -2581,7 +2593,7 @@ def groups(runs):
         compared = {name: value for name, value in args.items() if name not in NOT_COMPARED}
         if args.get("steps"):
             compared.pop("epochs", None)  # --steps overrides it
-        flags[run] = args.get("script", folder.resolve().name), compared, args.get("seed")
+        flags[run] = args.get("script") or folder.resolve().name, compared, args.get("seed")
     together = {}
     seen = []
     for run in runs:
@@ -2694,8 +2706,9 @@ def plot(runs, out):
 
     Of runs that differ in the seed alone the mean, in a band from least to largest. ValueError: logs without rows, or
     no such file."""
-    labels = list(groups(runs))
-    logs = [[read_log(run) for run in members] for members in groups(runs).values()]
+    grouped = groups(runs)
+    labels = list(grouped)
+    logs = [[read_log(run) for run in members] for members in grouped.values()]
     if len(runs) == 1:
         run = Path(runs[0]).resolve()
         labels = [run.name if run.is_dir() else run.parent.name]
@@ -2937,7 +2950,7 @@ def cached(net, images, keep_features, folder, what):
     return sample
 
 
-def table(s, fake, real):
+def scores_text(s, fake, real):
     """The scores for a reader."""
     rows = [
         ("FID", "fid", ".4g", "floor {floor:.4g}: real images against others, n {floor_n}" if "floor" in s else ""),
@@ -3006,10 +3019,12 @@ def command(argv):
         raise ValueError("name --real and --fake, --plot or --table")
     if args.features == "classifier" and args.weights:
         raise ValueError("--weights goes with --features inception")
-    score(args)
+    if args.features == "inception" and args.classifier:
+        raise ValueError("--classifier goes with --features classifier")
+    score_images(args)
 
 
-def score(args):
+def score_images(args):
     """Scores of --fake against --real, printed.
 
     The floor is the FID between two sets of real images. No generator can beat it by much. For a data set these are
@@ -3033,20 +3048,22 @@ def score(args):
     def data(name, split):
         return load_data(name, args.data_dir, fake.size, split)
 
-    others = None
+    others = None  # real images that are not in `real`
     if of_data_set:
         other_split = "train" if args.split == "test" else "test"
-        others, real = (
-            Images(data(args.real, s)[0], channels, f"{args.real}, {s} set") for s in (other_split, args.split)
-        )
+        real = Images(data(args.real, args.split)[0], channels, f"{args.real}, {args.split} set")
+        others = Images(data(args.real, other_split)[0], channels, f"{args.real}, {other_split} set")
     else:
-        everything = real = Images(args.real, channels)
-        order = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))
-        apart = max(1, len(real) // 10) if len(real) < 2000 else max(1000, len(real) // 10)
-        known, unknown = order.tensor_split([len(real) - apart])
+        everything = Images(args.real, channels)
+        real = everything
+        order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(0))
+        least = 1000 if len(everything) >= 2000 else 1
+        apart = max(least, len(everything) // 10)
+        known, unknown = order.tensor_split([len(everything) - apart])  # by number: to train a network on, and the rest
         if by_classifier and not trained_on and apart >= 1000:
-            others, real = everything.part(known), everything.part(unknown)
-    n = min(len(fake), len(real), enough(trained_on) if args.n is None else args.n)
+            others = everything.part(known)
+            real = everything.part(unknown)
+    n = min(args.n or enough(trained_on), len(fake), len(real))
     if others and args.split == "test":
         n = min(n, len(others))
     if n < FEWEST:
@@ -3056,7 +3073,10 @@ def score(args):
         sides = {padded(fake.size), padded(real.size)}
     if by_classifier and len(sides) > 1:
         raise ValueError(f"fakes of {fake.size} pixels, real images of {real.size} ({CROPPED})")
-    home = cache_home("folder" if "folder" in (trained_on, args.real) else trained_on, args.data_dir)
+    if "folder" in (trained_on, args.real):
+        home = cache_home("folder", args.data_dir)
+    else:
+        home = Path(args.data_dir)
     if not by_classifier:
         net = inception(args.weights, device)
     elif trained_on:
@@ -3067,7 +3087,7 @@ def score(args):
         folder = Path(args.real).resolve()
         net = classifier(folder.stem, *parts, folder.parent, device, say=warn)
         if not others:
-            warn(f"warning: the network knows most of {args.real}, which moves FID: 2,000 images or more avoid that")
+            warn(f"warning: the network knows most of {args.real}: 2,000 images or more avoid that")
     keep_features = set(args.scores) != {"fid"}
     wanted = [s for s in args.scores if net.labelled or s not in ("is", "mode")]
     embed_kept = functools.partial(cached, net, folder=None if args.no_cache else home)
@@ -3098,9 +3118,11 @@ def score(args):
         if images.formats["JPEG"]:
             count = images.formats["JPEG"]
             warn(f"warning: {images.path} holds {count} JPEG files, whose losses are in the scores: {JPEG_EFFECT}")
-    if n < 1000 or (not by_classifier and n < 4096 and "fid" in args.scores):
+    if "fid" in args.scores and n < (1000 if by_classifier else 4096):
         warn(f"warning: {n} images of each kind: FID is too large, and compares at this n only")
-    put(sys.stdout, f"{json.dumps(scores, indent=1) if args.json else table(scores, fake, real)}\n")
+    elif n < 1000:
+        warn(f"warning: {n} images of each kind are few: compare at this n only")
+    put(sys.stdout, f"{json.dumps(scores, indent=1) if args.json else scores_text(scores, fake, real)}\n")
 
 
 if __name__ == "__main__":

@@ -566,6 +566,17 @@ def test_folder_against_folder_offline_as_printed(folders, tmp_path, capsys, mon
     assert "inception_score" not in s
     assert len(list(tmp_path.glob("turns-photos-32-*.pt"))) == 1
     assert len(list((tmp_path / "photos").iterdir())) == 330
+    metrics.main(["--real", "photos", "--fake", str(folders.kinds), "--scores", "kid"])
+    warning = capsys.readouterr().err
+    assert "300 images of each kind are few" in warning and "FID" not in warning
+
+
+def test_a_classifier_beside_inception_is_refused(folders, capsys):
+    with pytest.raises(SystemExit):
+        metrics.main(
+            ["--real", "mnist", "--fake", str(folders.kinds), *"--features inception --classifier mnist".split()]
+        )
+    assert "--classifier goes with --features classifier" in capsys.readouterr().err
 
 
 def test_the_network_beside_a_folder_changes_with_its_pictures(folders, quick, capsys, tmp_path):
@@ -1505,7 +1516,7 @@ def test_an_old_file_that_will_not_go_costs_nothing(tmp_path, monkeypatch):
 
 def test_half_a_row_that_a_kill_left_is_dropped(tmp_path):
     """300, cut to 3, would stand behind 200 as update 3."""
-    table = metrics.Table(tmp_path / "log.csv")
+    table = metrics.CsvLog(tmp_path / "log.csv")
     table.path.write_text("step,a,b\n100,1,2\n200,3,4\n3")
     assert [row["step"] for row in table.keep(1000)] == ["100", "200"]
     assert table.path.read_text() == "step,a,b\n100,1,2\n200,3,4\n"
@@ -1651,7 +1662,7 @@ def test_a_run_on_stacked_digits_logs_its_modes(tmp_path, monkeypatch, stacked_d
 
 def test_a_table_keeps_the_columns_of_all_its_rows(tmp_path):
     """Two rows of different columns, as text: a cell that a row lacks is empty."""
-    table = metrics.Table(tmp_path / "log.csv")
+    table = metrics.CsvLog(tmp_path / "log.csv")
     table.add({"step": 1, "old": 5})
     table.add({"step": 2, "new": 7})
     assert (tmp_path / "log.csv").read_text().split() == ["step,old,new", "1,5,", "2,,7"]

@@ -311,7 +311,7 @@ def test_tensorboard_on_a_full_disk_costs_a_line(tmp_path, monkeypatch, capsys):
 
 
 def test_a_row_that_cannot_be_written_is_tried_again_at_the_next(tmp_path, monkeypatch, capsys):
-    table = metrics.Table(tmp_path / "log.csv")
+    table = metrics.CsvLog(tmp_path / "log.csv")
     table.add({"step": 1, "loss": 0.5})
     append = metrics.append
     monkeypatch.setattr(metrics, "append", no_space)
@@ -331,7 +331,7 @@ def test_a_row_that_cannot_be_written_is_tried_again_at_the_next(tmp_path, monke
 @pytest.mark.parametrize("columns", [{"loss": 1.5}, {"loss": 1.5, "new": 2.0}])
 def test_a_log_that_a_spreadsheet_locks_loses_no_row(tmp_path, monkeypatch, columns):
     """Windows lets nobody write, replace or append to it."""
-    table = metrics.Table(tmp_path / "log.csv")
+    table = metrics.CsvLog(tmp_path / "log.csv")
     table.add({"step": 1, "loss": 0.5})
     with monkeypatch.context() as locked:
         locked.setattr(metrics, "replace_file", no_space)
@@ -368,7 +368,7 @@ def test_half_a_row_is_taken_back(tmp_path, monkeypatch):
 
 
 def test_a_log_that_was_deleted_begins_anew_with_its_columns(tmp_path):
-    table = metrics.Table(tmp_path / "log.csv")
+    table = metrics.CsvLog(tmp_path / "log.csv")
     table.add({"step": 1, "loss": 0.5})
     table.path.unlink()
     table.add({"step": 2, "loss": 0.25})
@@ -397,7 +397,7 @@ def test_a_log_that_a_spreadsheet_saved_is_read(tmp_path, how):
     path.write_bytes(SPREADSHEETS[how])
     assert metrics.read_log(path)["loss"] == ([100, 200, 300], [0.5, 0.25, 0.125])
     assert metrics.read_log(path)["fid"] == ([200], [7.5])
-    table = metrics.Table(path)
+    table = metrics.CsvLog(path)
     assert [float(row["step"]) for row in table.keep(200)] == [100, 200]
     table.add({"step": 250, "loss": 0.75, "fid": 3.0})
     kept = [[float(cell or -1) for cell in row.values()] for row in rows(path)]
@@ -407,7 +407,7 @@ def test_a_log_that_a_spreadsheet_saved_is_read(tmp_path, how):
 def test_a_row_cut_by_a_crash_is_dropped(tmp_path):
     path = tmp_path / "log.csv"
     path.write_bytes(PLAIN.encode() + b"\0\0\0\0\0\0")
-    assert [row["step"] for row in metrics.Table(path).keep(1000)] == ["100", "200", "300"]
+    assert [row["step"] for row in metrics.CsvLog(path).keep(1000)] == ["100", "200", "300"]
 
 
 @pytest.mark.parametrize("content", [b"a,b\n1,2\n", PLAIN.encode("utf-16")])
@@ -660,28 +660,6 @@ def test_a_run_goes_on_with_other_images_and_other_classes(tmp_path, capsys, mon
     assert [r["label"] for r in rows(tmp_path / "told on wild" / "generated" / "labels.csv")] == ["wolf"] * 3
 
 
-# a first run
-
-
-@pytest.mark.parametrize("every, at", [(400, 800), (0, 1000)])
-def test_a_first_run_says_what_its_first_scores_take(tmp_path, capsys, every, at):
-    """Not where the network is there already, shipped or kept, nor where it is soon trained."""
-    flags = {"dataset": "folder", "data_dir": str(tmp_path / "photos"), "eval_every": every}
-
-    def said(folder, per_epoch=1000, **more):
-        capsys.readouterr()
-        made = study(tmp_path / folder, **flags | more)
-        made.load = lambda split: (torch.zeros(1, 1, 8, 8).byte(), torch.zeros(1).long())
-        made.start(400, 1000, per_epoch)
-        return capsys.readouterr().out
-
-    assert f"the first scores, at update {at}, train their network: two or three minutes" in said("a")
-    assert "train their network" not in said("few", per_epoch=100)
-    assert "train their network" not in said("shipped", dataset="digits", data_dir="data")
-    (tmp_path / "rotation-folder-64-0123456789ab.pt").write_bytes(b"")
-    assert "train their network" not in said("again")
-
-
 # words
 
 
@@ -730,3 +708,108 @@ def test_a_gpu_without_memory_is_one_line(name, monkeypatch, capsys):
 
     monkeypatch.setattr(script, "train", train)
     assert "smaller --batch-size" in one_line(capsys, lambda: script.main([]))
+
+
+# what a change of the scoring network, a long run or a reader's own flag does
+
+
+def test_the_best_of_another_scoring_network_is_no_best(tmp_path, monkeypatch):
+    """best.pt is of update 200, the best by the network of today; 100 has a lower FID by the one before."""
+    monkeypatch.setattr(metrics, "step_of", lambda path: 200)
+    made = study(tmp_path)
+    (tmp_path / "best.pt").touch()
+    made.scored_at, made.best_fid, made.total = None, math.inf, 1000
+    before = {"step": "100", "fid_train": "5", "features": "A"}
+    made.find_best([before, {"step": "200", "fid_train": "9", "features": "B"}], 200)
+    assert made.best_fid == 9 and made.scored_at == 200 and made.scored_by == "B"
+
+
+def test_an_error_in_the_code_is_not_shown_as_a_users_mistake(tmp_path, monkeypatch):
+    with pytest.raises(TypeError, match="JSON"):
+        study(tmp_path / "a", init_from=Path("x")).start(0, 10, 1)
+    made = study(tmp_path / "b", reject="drs")
+    made.chosen = mock.Mock(side_effect=torch.OutOfMemoryError("the GPU is full"))
+    with pytest.raises(torch.OutOfMemoryError):
+        made.generate(5)
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("call", [metrics.warn, metrics.fail])
+def test_a_message_does_not_follow_a_progress_line_on_a_terminal(monkeypatch, call):
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setattr(sys, "stderr", screen)
+    metrics.say("epoch 1", redraw=True)
+    with contextlib.suppress(SystemExit):
+        call("careful")
+    line = screen.getvalue().split("epoch 1")[1]
+    assert line.startswith("\r\033[K") and line.endswith("careful\n")
+
+
+def test_a_run_ends_well_where_tensorboard_cannot_close_its_file(tmp_path, capsys):
+    made = started(tmp_path / "a")
+    made.judge = False
+    made.board = types.SimpleNamespace(close=no_space)
+    made.finish(10, None)
+    out = capsys.readouterr()
+    assert "TensorBoard's file may lack its end" in out.err and f"done: {tmp_path / 'a'}" in out.out
+
+
+def test_generated_images_do_not_replace_a_file(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    made = study(tmp_path / "a", generate_to=str(tmp_path / "file"))
+    assert "FileExistsError" in one_line(capsys, lambda: made.generate(2))
+
+
+@pytest.mark.parametrize("label, kept", [("shares", 50), ("turn", 50), ("b", 2)])
+def test_rejection_is_calibrated_on_a_class_only_where_one_is_asked_for(tmp_path, monkeypatch, label, kept):
+    """Of 1,000 images ten are of class b, and two of the 50 that D never saw: shares of 50 ask for class a alone."""
+    made = study(tmp_path, {"a": 990, "b": 10}, reject="drs", label=label, drs_percentile=60)
+    made.held = torch.zeros(50, 1, 8, 8).byte(), torch.tensor([0] * 48 + [1] * 2)
+    seen = []
+    monkeypatch.setattr(metrics, "platt", lambda real, fake: seen.append(len(real)))
+    monkeypatch.setattr(metrics, "rejected", mock.Mock(side_effect=StopIteration))
+    with pytest.raises(StopIteration):
+        made.chosen(5, 1, labels=made.labels_to_generate)
+    assert seen == [kept]
+
+
+def test_the_film_shows_the_sheets_in_the_order_of_their_steps(tmp_path, monkeypatch):
+    made = started(tmp_path / "a")
+    made.judge = False
+    for name in ("step_10000000", "step_9999000", "step_9999000 (1)"):
+        (tmp_path / "a" / "samples" / f"{name}.png").touch()
+    film = mock.Mock()
+    monkeypatch.setattr(metrics, "save_gif", film)
+    made.finish(10_000_000, None)
+    assert [path.stem for path in film.call_args[0][0]] == ["step_9999000", "step_10000000"]
+
+
+def test_a_long_z_is_traversed_in_its_first_512_numbers(tmp_path):
+    seen = []
+
+    def sample(z, y):
+        seen.append(z.shape)
+        return torch.zeros(len(z), 1, 8, 8).byte()
+
+    made = started(tmp_path / "a", latent_dim=2000)
+    made.sample = sample
+    made.traversal()
+    assert seen == [(512, 2000), (512, 2000), (90, 2000)]
+
+
+def test_runs_of_a_study_without_a_script_are_told_apart(tmp_path):
+    for name, lr in (("a", 1), ("b", 2)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "args.json").write_text(json.dumps({"script": None, "seed": 0, "lr_g": lr}))
+    assert list(metrics.groups([tmp_path / "a", tmp_path / "b"])) == ["a", "b"]
+
+
+def test_args_json_of_another_kind_does_not_end_a_resume(tmp_path):
+    made = started(tmp_path / "a")
+    (tmp_path / "args.json").write_text("[]")
+    made.compare_test_images(tmp_path / "args.json")

@@ -397,15 +397,15 @@ def test_ten_cases(chunk, tmp_path, capsys, small_world):
                 assert "\\xfc \\U0001f600" in warned.buffer.getvalue().decode(err)
         elif kind == "spreadsheet":
             steps = sorted(rng.sample(range(1, 1000), rng.randint(2, 6)))
-            table = metrics.Table(here / "log.csv")
+            table = metrics.CsvLog(here / "log.csv")
             for step in steps:
                 table.add({"step": step, "g_loss": round(rng.gauss(0, 1), 3)})
-            plain = metrics.Table(here / "log.csv").keep(10**6)
+            plain = metrics.CsvLog(here / "log.csv").keep(10**6)
             save_as_a_spreadsheet_does(rng, here / "log.csv")
-            assert metrics.Table(here / "log.csv").keep(10**6) == plain
+            assert metrics.CsvLog(here / "log.csv").keep(10**6) == plain
             last = rng.choice(steps)
             save_as_a_spreadsheet_does(rng, here / "log.csv")
-            kept = metrics.Table(here / "log.csv").keep(last)
+            kept = metrics.CsvLog(here / "log.csv").keep(last)
             assert [int(row["step"]) for row in kept] == [step for step in steps if step <= last]
         elif kind == "sizes":  # one picture of another side, or fakes of another side than the real ones
             folder, other = here / "other", rng.choice([s for s in (3, 8, 31, 64) if s != x.shape[2]])

@@ -619,7 +619,7 @@ def test_a_network_judges_the_side_it_was_trained_at(net):
 
 def test_prepare_28_adds_a_black_border():
     x = pictures(4, 28) // 2 + 100
-    y = metrics.Classifier.prepare(x)
+    y = metrics.Classifier(1, 10).prepare(x)
     assert y.shape == (4, 3, 32, 32) and y.dtype == torch.float32
     np.testing.assert_allclose(y[:, :, 2:30, 2:30], x.numpy() / 255, rtol=1e-6)
     y[:, :, 2:30, 2:30] = 0
@@ -628,14 +628,14 @@ def test_prepare_28_adds_a_black_border():
 
 def test_prepare_32_only_scales():
     x = pictures(4)
-    np.testing.assert_allclose(metrics.Classifier.prepare(x), x.numpy() / 255, rtol=1e-6)
+    np.testing.assert_allclose(metrics.Classifier(1, 10).prepare(x), x.numpy() / 255, rtol=1e-6)
 
 
 @pytest.mark.parametrize("factor", [2, 4])
 def test_prepare_larger_takes_the_mean_of_each_square(factor):
     x = pictures(2, 32 * factor, 1)
     wanted = x.numpy().reshape(2, 1, 32, factor, 32, factor).mean((3, 5)) / 255
-    np.testing.assert_allclose(metrics.Classifier.prepare(x), wanted, rtol=1e-5)
+    np.testing.assert_allclose(metrics.Classifier(1, 10).prepare(x), wanted, rtol=1e-5)
 
 
 # KID
@@ -943,3 +943,36 @@ def test_the_distance_of_a_collapsed_generator(rank, monkeypatch):
     monkeypatch.setattr(torch.linalg, "eigvalsh", fails)
     assert metrics.fid(x, y) == pytest.approx(wanted, rel=1e-4)
     assert metrics.fid(y, x) == pytest.approx(wanted, rel=1e-4)
+
+
+def test_moments_take_an_array(x=((0.0, 1.0), (2.0, 5.0), (4.0, 6.0))):
+    moments = metrics.Moments()
+    moments.add(np.array(x))
+    mean, cov = moments.mean_and_covariance()
+    np.testing.assert_allclose(mean, np.mean(x, 0))
+    np.testing.assert_allclose(cov, np.cov(np.array(x).T))
+
+
+@pytest.mark.parametrize("radius", [np.ones(25), torch.ones(25), np.ones(15)])
+def test_there_is_a_radius_for_each_point(radius):
+    x = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
+    for scores in (
+        lambda: metrics.coverage(x, x, radius=radius),
+        lambda: metrics.density_coverage(x, x, radius=radius),
+        lambda: metrics.precision_recall(x, x, radii=(radius, radius)),
+    ):
+        with pytest.raises(ValueError, match="radii for 20 points"):
+            scores()
+
+
+def test_radii_may_be_an_array():
+    """Every point lies in its own ball of radius 0; of no other point's ball, coverage's inequality being strict."""
+    x = np.arange(20.0)[:, None]
+    assert metrics.precision_recall(x, x, radii=(np.zeros(20), np.zeros(20))) == (1, 1)
+    assert metrics.coverage(x, x, radius=np.zeros(20)) == 0
+
+
+def test_the_printed_mode_score_is_a_number_where_a_softmax_underflows():
+    """One fake and one real image, each of one class beyond doubt: the Inception Score of one image is 1."""
+    printed, meant = metrics.mode_score(torch.tensor([[0.0, 1000.0]]), torch.tensor([[1000.0, 0.0]]))
+    assert printed == 1 and meant == 0

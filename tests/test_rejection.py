@@ -445,6 +445,7 @@ def study(kind, sample, score, held=None, classes=None, **flags):
     """A Study of nothing but z (n, 2), and the keys that its noise is asked for."""
     data = {"dataset": "digits", "data_dir": "data", "image_size": 28, "run_dir": "run", "device": "cpu"}
     how = {"reject": kind, "seed": 11, "drs_percentile": None, "latent_dim": 2, "prior": "normal"}
+    how["label"] = "shares"
     made = metrics.Study(SimpleNamespace(**data, **(how | flags)), held, sample, score, classes, bool(classes))
     keys, noise = [], made.noise
 
@@ -576,7 +577,7 @@ def test_a_single_class_is_calibrated_on_its_own_held_out_images(label):
         rated.append((x, y))
         return 5.0 * y + 1e-3 * x[:, 0]
 
-    made, _ = study("drs", lambda z, y: z[:, :1], score, held, classes={"zero": 9, "one": 9, "two": 9})
+    made, _ = study("drs", lambda z, y: z[:, :1], score, held, {"zero": 9, "one": 9, "two": 9}, label=label or "shares")
     labels = None if label is None else lambda k, *key: torch.full((k,), 1)
     try:
         made.chosen(50, 8, labels=labels)
