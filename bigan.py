@@ -357,7 +357,10 @@ def train(args):
         return decode(z)
 
     def score(x, y):
-        return D(from_uint8(x), encode(x))
+        D.eval()  # batch norm and dropout, where there are any, as in use
+        scores = D(from_uint8(x), encode(x))
+        D.train()
+        return scores
 
     study = Study(args, batches.held, sample, score, batches.classes, script=SCRIPT)
     state = {"G": G, "D": D, "E": E, "ema": ema, "ema_e": ema_e, "opt_g": opt_g, "opt_d": opt_d}

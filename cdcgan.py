@@ -351,7 +351,11 @@ def train(args):
             opt_g.step()
             update_ema(ema, G, args.ema)
 
-        return {"d_loss": d_loss, "g_loss": g_loss, "d_acc": pair_accuracy(logit_real, logit_fake)}
+        return {
+            "d_loss": d_loss,
+            "g_loss": g_loss,
+            "d_acc": pair_accuracy(logit_real, logit_fake),
+        }
 
     # Study writes the log, sheets of samples and FIDs, and never trains. It calls sample and score. y, the labels, are
     # for the conditional scripts.
@@ -359,7 +363,7 @@ def train(args):
         return to_uint8(ema(z, y))
 
     def score(x, y):
-        D.eval()  # batch norm by its running averages
+        D.eval()  # batch norm and dropout, where there are any, as in use
         scores = D(from_uint8(x), y)
         D.train()
         return scores

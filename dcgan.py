@@ -264,9 +264,11 @@ def discriminator_loss(logit_real, logit_fake, kind="ns"):
 
     It is 2 log 2 while D cannot tell. relativistic: E[softplus(f(G(z)) - f(x))], which pairs each fake image with a
     real one."""
+    if kind in ("ns", "minimax"):
+        return F.softplus(-logit_real).mean() + F.softplus(logit_fake).mean()
     if kind == "relativistic":
         return F.softplus(logit_fake - logit_real).mean()
-    return F.softplus(-logit_real).mean() + F.softplus(logit_fake).mean()
+    raise ValueError(f"D has no loss for {kind}")
 
 
 def generator_loss(logit_fake, kind="ns", logit_real=None):
@@ -275,11 +277,13 @@ def generator_loss(logit_fake, kind="ns", logit_real=None):
     ns            E[-log p]
     minimax       E[log(1 - p)], whose gradient is next to none while D is sure of its fakes
     relativistic  E[softplus(f(x) - f(G(z)))]"""
-    if kind == "relativistic":
-        return F.softplus(logit_real - logit_fake).mean()
+    if kind == "ns":
+        return F.softplus(-logit_fake).mean()
     if kind == "minimax":
         return -F.softplus(logit_fake).mean()
-    return F.softplus(-logit_fake).mean()
+    if kind == "relativistic":
+        return F.softplus(logit_real - logit_fake).mean()
+    raise ValueError(f"G has no loss for {kind}")
 
 
 def squared_gradient(D, x):
@@ -377,7 +381,7 @@ def train(args):
         return to_uint8(ema(z))
 
     def score(x, y):
-        D.eval()  # batch norm by its running averages
+        D.eval()  # batch norm and dropout, where there are any, as in use
         scores = D(from_uint8(x))
         D.train()
         return scores

@@ -351,7 +351,10 @@ def train(args):
         return to_uint8(ema(z))
 
     def score(x, y):
-        return D(from_uint8(x))
+        D.eval()  # batch norm and dropout, where there are any, as in use
+        scores = D(from_uint8(x))
+        D.train()
+        return scores
 
     study = Study(args, batches.held, sample, score, batches.classes, script=SCRIPT)
     state = {"G": G, "D": D, "ema": ema, "opt_g": opt_g, "opt_d": opt_d}

@@ -368,7 +368,7 @@ def train(args):
         return to_uint8(ema(z, y))
 
     def score(x, y):
-        D.eval()  # batch norm by its running averages
+        D.eval()  # batch norm and dropout, where there are any, as in use
         scores = D(from_uint8(x), y)
         D.train()
         return scores

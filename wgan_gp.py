@@ -274,7 +274,7 @@ def train(args):
         for x_uint8 in x:
             x_real = from_uint8(x_uint8)
             with torch.no_grad(), amp():  # D's update needs no gradient through G
-                x_fake = G(sample_z(args, B, device))
+                x_fake = G(sample_z(args, B, device))  # z (B, latent_dim), normal or uniform
             # The penalty is costly, so it is taken on n images only: the first n, as the batch is shuffled.
             n = math.ceil(args.penalty_share * B)
             with amp():
@@ -312,7 +312,10 @@ def train(args):
         return to_uint8(ema(z))
 
     def score(x, y):
-        return D(from_uint8(x))
+        D.eval()  # batch norm and dropout, where there are any, as in use
+        scores = D(from_uint8(x))
+        D.train()
+        return scores
 
     study = Study(args, batches.held, sample, score, batches.classes, script=SCRIPT)
     state = {"G": G, "D": D, "ema": ema, "opt_g": opt_g, "opt_d": opt_d}

@@ -23,7 +23,7 @@ from PIL import Image
 
 import metrics
 
-IMAGE = [ROOT / f"{n}.py" for n in ("dcgan", "cdcgan", "wgan_clip", "wgan_gp", "bigan", "unrolled", "mdgan")]
+IMAGE = [ROOT / name for name in ("wgan_gp.py", *sync.OTHERS)]
 SCRIPTS = sorted(ROOT.glob("*.py"))
 NAMES = {path.stem for path in SCRIPTS}
 BY_NAME = pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)

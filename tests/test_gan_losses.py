@@ -558,3 +558,14 @@ def test_every_noise_is_fresh_and_every_batch_the_next(monkeypatch, module):
     real = [e.inputs[0][:6] for e in forwards(seen, "D") if not e.slope and len(e.inputs[0]) == pairs]
     rows = [tuple(p.flatten().tolist()) for x in real[:: 2 if pairs == 6 else 1] for p in x]
     assert len(rows) == len(set(rows)) == 4 * 6  # within an epoch none comes twice
+
+
+def test_a_loss_that_is_not_there_is_no_other_loss():
+    """A kind that only one of the two functions knows must not train the other's default in silence."""
+    logits = torch.zeros(3)
+    for loss in (
+        lambda: dcgan.discriminator_loss(logits, logits, "hinge"),
+        lambda: dcgan.generator_loss(logits, "hinge"),
+    ):
+        with pytest.raises(ValueError, match="no loss for hinge"):
+            loss()

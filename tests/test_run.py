@@ -928,7 +928,7 @@ ERRORS = [  # the script, its flags, and what the line has to name
     ("wgan_clip", f"{GOOD} --d-dropout .3", "d-dropout"),
     ("dcgan", "--gp -1", "gp"),
     ("dcgan", "--r1 nan", "r1"),
-    ("dcgan", "--loss hinge", "hinge"),
+    ("dcgan", "--loss nonsense", "nonsense"),
     ("dcgan", "--upsample bicubic", "bicubic"),
     ("dcgan", f"{GOOD} --upsample nearest", "upsample"),
     ("dcgan", f"{GOOD} --d-norm batch", "d-norm"),
