@@ -16,9 +16,9 @@ ends at an FID[classifier] of 4.7 +- 0.4, with 98 % of the labels right, the mea
 0 to 2. FID is a distance between generated and real images: lower is better, and real digits against other real ones
 have 1.3. tests/gallery/README.md has the protocol.
 
-Every sheet of samples has a row for each label and a column for each z. label_accuracy in scores.csv is the share of
-samples that the scores' classifier takes for the label asked for. With --d-ignores-label D is not told the label, and
-then G ignores it too.
+Every sheet of samples has a row for each label, of the first 20, and a column for each z. label_accuracy in scores.csv
+is the share of samples that the scores' classifier takes for the label asked for. With --d-ignores-label D is not told
+the label, and then G ignores it too.
 
 Where D has batch norm (--paper), real and fake go through it in separate batches. While training, G's batch norm uses
 the current batch. The images to look at come from `ema`, a copy of G with averaged weights, in eval mode.
@@ -277,7 +277,8 @@ def squared_gradient(D, x):
 
     gamma/2 of it on real images is R1: Mescheder et al. 2018, 1801.04406, eq. (9)."""
     x = x.detach().requires_grad_(True)
-    # A logit depends on its own image alone. So row i of the gradient of their sum is the gradient of image i's logit.
+    # Without batch norm a logit depends on its own image alone. So row i of the gradient of their sum is the gradient
+    # of image i's logit; with batch norm it is that only nearly.
     # create_graph: the backward of d_loss must differentiate this gradient again, with respect to D's weights.
     (grad,) = torch.autograd.grad(D(x).sum(), x, create_graph=True)
     return grad.flatten(1).square().sum(1).mean()
@@ -332,6 +333,8 @@ def train(args):
             if args.r1:
                 # The penalty is costly, so it is taken on n images only: the first n, as the batch is shuffled.
                 n = math.ceil(args.penalty_share * B)
+                if args.d_norm == "batch":
+                    n = max(n, 2)  # one image has no batch statistics
                 with amp():
                     penalty = squared_gradient(functools.partial(D, y=labels[:n]), x_real[:n])
                 d_loss = d_loss + args.r1 / 2 * penalty
@@ -437,7 +440,7 @@ SCRIPT = Path(__file__)
 # state would no longer fit. Both lists hold the flags of all seven scripts.
 FIXED = """dataset image_size holdout flip batch_size d_steps g_steps seed paper arch ngf ndf latent_dim
     prior upsample d_norm g_norm d_dropout norm_first conditional d_ignores_label label_embedding_dim
-    mixture embedding_dim optimizer""".split()
+    mixture embedding_dim optimizer init""".split()
 NOT_KEPT = "device graph run_dir resume generate generate_to label probe".split()
 
 # Colour images, with their side where no flag gives it. stacked_mnist has three channels too, but of three digits.
@@ -463,7 +466,7 @@ def add_run_flags(p):
     p.add_argument(
         "--latent-dim",
         type=number(int, 1, 65536),
-        help="size of z. Default: 16 for grey images, else 100; with --paper or --arch mlp 100, or what stands below",
+        help="size of z. Default: 16 for grey images, else 100; with --paper or --arch mlp 100 (bigan.py, mlp: 50)",
     )
     p.add_argument("--prior", choices=("normal", "uniform"), default="normal", help="of z: N(0, I) or U[-1, 1]")
     p.add_argument(
@@ -520,7 +523,7 @@ def resolve(p, argv, paper, mlp, colour=None, small_colour=None, grey_side=28):
     1. the command line
     2. the resumed checkpoint
     3. --paper
-    4. --arch mlp, or colour images of 32 pixels or more, of which those below 64 may have values of their own
+    4. --arch mlp; or, of colour images of 32 pixels or more, COLOUR, over which SMALL_COLOUR goes below 64 pixels
     5. the flag's default; --image-size and --latent-dim have none, so suited_to() gives them"""
     p.epilog = f"--paper sets {as_flags(paper)}. --arch mlp sets {as_flags(mlp)}."
     if colour:
@@ -656,7 +659,8 @@ class Batches:
     .held          (images, labels) set aside by --holdout, or None
     .classes       {name: number of training images}, those of --holdout among them
 
-    To --generate without --reject drs no data are needed: then there are only .channels and .classes.
+    To --generate without --reject drs no images are read. Then there are only .channels, .held (None) and .classes:
+    those of the checkpoint, {} where G takes no label.
 
     The order follows from the seed and the epoch alone, so a resumed run goes on with the right batch. What is left
     after the last full batch is skipped; as the order changes, each epoch skips other images."""
@@ -670,7 +674,8 @@ class Batches:
         if args.generate and args.reject != "drs":  # generating needs no data
             self.classes = read_checkpoint(args.resume)["classes"]
             return
-        # Rank 0 goes first, as it may have to download or to decode. The others wait until it calls from_rank_0 too.
+        # Rank 0 reads first, as it may have to download or to decode. from_rank_0 serves as a gate: the others wait at
+        # the one above load_data until rank 0 comes to the one below it.
         if RANK != 0:
             from_rank_0()
         x, y, names = load_data(args.dataset, args.data_dir, args.image_size, "train")
@@ -912,6 +917,10 @@ def main(argv=None):
         fail(e)
     except torch.OutOfMemoryError:
         fail("the GPU has too little memory: give a smaller --batch-size, --image-size, --ngf or --ndf")
+    except (MemoryError, RuntimeError) as e:
+        if not isinstance(e, MemoryError) and "DefaultCPUAllocator" not in str(e):
+            raise
+        fail("this machine has too little memory: give a smaller --image-size, --batch-size, --ngf or --ndf")
     finally:
         Stop.put_back()
         if WORLD > 1 and torch.distributed.is_initialized():

@@ -38,7 +38,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from metrics import HelpFormatter, fail, number, or_fail, platt, rejected, say, warn
+from metrics import WORLD, HelpFormatter, fail, number, or_fail, platt, rejected, say, warn
 
 METHODS = ("gan", "wgan_clip", "wgan_gp", "unrolled", "mdgan")
 # Defaults of one objective, found by trying on seed 0. A WGAN's Adam goes without its first moment. MD-GAN has its
@@ -78,15 +78,20 @@ OF_METHODS = {  # flags that only some objectives have
 }
 
 
-def parse_args(argv=None):
-    """The flags, as a namespace. One that is not given has the value of METZ under --protocol metz, else of TUNED."""
+def parse_args(argv=None, warns=True):
+    """The flags, as a namespace.
+
+    One that is not given has its value in METZ (--protocol metz) or in TUNED (otherwise). Where that has none it has
+    its default. Without `warns` a flag that has no effect is not said."""
     p = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=HelpFormatter, add_help=False, allow_abbrev=False
     )
     p.error = fail
     p.add_argument("-h", "--help", action="store_true", help="print this, with the defaults of --method and --protocol")
     p.add_argument("--data", choices=("ring", "grid"), default="ring", help="centres on a circle or a square lattice")
-    p.add_argument("--modes", type=int, help="ring: any number from 2 (8 by default); grid: 9 or 25 (the default)")
+    p.add_argument(
+        "--modes", type=number(int, 2, 1000), help="ring: any number from 2 (8 by default); grid: 9 or 25 (the default)"
+    )
     p.add_argument(
         "--protocol",
         choices=("pacgan", "metz"),
@@ -100,7 +105,7 @@ def parse_args(argv=None):
         "--loss",
         choices=("ns", "minimax"),
         default="ns",
-        help="G's in gan, unrolled and mdgan: non-saturating, or the same game that D plays (mdgan.py: saturating)",
+        help="G's, in gan, unrolled and mdgan. ns: non-saturating; minimax: minus D's (in mdgan.py: saturating)",
     )
     p.add_argument("--k", type=number(int, 0, 100), default=5, help="unrolled: D's steps that G looks ahead; 0: a GAN")
     p.add_argument("--gp-weight", type=number(float, 0), default=0.1, help="wgan_gp: lambda, in the data's own units")
@@ -109,7 +114,7 @@ def parse_args(argv=None):
         "--mixture",
         choices=("published", "clusters"),
         default="published",
-        help="mdgan: the constants of its code, one blob in truth; or R 2, sigma .5, ten clusters",
+        help="of mdgan. published: the authors' constants, which leave one blob; clusters: radius 2, sigma .5, ten",
     )
     p.add_argument("--layers", type=number(int, 1, 10), default=3, help="hidden ReLU layers of both networks")
     p.add_argument("--hidden", type=number(int, 1, 4096), default=128, help="their width")
@@ -153,25 +158,28 @@ def parse_args(argv=None):
         p.set_defaults(**preset)
         p.print_help()
         raise SystemExit
-    return resolve(argparse.Namespace(**{**defaults, **preset, **given}), given.keys())
+    return resolve(argparse.Namespace(**{**defaults, **preset, **given}), given.keys(), warns)
 
 
-def resolve(args, given):
+def resolve(args, given, warns=True):
     """The flags with what follows from others. `given` are the names of those on the command line."""
     if args.protocol == "metz" and args.data != "ring":
         fail(f"--protocol metz is a ring, not --data {args.data}")
     own = given & {"data", "modes", "radius", "std", "method", "protocol", "reject", "run_dir", "snapshot_every"}
+    own |= given & {"drs_percentile"}
     if args.table and own:
         fail(f"--table goes without --{min(own).replace('_', '-')}: it trains every method on both data sets")
     for name in sorted(given & OF_METHODS.keys()):
-        if args.method not in OF_METHODS[name] and not args.table:
+        if warns and not args.table and args.method not in OF_METHODS[name]:
             warn(f"--{name.replace('_', '-')} has no effect on --method {args.method}")
+    if "drs_percentile" in given and args.reject != "drs":
+        warn("--drs-percentile has no effect without --reject drs")
+    if WORLD > 1:
+        fail("toy2d.py takes one process: --seeds N trains N runs in it")
     if args.quick and not args.table:
         fail("--quick goes with --table")
     if args.modes is None:
         args.modes = {"ring": 8, "grid": 25}[args.data]
-    if args.data == "ring" and args.modes < 2:
-        fail(f"--modes {args.modes}: a ring takes 2 or more")
     if args.data == "grid" and args.modes not in (9, 25):
         fail(f"--modes {args.modes}: a grid takes 9 or 25")
     args.radius = args.radius or {"ring": 1.0, "grid": 4.0}[args.data]
@@ -341,6 +349,8 @@ def discriminator_loss(method, real, fake):
 
 def generator_loss(method, kind, fake):
     """kind: "ns", non-saturating, or "minimax". A WGAN has one loss only."""
+    if kind not in ("ns", "minimax"):
+        raise ValueError(f"G has no loss for {kind}")
     if method.startswith("wgan"):
         return -mean(fake)
     if method == "mdgan":
@@ -621,13 +631,13 @@ def table(argv, shorter):
     Flags given beside --table hold for every row; `shorter` divides each number of steps."""
     flags = [flag for flag in argv if flag not in ("--table", "--quick")]
     for data in ("ring", "grid"):
-        args = parse_args([*flags, "--data", data])
+        args = parse_args([*flags, "--data", data], warns=False)
         say(f"\n{data}: 2,500 points, {args.seeds} runs each\n")
         say(f"| method | G updates | {' | '.join(COLUMNS)} | seconds | of its own |")
         say(f"|---|---|{'---|' * (len(COLUMNS) + 2)}")
         say(f"| real | | {' | '.join(cells(score_real(args)))} | | |")
         for method in METHODS:
-            args = parse_args([*flags, "--data", data, "--method", method])
+            args = parse_args([*flags, "--data", data, "--method", method], warns=False)
             args = argparse.Namespace(**{**vars(args), "steps": max(1, args.steps // shorter)})
             start = time.time()
             scores = run(args, report=lambda text: None)[0]
@@ -646,6 +656,10 @@ def main(argv=None):
         raise SystemExit(130) from None  # 128 + SIGINT, as shells expect
     except OSError as e:  # a disk that refuses
         fail(e)
+    except (MemoryError, RuntimeError) as e:  # torch.OutOfMemoryError is a RuntimeError
+        if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "DefaultCPUAllocator" not in str(e):
+            raise
+        fail("too little memory: give a smaller --hidden, --batch-size or --seeds")
 
 
 def command(argv):

@@ -21,7 +21,8 @@ The default looks one short step of gradient descent ahead. Looking further cost
 It is for games that collapse, such as that of toy2d.py --protocol metz.
 
 The steps ahead are thrown away: D and its optimizer stay as they are, bit for bit. D moves first. Then G looks ahead
-from the new D, on D's last images and a fresh z, so --k 0 is dcgan.py. D has no batch norm, whose statistics would have
+from the new D, on D's last images and a fresh z, so with --k 0 and the same
+flags it trains as dcgan.py does (some defaults differ). D has no batch norm, whose statistics would have
 to be unrolled too. While training, G's batch norm uses the current batch. The images to look at come from `ema`, a copy
 of G with averaged weights, in eval mode. Under torchrun each rank looks ahead on its own rows of the batch.
 """
@@ -115,7 +116,9 @@ def parse_args(argv=None):
     )
     add_run_flags(p)
     args, given = resolve(p, argv, PAPER, MLP)
-    if args.inner == "adam" and "inner_lr" in given:
+    if args.k == 0 and given & {"inner", "inner_lr"}:
+        warn("--inner and --inner-lr have no effect with --k 0")
+    elif args.inner == "adam" and "inner_lr" in given:
         warn("--inner-lr has no effect on --inner adam, which has D's own rate")
     if not args.r1 and "penalty_share" in given:
         warn("--penalty-share has no effect without --r1")
@@ -222,9 +225,11 @@ def generator_loss(logit_fake, kind="ns", logit_real=None):
     """Of logits (B,) of the D ahead. ns: E[-log D(G(z))].
 
     minimax: minus D's loss. Its term on real images depends on G too, through the steps ahead."""
+    if kind == "ns":
+        return F.softplus(-logit_fake).mean()
     if kind == "minimax":
         return -discriminator_loss(logit_real, logit_fake)
-    return F.softplus(-logit_fake).mean()
+    raise ValueError(f"G has no loss for {kind}")
 
 
 def squared_gradient(D, x):
@@ -425,7 +430,7 @@ SCRIPT = Path(__file__)
 # state would no longer fit. Both lists hold the flags of all seven scripts.
 FIXED = """dataset image_size holdout flip batch_size d_steps g_steps seed paper arch ngf ndf latent_dim
     prior upsample d_norm g_norm d_dropout norm_first conditional d_ignores_label label_embedding_dim
-    mixture embedding_dim optimizer""".split()
+    mixture embedding_dim optimizer init""".split()
 NOT_KEPT = "device graph run_dir resume generate generate_to label probe".split()
 
 # Colour images, with their side where no flag gives it. stacked_mnist has three channels too, but of three digits.
@@ -451,7 +456,7 @@ def add_run_flags(p):
     p.add_argument(
         "--latent-dim",
         type=number(int, 1, 65536),
-        help="size of z. Default: 16 for grey images, else 100; with --paper or --arch mlp 100, or what stands below",
+        help="size of z. Default: 16 for grey images, else 100; with --paper or --arch mlp 100 (bigan.py, mlp: 50)",
     )
     p.add_argument("--prior", choices=("normal", "uniform"), default="normal", help="of z: N(0, I) or U[-1, 1]")
     p.add_argument(
@@ -508,7 +513,7 @@ def resolve(p, argv, paper, mlp, colour=None, small_colour=None, grey_side=28):
     1. the command line
     2. the resumed checkpoint
     3. --paper
-    4. --arch mlp, or colour images of 32 pixels or more, of which those below 64 may have values of their own
+    4. --arch mlp; or, of colour images of 32 pixels or more, COLOUR, over which SMALL_COLOUR goes below 64 pixels
     5. the flag's default; --image-size and --latent-dim have none, so suited_to() gives them"""
     p.epilog = f"--paper sets {as_flags(paper)}. --arch mlp sets {as_flags(mlp)}."
     if colour:
@@ -644,7 +649,8 @@ class Batches:
     .held          (images, labels) set aside by --holdout, or None
     .classes       {name: number of training images}, those of --holdout among them
 
-    To --generate without --reject drs no data are needed: then there are only .channels and .classes.
+    To --generate without --reject drs no images are read. Then there are only .channels, .held (None) and .classes:
+    those of the checkpoint, {} where G takes no label.
 
     The order follows from the seed and the epoch alone, so a resumed run goes on with the right batch. What is left
     after the last full batch is skipped; as the order changes, each epoch skips other images."""
@@ -658,7 +664,8 @@ class Batches:
         if args.generate and args.reject != "drs":  # generating needs no data
             self.classes = read_checkpoint(args.resume)["classes"]
             return
-        # Rank 0 goes first, as it may have to download or to decode. The others wait until it calls from_rank_0 too.
+        # Rank 0 reads first, as it may have to download or to decode. from_rank_0 serves as a gate: the others wait at
+        # the one above load_data until rank 0 comes to the one below it.
         if RANK != 0:
             from_rank_0()
         x, y, names = load_data(args.dataset, args.data_dir, args.image_size, "train")
@@ -900,6 +907,10 @@ def main(argv=None):
         fail(e)
     except torch.OutOfMemoryError:
         fail("the GPU has too little memory: give a smaller --batch-size, --image-size, --ngf or --ndf")
+    except (MemoryError, RuntimeError) as e:
+        if not isinstance(e, MemoryError) and "DefaultCPUAllocator" not in str(e):
+            raise
+        fail("this machine has too little memory: give a smaller --image-size, --batch-size, --ngf or --ndf")
     finally:
         Stop.put_back()
         if WORLD > 1 and torch.distributed.is_initialized():

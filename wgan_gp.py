@@ -386,7 +386,7 @@ SCRIPT = Path(__file__)
 # state would no longer fit. Both lists hold the flags of all seven scripts.
 FIXED = """dataset image_size holdout flip batch_size d_steps g_steps seed paper arch ngf ndf latent_dim
     prior upsample d_norm g_norm d_dropout norm_first conditional d_ignores_label label_embedding_dim
-    mixture embedding_dim optimizer""".split()
+    mixture embedding_dim optimizer init""".split()
 NOT_KEPT = "device graph run_dir resume generate generate_to label probe".split()
 
 # Colour images, with their side where no flag gives it. stacked_mnist has three channels too, but of three digits.
@@ -412,7 +412,7 @@ def add_run_flags(p):
     p.add_argument(
         "--latent-dim",
         type=number(int, 1, 65536),
-        help="size of z. Default: 16 for grey images, else 100; with --paper or --arch mlp 100, or what stands below",
+        help="size of z. Default: 16 for grey images, else 100; with --paper or --arch mlp 100 (bigan.py, mlp: 50)",
     )
     p.add_argument("--prior", choices=("normal", "uniform"), default="normal", help="of z: N(0, I) or U[-1, 1]")
     p.add_argument(
@@ -469,7 +469,7 @@ def resolve(p, argv, paper, mlp, colour=None, small_colour=None, grey_side=28):
     1. the command line
     2. the resumed checkpoint
     3. --paper
-    4. --arch mlp, or colour images of 32 pixels or more, of which those below 64 may have values of their own
+    4. --arch mlp; or, of colour images of 32 pixels or more, COLOUR, over which SMALL_COLOUR goes below 64 pixels
     5. the flag's default; --image-size and --latent-dim have none, so suited_to() gives them"""
     p.epilog = f"--paper sets {as_flags(paper)}. --arch mlp sets {as_flags(mlp)}."
     if colour:
@@ -605,7 +605,8 @@ class Batches:
     .held          (images, labels) set aside by --holdout, or None
     .classes       {name: number of training images}, those of --holdout among them
 
-    To --generate without --reject drs no data are needed: then there are only .channels and .classes.
+    To --generate without --reject drs no images are read. Then there are only .channels, .held (None) and .classes:
+    those of the checkpoint, {} where G takes no label.
 
     The order follows from the seed and the epoch alone, so a resumed run goes on with the right batch. What is left
     after the last full batch is skipped; as the order changes, each epoch skips other images."""
@@ -619,7 +620,8 @@ class Batches:
         if args.generate and args.reject != "drs":  # generating needs no data
             self.classes = read_checkpoint(args.resume)["classes"]
             return
-        # Rank 0 goes first, as it may have to download or to decode. The others wait until it calls from_rank_0 too.
+        # Rank 0 reads first, as it may have to download or to decode. from_rank_0 serves as a gate: the others wait at
+        # the one above load_data until rank 0 comes to the one below it.
         if RANK != 0:
             from_rank_0()
         x, y, names = load_data(args.dataset, args.data_dir, args.image_size, "train")
@@ -861,6 +863,10 @@ def main(argv=None):
         fail(e)
     except torch.OutOfMemoryError:
         fail("the GPU has too little memory: give a smaller --batch-size, --image-size, --ngf or --ndf")
+    except (MemoryError, RuntimeError) as e:
+        if not isinstance(e, MemoryError) and "DefaultCPUAllocator" not in str(e):
+            raise
+        fail("this machine has too little memory: give a smaller --image-size, --batch-size, --ngf or --ndf")
     finally:
         Stop.put_back()
         if WORLD > 1 and torch.distributed.is_initialized():

@@ -325,13 +325,19 @@ def test_the_record_has_each_scripts_settings(module):
     assert settings_table(module) in page
 
 
-@pytest.mark.parametrize("module", [wgan_gp, wgan_clip, mdgan], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("module", [wgan_gp, wgan_clip, mdgan, bigan], ids=lambda m: m.__name__)
 def test_naive_rejection_by_a_score_that_is_no_logit_is_said(module, capsys):
     module.parse_args(["--reject", "naive"])
     assert "for a logit, which it is not" in capsys.readouterr().err
     module.parse_args(["--reject", "drs", "--holdout", "9"])
     dcgan.parse_args(["--reject", "naive"])
     assert capsys.readouterr().err == ""
+
+
+def test_naive_rejection_by_a_relativistic_d_is_said(capsys):
+    """Its loss is about differences of scores, which have no zero."""
+    dcgan.parse_args("--reject naive --loss relativistic".split())
+    assert "for a logit, which it is not" in capsys.readouterr().err
 
 
 def test_a_percentile_without_drs_is_said(capsys):

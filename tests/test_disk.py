@@ -710,6 +710,18 @@ def test_a_gpu_without_memory_is_one_line(name, monkeypatch, capsys):
     assert "smaller --batch-size" in one_line(capsys, lambda: script.main([]))
 
 
+@pytest.mark.parametrize("name", ["wgan_gp", "toy2d"])
+@pytest.mark.parametrize("error", [MemoryError("32 GiB"), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_a_machine_without_memory_is_one_line(name, error, monkeypatch, capsys):
+    script = importlib.import_module(name)
+    work = {"wgan_gp": "train", "toy2d": "command"}[name]
+    monkeypatch.setattr(script, work, mock.Mock(side_effect=error))
+    assert "too little memory" in one_line(capsys, lambda: script.main([]))
+    monkeypatch.setattr(script, work, mock.Mock(side_effect=RuntimeError("of the code")))
+    with pytest.raises(RuntimeError, match="of the code"):
+        script.main([])
+
+
 # what a change of the scoring network, a long run or a reader's own flag does
 
 

@@ -66,6 +66,8 @@ def test_a_penalty_takes_the_papers_batch_norm_out_of_d_and_says_so(flag, capsys
 
 
 WITHOUT_EFFECT = [
+    (unrolled, "--k 0 --inner adam", "--inner"),
+    (unrolled, "--k 0 --inner-lr .5", "--inner-lr"),
     (dcgan, "--norm-first", "--norm-first"),
     (dcgan, "--arch mlp --upsample nearest", "--upsample"),
     (dcgan, "--arch mlp --ngf 8", "--ngf"),

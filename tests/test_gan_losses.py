@@ -19,6 +19,7 @@ import bigan
 import cdcgan
 import dcgan
 import mdgan
+import toy2d
 import unrolled
 import wgan_clip
 import wgan_gp
@@ -566,6 +567,9 @@ def test_a_loss_that_is_not_there_is_no_other_loss():
     for loss in (
         lambda: dcgan.discriminator_loss(logits, logits, "hinge"),
         lambda: dcgan.generator_loss(logits, "hinge"),
+        lambda: unrolled.generator_loss(logits, "hinge", logits),
+        lambda: mdgan.generator_loss(logits - 1, "hinge"),
+        lambda: toy2d.generator_loss("gan", "hinge", logits[None]),
     ):
         with pytest.raises(ValueError, match="no loss for hinge"):
             loss()

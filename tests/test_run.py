@@ -931,6 +931,7 @@ ERRORS = [  # the script, its flags, and what the line has to name
     ("dcgan", "--loss nonsense", "nonsense"),
     ("dcgan", "--upsample bicubic", "bicubic"),
     ("dcgan", f"{GOOD} --upsample nearest", "upsample"),
+    ("dcgan", f"{GOOD} --init default", "init"),
     ("dcgan", f"{GOOD} --d-norm batch", "d-norm"),
     ("cdcgan", "--image-size 48", "48"),
     ("cdcgan", f"{GOOD} --d-ignores-label", "d-ignores-label"),

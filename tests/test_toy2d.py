@@ -367,6 +367,17 @@ def test_a_table_refuses_what_it_would_not_heed(flags, capsys):
     fails(capsys, "--table", *flags, words=["--table", flags[0].split("=")[0]])
 
 
+def test_a_percentile_without_drs_is_said_and_not_taken_by_a_table(capsys):
+    toy2d.parse_args(["--drs-percentile", "90"])
+    assert "--drs-percentile has no effect" in capsys.readouterr().err
+    fails(capsys, "--table", "--drs-percentile", "90", words=["--table", "--drs-percentile"])
+
+
+def test_several_processes_would_train_the_same_runs(monkeypatch, capsys):
+    monkeypatch.setattr(toy2d, "WORLD", 2)
+    fails(capsys, words=["one process"])
+
+
 def test_quick_without_a_table_is_refused(capsys):
     fails(capsys, "--quick", words=["--quick", "--table"])
 
@@ -376,7 +387,9 @@ def test_a_table_says_what_ran(monkeypatch, capsys):
     score = {"covered": 3, "strict": 2, "high_quality": 0.25, "near": 0.5, "reverse_kl": 0.125}
     monkeypatch.setattr(toy2d, "run", lambda a, report: seen.append(a) or ([score] * a.seeds,))
     toy2d.main(["--table", "--seeds", "2", "--lr-d", "1e-4", "--loss", "ns"])
-    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("| mdgan", "| wgan_gp"))]
+    out = capsys.readouterr()
+    assert out.err == ""
+    rows = [line for line in out.out.splitlines() if line.startswith(("| mdgan", "| wgan_gp"))]
     assert len(rows) == 4 and all("lr-d 0.0001" in r if "gp" in r else "loss ns" in r for r in rows)
     assert [(a.data, a.method) for a in seen] == [(d, m) for d in ("ring", "grid") for m in toy2d.METHODS]
     assert {(a.lr_d, a.loss, a.seeds) for a in seen} == {(1e-4, "ns", 2)}
