@@ -165,8 +165,8 @@ def resolve(args, given, warns=True):
     """The flags with what follows from others. `given` are the names of those on the command line."""
     if args.protocol == "metz" and args.data != "ring":
         fail(f"--protocol metz is a ring, not --data {args.data}")
-    own = given & {"data", "modes", "radius", "std", "method", "protocol", "reject", "run_dir", "snapshot_every"}
-    own |= given & {"drs_percentile"}
+    of_one_run = {"data", "modes", "radius", "std", "method", "protocol", "run_dir", "snapshot_every"}
+    own = given & (of_one_run | {"reject", "drs_percentile"})
     if args.table and own:
         fail(f"--table goes without --{min(own).replace('_', '-')}: it trains every method on both data sets")
     for name in sorted(given & OF_METHODS.keys()):

@@ -1472,3 +1472,14 @@ def test_a_finished_run_whose_last_iteration_went_past_the_total_resumes(w):
     assert checkpoint("a/last.pt")["step"] == 10
     w.main(["--resume", "a/last.pt"])
     assert checkpoint("a/last.pt")["step"] == 10
+
+
+@over("cdcgan")
+def test_r1_under_batch_norm_is_never_taken_on_one_image(w, monkeypatch):
+    """A quarter of a batch of 4 is one image, which has no batch statistics."""
+    seen = []
+    true = w.squared_gradient
+    monkeypatch.setattr(w.module, "squared_gradient", lambda D, x: seen.append(len(x)) or true(D, x))
+    w.main([*w.tiny, "--batch-size", "4", "--d-norm", "batch", "--steps", "2"])
+    w.main([*w.tiny, "--batch-size", "4", "--steps", "2"])
+    assert seen == [2, 2, 1, 1]
