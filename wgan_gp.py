@@ -810,8 +810,8 @@ def save(name, i, state, study):
         "rng": {"cpu": torch.get_rng_state()},
         **{name: part.state_dict() for name, part in state.items()},
     }
-    if study.args.device == "cuda":
-        checkpoint["rng"]["cuda"] = torch.cuda.get_rng_state()
+    if study.args.device != "cpu":
+        checkpoint["rng"][study.args.device] = torch.get_device_module(study.args.device).get_rng_state()
     write_whole(study.folder / name, lambda file: torch.save(checkpoint, file))
 
 
@@ -847,9 +847,9 @@ def restore(path, state, study=None):
     if study:
         study.seconds_before = checkpoint["seconds"]
         torch.set_rng_state(checkpoint["rng"]["cpu"])
-        # A checkpoint made on a CPU has no random state of CUDA: then that of --seed stays.
-        if study.args.device == "cuda" and "cuda" in checkpoint["rng"]:
-            torch.cuda.set_rng_state(checkpoint["rng"]["cuda"])
+        # A checkpoint made on another kind of device lacks this one's random state: then that of --seed stays.
+        if study.args.device != "cpu" and study.args.device in checkpoint["rng"]:
+            torch.get_device_module(study.args.device).set_rng_state(checkpoint["rng"][study.args.device])
         seed_noise(study.args.seed, checkpoint["step"])  # under torchrun: what was saved is rank 0's
     return checkpoint["step"]
 

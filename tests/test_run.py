@@ -36,6 +36,7 @@ from conftest import (
 from PIL import Image
 
 import metrics
+import wgan_gp
 
 pytestmark = pytest.mark.usefixtures("small")
 
@@ -1483,3 +1484,25 @@ def test_r1_under_batch_norm_is_never_taken_on_one_image(w, monkeypatch):
     w.main([*w.tiny, "--batch-size", "4", "--d-norm", "batch", "--steps", "2"])
     w.main([*w.tiny, "--batch-size", "4", "--steps", "2"])
     assert seen == [2, 2, 1, 1]
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_the_random_state_of_an_accelerator_is_saved_and_restored(device, tmp_path, monkeypatch):
+    """The functions of torch.cuda and torch.mps, without such a device."""
+    device_module = torch.get_device_module(device)
+    held = torch.tensor([1, 2, 3], dtype=torch.uint8)
+    monkeypatch.setattr(device_module, "get_rng_state", lambda: held)
+    args = types.SimpleNamespace(device=device, data_dir="data", seed=0)
+    study = types.SimpleNamespace(args=args, folder=tmp_path, classes={}, seconds=lambda: 5.0)
+    wgan_gp.save("last.pt", 7, {}, study)
+
+    given = []
+    monkeypatch.setattr(device_module, "set_rng_state", given.append)
+    assert wgan_gp.restore(tmp_path / "last.pt", {}, study) == 7
+    assert [state.tolist() for state in given] == [[1, 2, 3]]
+
+    other = {"cuda": "mps", "mps": "cuda"}[device]  # the checkpoint has no state of this one: nothing is set
+    study.args.device = other
+    monkeypatch.setattr(torch.get_device_module(other), "set_rng_state", given.append)
+    assert wgan_gp.restore(tmp_path / "last.pt", {}, study) == 7
+    assert len(given) == 1
