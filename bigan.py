@@ -9,7 +9,7 @@ idea at the same time: "Adversarially Learned Inference", arXiv 1606.00704. f is
 
     python bigan.py                                      digits rendered at start-up, no download
     python bigan.py --dataset mnist --epochs 200
-    python bigan.py --dataset mnist --paper --arch mlp --latent-dim 50 --prior uniform --epochs 400 --lr-decay linear
+    python bigan.py --dataset mnist --paper --arch mlp --prior uniform --epochs 400 --lr-decay linear
 
 `--dataset mnist --steps 2600` takes six minutes of one CPU core, half of that with --amp where the CPU has bfloat16. It
 ends at an FID[classifier] of 12.6 +- 2.1, the mean and the standard deviation over seeds 0 to 2. FID is a distance
@@ -70,8 +70,9 @@ from metrics import (
     write_whole,
 )
 
-# --paper sets these. The average and the widths are ours.
-PAPER = dict(latent_dim=100, batch_size=128, lr_g=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999, ema=0.999, ngf=32, ndf=32)
+# --paper sets these. The average is ours, and so is all that is about convolutions: the widths, the 32 pixels and the
+# size of z. The paper also has a weight decay of 2.5e-5, which is left out.
+PAPER = dict(batch_size=128, lr_g=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999, ema=0.999, ngf=32, ndf=32)
 PAPER |= dict(r1=0.0, penalty_share=1.0, lr_decay="none")
 MLP = dict(latent_dim=50, lr_d=5e-4)  # --arch mlp sets these
 # Colour images of 32 pixels or more set these, without --arch mlp: those of dcgan.py, tried on three kinds of faces.
@@ -112,7 +113,9 @@ def parse_args(argv=None):
     add_run_flags(p)
     args, given = resolve(p, argv, PAPER, MLP, COLOUR)
     if args.reject == "naive":
-        warn("--reject naive takes D's score for a logit, which it is not here: see --reject drs")
+        warn(
+            "--reject naive takes D's score for the logit of an image, and here it is that of a pair: see --reject drs"
+        )
     if not args.r1 and "penalty_share" in given:
         warn("--penalty-share has no effect without --r1")
     if args.probe and not args.resume:
@@ -133,24 +136,24 @@ class Generator(nn.Module):
         S = args.image_size
         if args.arch == "dcgan":
             n = doublings(S)
-            w_in = args.ngf * 2 ** (n - 1)
+            n_in = args.ngf * 2 ** (n - 1)
             layers = [nn.Unflatten(1, (args.latent_dim, 1, 1))]  # (B, latent_dim, 1, 1)
-            layers += [nn.ConvTranspose2d(args.latent_dim, w_in, 4, 1, 0, bias=False)]  # (B, w_in, 4, 4)
-            layers += [nn.BatchNorm2d(w_in), nn.ReLU()]
+            layers += [nn.ConvTranspose2d(args.latent_dim, n_in, 4, 1, 0, bias=False)]  # (B, n_in, 4, 4)
+            layers += [nn.BatchNorm2d(n_in), nn.ReLU()]
             for i in range(n - 1):  # twice the side, half the channels
                 # A kernel of 4 doubles the side. For 28 the first layer has a kernel of 3, which takes 4 to 7.
                 kernel = 3 if S == 28 and i == 0 else 4
-                w_out = w_in // 2
-                layers += [nn.ConvTranspose2d(w_in, w_out, kernel, 2, 1, bias=False), nn.BatchNorm2d(w_out), nn.ReLU()]
-                w_in = w_out
-            layers += [nn.ConvTranspose2d(w_in, channels, 4, 2, 1, bias=False), nn.Tanh()]  # (B, channels, S, S)
+                n_out = n_in // 2
+                layers += [nn.ConvTranspose2d(n_in, n_out, kernel, 2, 1, bias=False), nn.BatchNorm2d(n_out), nn.ReLU()]
+                n_in = n_out
+            layers += [nn.ConvTranspose2d(n_in, channels, 4, 2, 1, bias=False), nn.Tanh()]  # (B, channels, S, S)
         else:
             layers = []
-            w_in = args.latent_dim
-            for w_out in (1024, 1024):
-                layers += [nn.Linear(w_in, w_out, bias=False), nn.BatchNorm1d(w_out), nn.ReLU()]
-                w_in = w_out
-            layers += [nn.Linear(w_in, channels * S * S), nn.Tanh(), nn.Unflatten(1, (channels, S, S))]
+            n_in = args.latent_dim
+            for n_out in (1024, 1024):
+                layers += [nn.Linear(n_in, n_out, bias=False), nn.BatchNorm1d(n_out), nn.ReLU()]
+                n_in = n_out
+            layers += [nn.Linear(n_in, channels * S * S), nn.Tanh(), nn.Unflatten(1, (channels, S, S))]
         self.net = nn.Sequential(*layers)
         self.apply(dcgan_init)
 
@@ -167,23 +170,23 @@ class Encoder(nn.Module):
         if args.arch == "dcgan":
             n = doublings(S)
             layers = []
-            w_in = channels
-            for i in range(n):  # half the side, twice the channels; the first makes ndf channels
+            n_in = channels
+            for i in range(n):  # half the side, twice the channels; the first makes ngf channels
                 # A kernel of 4 halves the side. For 28 the last layer has a kernel of 3, which takes 7 to 4.
                 kernel = 3 if S == 28 and i == n - 1 else 4
-                w_out = args.ngf * 2**i
-                layers += [nn.Conv2d(w_in, w_out, kernel, 2, 1, bias=False), nn.BatchNorm2d(w_out)]
+                n_out = args.ngf * 2**i
+                layers += [nn.Conv2d(n_in, n_out, kernel, 2, 1, bias=False), nn.BatchNorm2d(n_out)]
                 layers += [nn.LeakyReLU(negative_slope=0.2)]
-                w_in = w_out
-            layers += [nn.Flatten()]  # (B, w_in, 4, 4) -> (B, 16 w_in)
-            w_in = 16 * w_in
+                n_in = n_out
+            layers += [nn.Flatten()]  # (B, n_in, 4, 4) -> (B, 16 n_in)
+            n_in = 16 * n_in
         else:
             layers = [nn.Flatten()]
-            w_in = channels * S * S
-            for w_out in (1024, 1024):
-                layers += [nn.Linear(w_in, w_out, bias=False), nn.BatchNorm1d(w_out), nn.LeakyReLU(negative_slope=0.2)]
-                w_in = w_out
-        head = [nn.Linear(w_in, args.latent_dim)]
+            n_in = channels * S * S
+            for n_out in (1024, 1024):
+                layers += [nn.Linear(n_in, n_out, bias=False), nn.BatchNorm1d(n_out), nn.LeakyReLU(negative_slope=0.2)]
+                n_in = n_out
+        head = [nn.Linear(n_in, args.latent_dim)]
         if args.prior == "uniform":
             head += [nn.Tanh()]
         self.body = nn.Sequential(*layers)
@@ -204,14 +207,14 @@ class Discriminator(nn.Module):
         if args.arch == "dcgan":
             n = doublings(S)
             layers = []
-            w_in = channels
+            n_in = channels
             for i in range(n):  # half the side, twice the channels; the first makes ndf channels
                 # A kernel of 4 halves the side. For 28 the last layer has a kernel of 3, which takes 7 to 4.
                 kernel = 3 if S == 28 and i == n - 1 else 4
-                w_out = args.ndf * 2**i
-                layers += [nn.Conv2d(w_in, w_out, kernel, 2, 1), nn.LeakyReLU(negative_slope=0.2)]
-                w_in = w_out
-            layers += [nn.Flatten(), nn.Linear(16 * w_in, 512), nn.LeakyReLU(negative_slope=0.2)]  # (B, 512)
+                n_out = args.ndf * 2**i
+                layers += [nn.Conv2d(n_in, n_out, kernel, 2, 1), nn.LeakyReLU(negative_slope=0.2)]
+                n_in = n_out
+            layers += [nn.Flatten(), nn.Linear(16 * n_in, 512), nn.LeakyReLU(negative_slope=0.2)]  # (B, 512)
             self.image = nn.Sequential(*layers)
             layers = [nn.Linear(args.latent_dim, 512), nn.LeakyReLU(negative_slope=0.2)]
             layers += [nn.Linear(512, 512), nn.LeakyReLU(negative_slope=0.2)]  # (B, 512)
@@ -220,8 +223,8 @@ class Discriminator(nn.Module):
         else:
             self.image = nn.Flatten()
             self.code = nn.Identity()
-            w_in = channels * S * S + args.latent_dim
-            layers = [nn.Linear(w_in, 1024), nn.LeakyReLU(negative_slope=0.2)]
+            n_in = channels * S * S + args.latent_dim
+            layers = [nn.Linear(n_in, 1024), nn.LeakyReLU(negative_slope=0.2)]
         layers += [nn.Linear(1024, 1024), nn.LeakyReLU(negative_slope=0.2), nn.Linear(1024, 1)]  # (B, 1)
         self.net = nn.Sequential(*layers, nn.Flatten(0))  # (B,)
         self.apply(dcgan_init)
@@ -320,13 +323,13 @@ def train(args):
             with amp():
                 # One call for both, as D has no batch norm.
                 logit_real, logit_fake = D(x_both, z_both).chunk(2)
-            d_loss = discriminator_loss(logit_real, logit_fake)
-            if args.r1:
-                # The penalty is costly, so it is taken on n images only: the first n, as the batch is shuffled.
-                n = math.ceil(args.penalty_share * B)
-                with amp():
-                    penalty = squared_gradient(D, x_both[:n], z_both[:n])
-                d_loss = d_loss + args.r1 / 2 * penalty
+            # The penalty is costly, so it is taken on n images only: the first n, as the batch is shuffled.
+            n = math.ceil(args.penalty_share * B)
+            penalty = torch.zeros((), device=device)
+            with amp():
+                if args.r1 > 0:
+                    penalty = args.r1 / 2 * squared_gradient(D, x_both[:n], z_both[:n])
+            d_loss = discriminator_loss(logit_real, logit_fake) + penalty
             opt_d.zero_grad(set_to_none=True)
             d_loss.backward()
             average_gradients(D)  # under torchrun, over the GPUs
@@ -347,6 +350,7 @@ def train(args):
         return {
             "d_loss": d_loss,
             "g_loss": g_loss,
+            "penalty": penalty,  # weighted, as in d_loss
             "d_acc": pair_accuracy(logit_real, logit_fake),
         }
 
@@ -362,7 +366,7 @@ def train(args):
         return decode(z)
 
     def score(x, y):
-        D.eval()  # batch norm and dropout, where there are any, as in use
+        D.eval()  # if D has them, batch norm takes its running statistics, and dropout is off
         scores = D(from_uint8(x), encode(x))
         D.train()
         return scores
@@ -489,7 +493,7 @@ def add_run_flags(p):
     p.add_argument(
         "--paper",
         action="store_true",
-        help="settings of the paper or its code, where no flag says otherwise: see below",
+        help="settings of the paper or its code, as far as they have any, and some of ours: see below",
     )
     p.add_argument("--epochs", type=number(int, 1), default=20, help="passes over the training images")
     p.add_argument("--steps", type=number(int, 1), help="updates of D in all; overrides --epochs")
@@ -925,6 +929,9 @@ def restore(path, state, study=None):
     return checkpoint["step"]
 
 
+TOO_LITTLE_MEMORY = "this machine has too little memory: give a smaller --image-size, --batch-size, --ngf or --ndf"
+
+
 def main(argv=None):
     try:
         train(parse_args(argv))
@@ -934,10 +941,12 @@ def main(argv=None):
         fail(e)
     except torch.OutOfMemoryError:
         fail("the GPU has too little memory: give a smaller --batch-size, --image-size, --ngf or --ndf")
-    except (MemoryError, RuntimeError) as e:
-        if not isinstance(e, MemoryError) and "DefaultCPUAllocator" not in str(e):
+    except MemoryError:
+        fail(TOO_LITTLE_MEMORY)
+    except RuntimeError as e:
+        if "DefaultCPUAllocator" not in str(e):  # by this name PyTorch says that memory is short
             raise
-        fail("this machine has too little memory: give a smaller --image-size, --batch-size, --ngf or --ndf")
+        fail(TOO_LITTLE_MEMORY)
     finally:
         Stop.put_back()
         if WORLD > 1 and torch.distributed.is_initialized():

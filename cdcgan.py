@@ -1,7 +1,8 @@
 """Conditional DCGAN: G is told which class to make, and D is told which class it should be looking at.
 
 Mirza and Osindero, "Conditional Generative Adversarial Nets", arXiv 1411.1784, eq. (2). f is D's logit. The label, as a
-one-hot vector, goes through a first layer of its own, and is then joined to z in G and to the image in D.
+one-hot vector, goes through a first layer of its own, and is then joined to z in G and to the image in D. (With --arch
+mlp it is joined as it is.)
 
     discriminator  min_D  E[softplus(-f(x, y))] + E[softplus(f(G(z, y), y))] + r1/2 E||grad f(x, y)||^2
     generator      min_G  E[softplus(-f(G(z, y), y))]
@@ -12,9 +13,9 @@ one-hot vector, goes through a first layer of its own, and is then joined to z i
     python cdcgan.py --dataset mnist --paper             a course's convolutional networks, not the best settings
 
 `--dataset mnist --steps 3100` takes six minutes of one CPU core, half of that with --amp where the CPU has bfloat16. It
-ends at an FID[classifier] of 4.7 +- 0.4, with 98 % of the labels right, the mean and the standard deviation over seeds
-0 to 2. FID is a distance between generated and real images: lower is better, and real digits against other real ones
-have 1.3. tests/gallery/README.md has the protocol.
+ends at an FID[classifier] of 4.7 +- 0.4, the mean and the standard deviation over seeds 0 to 2. 98 % of the labels are
+right. FID is a distance between generated and real images, here in the features of a small network that reads digits:
+lower is better, and real digits against other real ones have 1.3. tests/gallery/README.md has the protocol.
 
 Every sheet of samples has a row for each label, of the first 20, and a column for each z. label_accuracy in scores.csv
 is the share of samples that the scores' classifier takes for the label asked for. With --d-ignores-label D is not told
@@ -32,7 +33,6 @@ the current batch. The images to look at come from `ema`, a copy of G with avera
 
 import argparse
 import copy
-import functools
 import math
 import os
 from datetime import datetime, timedelta
@@ -84,7 +84,7 @@ def parse_args(argv=None):
         "--d-norm",
         choices=("batch", "none"),
         default="none",
-        help="normalization in D, with --arch dcgan; R1 needs none",
+        help="normalization in D, with --arch dcgan; use none with R1",
     )
     p.add_argument("--r1", type=number(float, 0), default=0.01, help="gamma of R1 on real images, not in the paper")
     p.add_argument(
@@ -139,34 +139,34 @@ class Generator(nn.Module):
         S = args.image_size
         if args.arch == "dcgan":
             n = doublings(S)
-            w_in = args.ngf * 2 ** (n - 1)
+            n_in = args.ngf * 2 ** (n - 1)
             self.from_z = nn.Sequential(
                 nn.Unflatten(1, (args.latent_dim, 1, 1)),  # (B, latent_dim, 1, 1)
-                nn.ConvTranspose2d(args.latent_dim, w_in // 2, 4, 1, 0, bias=False),
-                nn.BatchNorm2d(w_in // 2),
-                nn.ReLU(),  # (B, w_in / 2, 4, 4)
+                nn.ConvTranspose2d(args.latent_dim, n_in // 2, 4, 1, 0, bias=False),
+                nn.BatchNorm2d(n_in // 2),
+                nn.ReLU(),  # (B, n_in / 2, 4, 4)
             )
             label_layers = [OneHot(classes, side=1)]  # (B, classes, 1, 1)
-            label_layers += [nn.ConvTranspose2d(classes, w_in // 2, 4, 1, 0, bias=False)]
+            label_layers += [nn.ConvTranspose2d(classes, n_in // 2, 4, 1, 0, bias=False)]
             if args.paper:  # The course has it. A label's features then depend on the other labels of the batch.
-                label_layers += [nn.BatchNorm2d(w_in // 2)]
-            label_layers += [nn.ReLU()]  # (B, w_in / 2, 4, 4), and with that from z (B, w_in, 4, 4)
+                label_layers += [nn.BatchNorm2d(n_in // 2)]
+            label_layers += [nn.ReLU()]  # (B, n_in / 2, 4, 4), and with that from z (B, n_in, 4, 4)
             self.from_label = nn.Sequential(*label_layers)
             layers = []
             for _ in range(n - 1):  # twice the side, half the channels
-                w_out = w_in // 2
-                layers += [nn.ConvTranspose2d(w_in, w_out, 4, 2, 1, bias=False), nn.BatchNorm2d(w_out), nn.ReLU()]
-                w_in = w_out
-            layers += [nn.ConvTranspose2d(w_in, channels, 4, 2, 1), nn.Tanh()]  # (B, channels, S, S)
+                n_out = n_in // 2
+                layers += [nn.ConvTranspose2d(n_in, n_out, 4, 2, 1, bias=False), nn.BatchNorm2d(n_out), nn.ReLU()]
+                n_in = n_out
+            layers += [nn.ConvTranspose2d(n_in, channels, 4, 2, 1), nn.Tanh()]  # (B, channels, S, S)
         else:
             self.from_z = nn.Identity()
             self.from_label = OneHot(classes)
             layers = []
-            w_in = args.latent_dim + classes
-            for w_out in (256, 512, 1024):
-                layers += [nn.Linear(w_in, w_out, bias=False), nn.BatchNorm1d(w_out), nn.LeakyReLU(negative_slope=0.2)]
-                w_in = w_out
-            layers += [nn.Linear(w_in, channels * S * S), nn.Tanh(), nn.Unflatten(1, (channels, S, S))]
+            n_in = args.latent_dim + classes
+            for n_out in (256, 512, 1024):
+                layers += [nn.Linear(n_in, n_out, bias=False), nn.BatchNorm1d(n_out), nn.LeakyReLU(negative_slope=0.2)]
+                n_in = n_out
+            layers += [nn.Linear(n_in, channels * S * S), nn.Tanh(), nn.Unflatten(1, (channels, S, S))]
         self.net = nn.Sequential(*layers)
         self.apply(dcgan_init)
 
@@ -191,29 +191,29 @@ class Discriminator(nn.Module):
                 nn.Conv2d(classes, args.ndf, 4, 2, 1),
                 nn.LeakyReLU(negative_slope=0.2),  # (B, ndf, S / 2, S / 2), and with that of the image twice as many
             )
-            w_in = args.ndf if args.d_ignores_label else 2 * args.ndf
+            n_in = args.ndf if args.d_ignores_label else 2 * args.ndf
             # The course's second layer doubles the channels, ours does not.
-            w_out = 4 * args.ndf if args.paper else 2 * args.ndf
+            n_out = 4 * args.ndf if args.paper else 2 * args.ndf
             layers = []
             for _ in range(doublings(S) - 1):  # half the side, twice the channels
-                layers += [nn.Conv2d(w_in, w_out, 4, 2, 1, bias=args.d_norm == "none")]
+                layers += [nn.Conv2d(n_in, n_out, 4, 2, 1, bias=args.d_norm == "none")]
                 if args.d_norm == "batch":
-                    layers += [nn.BatchNorm2d(w_out)]
+                    layers += [nn.BatchNorm2d(n_out)]
                 layers += [nn.LeakyReLU(negative_slope=0.2)]
-                w_in = w_out
-                w_out = 2 * w_out
-            layers += [nn.Conv2d(w_in, 1, 4, 1, 0)]  # (B, w_in, 4, 4) -> (B, 1, 1, 1)
+                n_in = n_out
+                n_out = 2 * n_out
+            layers += [nn.Conv2d(n_in, 1, 4, 1, 0)]  # (B, n_in, 4, 4) -> (B, 1, 1, 1)
         else:
             self.from_image = nn.Flatten()
             self.from_label = OneHot(classes)
-            w_in = channels * S * S
+            n_in = channels * S * S
             if not args.d_ignores_label:
-                w_in += classes
+                n_in += classes
             layers = []
-            for w_out in (1024, 512, 256):
-                layers += [nn.Linear(w_in, w_out), nn.LeakyReLU(negative_slope=0.2)]
-                w_in = w_out
-            layers += [nn.Linear(w_in, 1)]
+            for n_out in (1024, 512, 256):
+                layers += [nn.Linear(n_in, n_out), nn.LeakyReLU(negative_slope=0.2)]
+                n_in = n_out
+            layers += [nn.Linear(n_in, 1)]
         if args.d_ignores_label:
             self.from_label = None
         self.net = nn.Sequential(*layers, nn.Flatten(0))  # (B,)
@@ -272,15 +272,16 @@ def generator_loss(logit_fake):
     return F.softplus(-logit_fake).mean()
 
 
-def squared_gradient(D, x):
-    """E[||grad f(x, y)||^2] for images x (B, C, H, W): the sum over an image's numbers, the mean over images.
+def squared_gradient(D, x, y):
+    """E[||grad f(x, y)||^2] for images x (B, C, H, W) and labels y (B,).
 
-    gamma/2 of it on real images is R1: Mescheder et al. 2018, 1801.04406, eq. (9)."""
+    The gradient is with respect to x. The sum over an image's numbers, the mean over images. gamma/2 of it on real
+    images is R1: Mescheder et al. 2018, 1801.04406, eq. (9)."""
     x = x.detach().requires_grad_(True)
     # Without batch norm a logit depends on its own image alone. So row i of the gradient of their sum is the gradient
     # of image i's logit; with batch norm it is that only nearly.
     # create_graph: the backward of d_loss must differentiate this gradient again, with respect to D's weights.
-    (grad,) = torch.autograd.grad(D(x).sum(), x, create_graph=True)
+    (grad,) = torch.autograd.grad(D(x, y).sum(), x, create_graph=True)
     return grad.flatten(1).square().sum(1).mean()
 
 
@@ -324,20 +325,20 @@ def train(args):
             with torch.no_grad(), amp():  # D's update needs no gradient through G
                 x_fake = G(sample_z(args, B, device), labels)
             with amp():
-                if args.d_norm == "batch":
+                if args.d_norm == "batch":  # each with the statistics of its own batch
                     logit_real = D(x_real, labels)
                     logit_fake = D(x_fake, labels)
                 else:  # one call for both
                     logit_real, logit_fake = D(torch.cat([x_real, x_fake]), labels.repeat(2)).chunk(2)
-            d_loss = discriminator_loss(logit_real, logit_fake)
-            if args.r1:
-                # The penalty is costly, so it is taken on n images only: the first n, as the batch is shuffled.
-                n = math.ceil(args.penalty_share * B)
-                if args.d_norm == "batch":
-                    n = max(n, 2)  # one image has no batch statistics
-                with amp():
-                    penalty = squared_gradient(functools.partial(D, y=labels[:n]), x_real[:n])
-                d_loss = d_loss + args.r1 / 2 * penalty
+            # The penalty is costly, so it is taken on n images only: the first n, as the batch is shuffled.
+            n = math.ceil(args.penalty_share * B)
+            if args.d_norm == "batch":
+                n = max(n, 2)  # one image has no batch statistics
+            penalty = torch.zeros((), device=device)
+            with amp():
+                if args.r1 > 0:
+                    penalty = args.r1 / 2 * squared_gradient(D, x_real[:n], labels[:n])
+            d_loss = discriminator_loss(logit_real, logit_fake) + penalty
             opt_d.zero_grad(set_to_none=True)
             d_loss.backward()
             average_gradients(D)  # under torchrun, over the GPUs
@@ -357,6 +358,7 @@ def train(args):
         return {
             "d_loss": d_loss,
             "g_loss": g_loss,
+            "penalty": penalty,  # weighted, as in d_loss
             "d_acc": pair_accuracy(logit_real, logit_fake),
         }
 
@@ -366,7 +368,7 @@ def train(args):
         return to_uint8(ema(z, y))
 
     def score(x, y):
-        D.eval()  # batch norm and dropout, where there are any, as in use
+        D.eval()  # if D has them, batch norm takes its running statistics, and dropout is off
         scores = D(from_uint8(x), y)
         D.train()
         return scores
@@ -472,7 +474,7 @@ def add_run_flags(p):
     p.add_argument(
         "--paper",
         action="store_true",
-        help="settings of the paper or its code, where no flag says otherwise: see below",
+        help="settings of the paper or its code, as far as they have any, and some of ours: see below",
     )
     p.add_argument("--epochs", type=number(int, 1), default=20, help="passes over the training images")
     p.add_argument("--steps", type=number(int, 1), help="updates of D in all; overrides --epochs")
@@ -908,6 +910,9 @@ def restore(path, state, study=None):
     return checkpoint["step"]
 
 
+TOO_LITTLE_MEMORY = "this machine has too little memory: give a smaller --image-size, --batch-size, --ngf or --ndf"
+
+
 def main(argv=None):
     try:
         train(parse_args(argv))
@@ -917,10 +922,12 @@ def main(argv=None):
         fail(e)
     except torch.OutOfMemoryError:
         fail("the GPU has too little memory: give a smaller --batch-size, --image-size, --ngf or --ndf")
-    except (MemoryError, RuntimeError) as e:
-        if not isinstance(e, MemoryError) and "DefaultCPUAllocator" not in str(e):
+    except MemoryError:
+        fail(TOO_LITTLE_MEMORY)
+    except RuntimeError as e:
+        if "DefaultCPUAllocator" not in str(e):  # by this name PyTorch says that memory is short
             raise
-        fail("this machine has too little memory: give a smaller --image-size, --batch-size, --ngf or --ndf")
+        fail(TOO_LITTLE_MEMORY)
     finally:
         Stop.put_back()
         if WORLD > 1 and torch.distributed.is_initialized():

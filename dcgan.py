@@ -12,10 +12,11 @@ sigmoid(f(x)). With softplus(t) = log(1 + e^t), softplus(-f) is -log D(x) and so
                    min_G  E[softplus(f(x) - f(G(z)))]    (Jolicoeur-Martineau 2018, 1807.00734)
     where          z ~ N(0, I), or each number of it from U[-1, 1] (--prior)
 
-The second line of D's objective is a penalty that keeps f from changing too fast around these images. grad is with
-respect to the pixels of the image, not to the weights. R1 is the penalty at real images, R2 at fake ones, with the
-weights r1/2 and r2/2 (Mescheder et al. 2018, 1801.04406). gp is the weight at both. A relativistic D only has to rate a
-real image above a fake one; with R1 and R2 that is the loss of Huang et al. 2024, 2501.05441.
+The second line of D's objective is a penalty. It keeps f from changing too fast near real and near fake images. grad is
+the gradient with respect to the pixels of the image, not to the weights. At real images the penalty is called R1, with
+the weight r1/2, and at fake ones R2, with r2/2 (Mescheder et al. 2018, 1801.04406). gp is added to both weights. A
+relativistic D only has to rate a real image above a fake one. With R1 and R2 that is the loss of Huang et al. 2024,
+2501.05441.
 
     python dcgan.py                                      digits rendered at start-up, no download
     python dcgan.py --dataset mnist --epochs 200
@@ -100,10 +101,15 @@ def parse_args(argv=None):
         help="see the formulas at the top of dcgan.py",
     )
     p.add_argument(
-        "--gp", type=number(float, 0), default=0.0, help="weight of ||grad f||^2 on real and fake images, beside R1"
+        "--gp", type=number(float, 0), default=0.0, help="weight of ||grad f||^2 on real and fake images, added to R1's"
     )
-    p.add_argument("--r1", type=number(float, 0), default=1.0, help="gamma of R1: half of it weighs ||grad f(x)||^2")
-    p.add_argument("--r2", type=number(float, 0), default=0.0, help="gamma of R2: the same of fake images")
+    p.add_argument(
+        "--r1",
+        type=number(float, 0),
+        default=1.0,
+        help="gamma of R1: half of it is the weight of ||grad f||^2 at real images",
+    )
+    p.add_argument("--r2", type=number(float, 0), default=0.0, help="gamma of R2: the same at fake images")
     p.add_argument(
         "--penalty-share",
         type=number(float, 0.01, 1),
@@ -163,24 +169,24 @@ class Generator(nn.Module):
         S = args.image_size
         if args.arch == "dcgan":
             n = doublings(S)
-            w_in = args.ngf * 2 ** (n - 1)
+            n_in = args.ngf * 2 ** (n - 1)
             layers = [nn.Unflatten(1, (args.latent_dim, 1, 1))]  # (B, latent_dim, 1, 1)
-            layers += [nn.ConvTranspose2d(args.latent_dim, w_in, 4, 1, 0, bias=False)]  # (B, w_in, 4, 4)
-            layers += [nn.BatchNorm2d(w_in), nn.ReLU()]
+            layers += [nn.ConvTranspose2d(args.latent_dim, n_in, 4, 1, 0, bias=False)]  # (B, n_in, 4, 4)
+            layers += [nn.BatchNorm2d(n_in), nn.ReLU()]
             for i in range(n - 1):  # twice the side, half the channels
                 # A kernel of 4 doubles the side. For 28 the first layer has a kernel of 3, which takes 4 to 7.
                 kernel = 3 if S == 28 and i == 0 else 4
-                w_out = w_in // 2
-                layers += [*grow(args.upsample, w_in, w_out, kernel), nn.BatchNorm2d(w_out), nn.ReLU()]
-                w_in = w_out
-            layers += [*grow(args.upsample, w_in, channels, 4), nn.Tanh()]  # (B, channels, S, S)
+                n_out = n_in // 2
+                layers += [*grow(args.upsample, n_in, n_out, kernel), nn.BatchNorm2d(n_out), nn.ReLU()]
+                n_in = n_out
+            layers += [*grow(args.upsample, n_in, channels, 4), nn.Tanh()]  # (B, channels, S, S)
         else:
             layers = []
-            w_in = args.latent_dim
-            for w_out in (256, 512, 1024):
-                layers += [nn.Linear(w_in, w_out, bias=False), nn.BatchNorm1d(w_out), nn.LeakyReLU(negative_slope=0.2)]
-                w_in = w_out
-            layers += [nn.Linear(w_in, channels * S * S), nn.Tanh(), nn.Unflatten(1, (channels, S, S))]
+            n_in = args.latent_dim
+            for n_out in (256, 512, 1024):
+                layers += [nn.Linear(n_in, n_out, bias=False), nn.BatchNorm1d(n_out), nn.LeakyReLU(negative_slope=0.2)]
+                n_in = n_out
+            layers += [nn.Linear(n_in, channels * S * S), nn.Tanh(), nn.Unflatten(1, (channels, S, S))]
         self.net = nn.Sequential(*layers)
         if args.init == "dcgan":
             self.apply(dcgan_init)
@@ -198,29 +204,29 @@ class Discriminator(nn.Module):
         if args.arch == "dcgan":
             n = doublings(S)
             layers = []
-            w_in = channels
+            n_in = channels
             for i in range(n):  # half the side, twice the channels; the first makes ndf channels
                 # A kernel of 4 halves the side. For 28 the last layer has a kernel of 3, which takes 7 to 4.
                 kernel = 3 if S == 28 and i == n - 1 else 4
-                w_out = args.ndf * 2**i
+                n_out = args.ndf * 2**i
                 has_norm = args.d_norm == "batch" and (i > 0 or args.norm_first)
-                layers += [nn.Conv2d(w_in, w_out, kernel, 2, 1, bias=not has_norm)]
+                layers += [nn.Conv2d(n_in, n_out, kernel, 2, 1, bias=not has_norm)]
                 if has_norm:
-                    layers += [nn.BatchNorm2d(w_out)]
+                    layers += [nn.BatchNorm2d(n_out)]
                 layers += [nn.LeakyReLU(negative_slope=0.2)]
-                w_in = w_out
-            layers += [nn.Conv2d(w_in, 1, 4, 1, 0, bias=False)]  # (B, w_in, 4, 4) -> (B, 1, 1, 1)
+                n_in = n_out
+            layers += [nn.Conv2d(n_in, 1, 4, 1, 0, bias=False)]  # (B, n_in, 4, 4) -> (B, 1, 1, 1)
         else:
             layers = [nn.Flatten()]
-            w_in = channels * S * S
-            for i, w_out in enumerate((1024, 512, 256)):
+            n_in = channels * S * S
+            for i, n_out in enumerate((1024, 512, 256)):
                 has_norm = args.d_norm == "batch" and (i > 0 or args.norm_first)
-                layers += [nn.Linear(w_in, w_out, bias=not has_norm)]
+                layers += [nn.Linear(n_in, n_out, bias=not has_norm)]
                 if has_norm:
-                    layers += [nn.BatchNorm1d(w_out)]
+                    layers += [nn.BatchNorm1d(n_out)]
                 layers += [nn.LeakyReLU(negative_slope=0.2)]
-                w_in = w_out
-            layers += [nn.Linear(w_in, 1)]
+                n_in = n_out
+            layers += [nn.Linear(n_in, 1)]
         self.net = nn.Sequential(*layers, nn.Flatten(0))  # (B,)
         if args.init == "dcgan":
             self.apply(dcgan_init)
@@ -229,14 +235,14 @@ class Discriminator(nn.Module):
         return self.net(x).to(x.dtype)  # under --amp the layers return bfloat16, and the losses want float32
 
 
-def grow(how, w_in, w_out, kernel):
+def grow(how, n_in, n_out, kernel):
     """Layers that double the side of a map; with a kernel of 3 they take 4 to 7.
 
     In a transposed convolution neighbouring pixels of the output use different entries of the kernel, which can leave a
     checkerboard (Odena et al. 2016). After a resize one convolution makes all pixels with the same weights."""
     if how == "deconv" or kernel == 3:  # 4 to 7 is no doubling: always a transposed convolution
-        return [nn.ConvTranspose2d(w_in, w_out, kernel, 2, 1, bias=False)]
-    return [nn.Upsample(scale_factor=2, mode=how), nn.Conv2d(w_in, w_out, 5, padding=2, bias=False)]
+        return [nn.ConvTranspose2d(n_in, n_out, kernel, 2, 1, bias=False)]
+    return [nn.Upsample(scale_factor=2, mode=how), nn.Conv2d(n_in, n_out, 5, padding=2, bias=False)]
 
 
 def doublings(side):
@@ -274,7 +280,7 @@ def discriminator_loss(logit_real, logit_fake, kind="ns"):
 
 
 def generator_loss(logit_fake, kind="ns", logit_real=None):
-    """Of logits (B,), by its kind; p = sigmoid(f(G(z))).
+    """G's loss for logits (B,), by its kind; p = sigmoid(f(G(z))).
 
     ns            E[-log p]
     minimax       E[log(1 - p)], whose gradient is next to none while D is sure of its fakes
@@ -337,16 +343,18 @@ def train(args):
             x_real = from_uint8(x_uint8)
             with torch.no_grad(), amp():  # D's update needs no gradient through G
                 x_fake = G(sample_z(args, B, device))
+            with amp():
+                if args.d_norm == "batch":  # each with the statistics of its own batch
+                    logit_real = D(x_real)
+                    logit_fake = D(x_fake)
+                else:  # one call for both
+                    logit_real, logit_fake = D(torch.cat([x_real, x_fake])).chunk(2)
             # The penalty is costly, so it is taken on n images only: the first n, as the batch is shuffled.
             n = math.ceil(args.penalty_share * B)
             if args.d_norm == "batch":
                 n = max(n, 2)  # one image has no batch statistics
             penalty = torch.zeros((), device=device)
             with amp():
-                if args.d_norm == "batch":
-                    logit_real, logit_fake = D(x_real), D(x_fake)  # each with the statistics of its own batch
-                else:
-                    logit_real, logit_fake = D(torch.cat([x_real, x_fake])).chunk(2)  # one call for both
                 if weight_real > 0:
                     penalty = penalty + weight_real * squared_gradient(D, x_real[:n])
                 if weight_fake > 0:
@@ -383,7 +391,7 @@ def train(args):
         return to_uint8(ema(z))
 
     def score(x, y):
-        D.eval()  # batch norm and dropout, where there are any, as in use
+        D.eval()  # if D has them, batch norm takes its running statistics, and dropout is off
         scores = D(from_uint8(x))
         D.train()
         return scores
@@ -489,7 +497,7 @@ def add_run_flags(p):
     p.add_argument(
         "--paper",
         action="store_true",
-        help="settings of the paper or its code, where no flag says otherwise: see below",
+        help="settings of the paper or its code, as far as they have any, and some of ours: see below",
     )
     p.add_argument("--epochs", type=number(int, 1), default=20, help="passes over the training images")
     p.add_argument("--steps", type=number(int, 1), help="updates of D in all; overrides --epochs")
@@ -925,6 +933,9 @@ def restore(path, state, study=None):
     return checkpoint["step"]
 
 
+TOO_LITTLE_MEMORY = "this machine has too little memory: give a smaller --image-size, --batch-size, --ngf or --ndf"
+
+
 def main(argv=None):
     try:
         train(parse_args(argv))
@@ -934,10 +945,12 @@ def main(argv=None):
         fail(e)
     except torch.OutOfMemoryError:
         fail("the GPU has too little memory: give a smaller --batch-size, --image-size, --ngf or --ndf")
-    except (MemoryError, RuntimeError) as e:
-        if not isinstance(e, MemoryError) and "DefaultCPUAllocator" not in str(e):
+    except MemoryError:
+        fail(TOO_LITTLE_MEMORY)
+    except RuntimeError as e:
+        if "DefaultCPUAllocator" not in str(e):  # by this name PyTorch says that memory is short
             raise
-        fail("this machine has too little memory: give a smaller --image-size, --batch-size, --ngf or --ndf")
+        fail(TOO_LITTLE_MEMORY)
     finally:
         Stop.put_back()
         if WORLD > 1 and torch.distributed.is_initialized():

@@ -66,8 +66,8 @@ from metrics import (
     write_whole,
 )
 
-# --paper sets these. They are ours, as the authors gave none for images. Of their mixture and their loss, which the
-# paper does fix, see --mixture published and --loss saturating.
+# --paper sets these. They are ours, as the authors gave none for images. The paper does fix a mixture and a loss of G,
+# which --paper leaves alone: add --mixture published --loss saturating.
 PAPER = dict(batch_size=32, lr_g=5e-4, lr_d=5e-4, beta1=0.5, beta2=0.999, ema=0.999)
 PAPER |= dict(r1=0.0, penalty_share=1.0, lr_decay="none")
 MLP = dict(lr_g=2e-3, lr_d=5e-4)  # --arch mlp sets these
@@ -82,7 +82,7 @@ def parse_args(argv=None):
         "--mixture",
         choices=("clusters", "published"),
         default="clusters",
-        help="clusters: corners 2 from the centre; published: .9436",
+        help="distance of the Gaussians from the middle: 2, or the authors' .9436",
     )
     p.add_argument(
         "--embedding-dim", type=number(int, 1, 512), default=9, help="d, for d + 1 Gaussians; the authors: 9"
@@ -132,24 +132,24 @@ class Generator(nn.Module):
         S = args.image_size
         if args.arch == "dcgan":
             n = doublings(S)
-            w_in = args.ngf * 2 ** (n - 1)
+            n_in = args.ngf * 2 ** (n - 1)
             layers = [nn.Unflatten(1, (args.latent_dim, 1, 1))]  # (B, latent_dim, 1, 1)
-            layers += [nn.ConvTranspose2d(args.latent_dim, w_in, 4, 1, 0, bias=False)]  # (B, w_in, 4, 4)
-            layers += [nn.BatchNorm2d(w_in), nn.ReLU()]
+            layers += [nn.ConvTranspose2d(args.latent_dim, n_in, 4, 1, 0, bias=False)]  # (B, n_in, 4, 4)
+            layers += [nn.BatchNorm2d(n_in), nn.ReLU()]
             for i in range(n - 1):  # twice the side, half the channels
                 # A kernel of 4 doubles the side. For 28 the first layer has a kernel of 3, which takes 4 to 7.
                 kernel = 3 if S == 28 and i == 0 else 4
-                w_out = w_in // 2
-                layers += [nn.ConvTranspose2d(w_in, w_out, kernel, 2, 1, bias=False), nn.BatchNorm2d(w_out), nn.ReLU()]
-                w_in = w_out
-            layers += [nn.ConvTranspose2d(w_in, channels, 4, 2, 1, bias=False), nn.Tanh()]  # (B, channels, S, S)
+                n_out = n_in // 2
+                layers += [nn.ConvTranspose2d(n_in, n_out, kernel, 2, 1, bias=False), nn.BatchNorm2d(n_out), nn.ReLU()]
+                n_in = n_out
+            layers += [nn.ConvTranspose2d(n_in, channels, 4, 2, 1, bias=False), nn.Tanh()]  # (B, channels, S, S)
         else:
             layers = []
-            w_in = args.latent_dim
-            for w_out in (256, 512, 1024):
-                layers += [nn.Linear(w_in, w_out, bias=False), nn.BatchNorm1d(w_out), nn.LeakyReLU(negative_slope=0.2)]
-                w_in = w_out
-            layers += [nn.Linear(w_in, channels * S * S), nn.Tanh(), nn.Unflatten(1, (channels, S, S))]
+            n_in = args.latent_dim
+            for n_out in (256, 512, 1024):
+                layers += [nn.Linear(n_in, n_out, bias=False), nn.BatchNorm1d(n_out), nn.LeakyReLU(negative_slope=0.2)]
+                n_in = n_out
+            layers += [nn.Linear(n_in, channels * S * S), nn.Tanh(), nn.Unflatten(1, (channels, S, S))]
         self.net = nn.Sequential(*layers)
         self.apply(dcgan_init)
 
@@ -168,21 +168,21 @@ class Discriminator(nn.Module):
         if args.arch == "dcgan":
             n = doublings(S)
             layers = []
-            w_in = channels
+            n_in = channels
             for i in range(n):  # half the side, twice the channels; the first makes ndf channels
                 # A kernel of 4 halves the side. For 28 the last layer has a kernel of 3, which takes 7 to 4.
                 kernel = 3 if S == 28 and i == n - 1 else 4
-                w_out = args.ndf * 2**i
-                layers += [nn.Conv2d(w_in, w_out, kernel, 2, 1), nn.LeakyReLU(negative_slope=0.2)]
-                w_in = w_out
-            layers += [nn.Conv2d(w_in, args.embedding_dim, 4, 1, 0), nn.Flatten(1)]  # (B, w_in, 4, 4) -> (B, d)
+                n_out = args.ndf * 2**i
+                layers += [nn.Conv2d(n_in, n_out, kernel, 2, 1), nn.LeakyReLU(negative_slope=0.2)]
+                n_in = n_out
+            layers += [nn.Conv2d(n_in, args.embedding_dim, 4, 1, 0), nn.Flatten(1)]  # (B, n_in, 4, 4) -> (B, d)
         else:
             layers = [nn.Flatten()]
-            w_in = channels * S * S
-            for w_out in (1024, 512, 256):
-                layers += [nn.Linear(w_in, w_out), nn.LeakyReLU(negative_slope=0.2)]
-                w_in = w_out
-            layers += [nn.Linear(w_in, args.embedding_dim)]
+            n_in = channels * S * S
+            for n_out in (1024, 512, 256):
+                layers += [nn.Linear(n_in, n_out), nn.LeakyReLU(negative_slope=0.2)]
+                n_in = n_out
+            layers += [nn.Linear(n_in, args.embedding_dim)]
         self.net = nn.Sequential(*layers)
         self.mixture = Mixture(args.mixture, args.embedding_dim)
         self.apply(dcgan_init)
@@ -195,8 +195,9 @@ class Discriminator(nn.Module):
 class Mixture(nn.Module):
     """(B, d) -> a point e in [-2.5, 2.5]^d -> -u(e) (B,).
 
-    All of it in logarithms. The likelihood itself is rounded to 0 a few sigma away from every centre, and its gradient
-    with it."""
+    All of it in logarithms: D's score is a difference of two of them, at any distance from the centres. Far from all
+    of them the likelihood itself is a number so small that the 1e-8 of the authors' code outweighs it, and its gradient
+    is lost."""
 
     def __init__(self, kind, d):
         super().__init__()
@@ -211,7 +212,8 @@ class Mixture(nn.Module):
         middle = log_sum(self.from_middle, mu, self.sigma).item()
         self.peak = max(corner, middle)
         self.gap = corner - middle
-        self.register_buffer("mu", mu.to(torch.get_default_dtype()), persistent=False)
+        # In the checkpoint: where the simplex points is a choice of the SVD, and D's weights have learned this one.
+        self.register_buffer("mu", mu.to(torch.get_default_dtype()))
 
     def forward(self, x):
         e = 5 * x.to(self.mu.dtype).sigmoid() - 2.5  # the box of the authors' code
@@ -229,20 +231,26 @@ class Mixture(nn.Module):
 def simplex(d, radius):
     """(d + 1, d) in float64: the corners of a regular simplex around 0, each `radius` from it."""
     ones = torch.ones(1, d + 1, dtype=torch.float64)
-    across = torch.linalg.svd(ones).Vh[1:]  # orthonormal, and orthogonal to the ones
-    return radius * math.sqrt((d + 1) / d) * across.T
+    basis = torch.linalg.svd(ones).Vh[1:]  # (d, d + 1): orthonormal rows, each orthogonal to the ones
+    return radius * math.sqrt((d + 1) / d) * basis.T
+
+
+def log_kernels(e, mu, sigma):
+    """-||e - mu_i||^2 / 2 sigma^2 (..., d + 1) for points e (..., d) and the centres mu (d + 1, d)."""
+    squared_distance = (e[..., None, :] - mu).square().sum(-1)
+    return -squared_distance / (2 * sigma**2)
 
 
 def log_sum(e, mu, sigma):
     """log sum_i exp(-||e - mu_i||^2 / 2 sigma^2) (...) for e (..., d): log lk(e) but for a constant, which u drops."""
-    return torch.logsumexp(-(e[..., None, :] - mu).square().sum(-1) / (2 * sigma**2), -1)
+    return torch.logsumexp(log_kernels(e, mu, sigma), -1)
 
 
 def ascend(e, mu, sigma):
     """The stationary point of the likelihood that mean shift climbs to from e (d,). 0 stays at 0, maximum or not."""
     for _ in range(100_000):
         last = e
-        e = torch.softmax(-(e - mu).square().sum(-1) / (2 * sigma**2), 0) @ mu
+        e = torch.softmax(log_kernels(e, mu, sigma), 0) @ mu
         if (e - last).abs().max() < 1e-13:
             break
     return e
@@ -278,7 +286,7 @@ def discriminator_loss(score_real, score_fake):
 
 
 def generator_loss(score_fake, kind="ns"):
-    """Of scores -u (B,). ns: E[u(G(z))]. saturating: E[log(1 - exp(-u(G(z))))]."""
+    """G's loss for scores -u (B,). ns: E[u(G(z))]. saturating: E[log(1 - exp(-u(G(z))))]."""
     if kind == "ns":
         return -score_fake.mean()
     if kind == "saturating":
@@ -289,9 +297,9 @@ def generator_loss(score_fake, kind="ns"):
 def log1mexp(u):
     """log(1 - exp(-u)) for u > 0, by the form that keeps its digits.
 
-    torch.where sends a gradient of 0 into the form that it does not take. If its derivative were infinite there, the
-    product would be NaN. So each form is clamped outside its own range."""
-    small = (-torch.expm1(-u.clamp(max=1))).log()
+    torch.where sends a gradient of 0 into the form that it does not take. The form for large u has an infinite
+    derivative at u = 0, and 0 times infinity is NaN. So it is clamped there."""
+    small = (-torch.expm1(-u)).log()
     large = torch.log1p(-(-u.clamp(min=0.5)).exp())
     return torch.where(u < math.log(2), small, large)
 
@@ -343,13 +351,13 @@ def train(args):
             with amp():
                 # One call for both, as D has no batch norm.
                 score_real, score_fake = D(torch.cat([x_real, x_fake])).chunk(2)
-            d_loss = discriminator_loss(score_real, score_fake)
-            if args.r1:
-                # The penalty is costly, so it is taken on n images only: the first n, as the batch is shuffled.
-                n = math.ceil(args.penalty_share * B)
-                with amp():
-                    penalty = squared_gradient(D, x_real[:n])
-                d_loss = d_loss + args.r1 / 2 * penalty
+            # The penalty is costly, so it is taken on n images only: the first n, as the batch is shuffled.
+            n = math.ceil(args.penalty_share * B)
+            penalty = torch.zeros((), device=device)
+            with amp():
+                if args.r1 > 0:
+                    penalty = args.r1 / 2 * squared_gradient(D, x_real[:n])
+            d_loss = discriminator_loss(score_real, score_fake) + penalty
             opt_d.zero_grad(set_to_none=True)
             d_loss.backward()
             average_gradients(D)  # under torchrun, over the GPUs
@@ -369,6 +377,7 @@ def train(args):
         return {
             "d_loss": d_loss,
             "g_loss": g_loss,
+            "penalty": penalty,  # weighted, as in d_loss
             "d_acc": pair_accuracy(score_real, score_fake),
         }
 
@@ -378,7 +387,7 @@ def train(args):
         return to_uint8(ema(z))
 
     def score(x, y):
-        D.eval()  # batch norm and dropout, where there are any, as in use
+        D.eval()  # if D has them, batch norm takes its running statistics, and dropout is off
         scores = D(from_uint8(x))
         D.train()
         return scores
@@ -485,7 +494,7 @@ def add_run_flags(p):
     p.add_argument(
         "--paper",
         action="store_true",
-        help="settings of the paper or its code, where no flag says otherwise: see below",
+        help="settings of the paper or its code, as far as they have any, and some of ours: see below",
     )
     p.add_argument("--epochs", type=number(int, 1), default=20, help="passes over the training images")
     p.add_argument("--steps", type=number(int, 1), help="updates of D in all; overrides --epochs")
@@ -921,6 +930,9 @@ def restore(path, state, study=None):
     return checkpoint["step"]
 
 
+TOO_LITTLE_MEMORY = "this machine has too little memory: give a smaller --image-size, --batch-size, --ngf or --ndf"
+
+
 def main(argv=None):
     try:
         train(parse_args(argv))
@@ -930,10 +942,12 @@ def main(argv=None):
         fail(e)
     except torch.OutOfMemoryError:
         fail("the GPU has too little memory: give a smaller --batch-size, --image-size, --ngf or --ndf")
-    except (MemoryError, RuntimeError) as e:
-        if not isinstance(e, MemoryError) and "DefaultCPUAllocator" not in str(e):
+    except MemoryError:
+        fail(TOO_LITTLE_MEMORY)
+    except RuntimeError as e:
+        if "DefaultCPUAllocator" not in str(e):  # by this name PyTorch says that memory is short
             raise
-        fail("this machine has too little memory: give a smaller --image-size, --batch-size, --ngf or --ndf")
+        fail(TOO_LITTLE_MEMORY)
     finally:
         Stop.put_back()
         if WORLD > 1 and torch.distributed.is_initialized():

@@ -41,9 +41,10 @@ from torch.nn import functional as F
 from metrics import WORLD, HelpFormatter, fail, number, or_fail, platt, rejected, say, warn
 
 METHODS = ("gan", "wgan_clip", "wgan_gp", "unrolled", "mdgan")
-# Defaults of one objective, found by trying on seed 0. A WGAN's Adam goes without its first moment. MD-GAN has its
-# authors' two layers (with three, one ring of three lost modes). All else is the same for all: width, noise, points,
-# decay, average. The steps make runs of three to eight minutes of one CPU core for five seeds.
+# Defaults of one objective, found by trying on seed 0. A WGAN's Adam goes without its first moment. MD-GAN has two
+# layers, as its authors have: with three, one run of three on the ring lost modes. Width, noise, points, decay and
+# average are the same for all. (Adam's beta2 is .9 for the WGANs and .999 for the others: see train.) The steps make
+# runs of three to eight minutes of one CPU core for five seeds.
 TUNED = {
     "gan": dict(),
     "unrolled": dict(loss="minimax", lr_d=3e-4, steps=2000),
@@ -197,7 +198,7 @@ def resolve(args, given, warns=True):
 
 
 def mode_centres(args):
-    """(K, 2). The angles of the ring leave out 2 pi: with both ends it would have one mode less, of double weight."""
+    """(K, 2). The angles of the ring leave out 2 pi, where it closes: with both ends one mode would count twice."""
     if args.data == "ring":
         angle = torch.arange(args.modes) * (2 * math.pi / args.modes)
         return args.radius * torch.stack([angle.cos(), angle.sin()], 1)
@@ -233,12 +234,12 @@ def coverage(points, centres, std):
     distance, mode = torch.cdist(points.double(), centres.double()).min(1)
     good = distance < 3 * std
     K = len(centres)
-    share = torch.bincount(mode[good], minlength=K).double()
-    p = share / share.sum().clamp(min=1)
+    count = torch.bincount(mode[good], minlength=K).double()
+    p = count / count.sum().clamp(min=1)
     spacing = torch.pdist(centres.double()).min()
     return {
-        "covered": (share > 0).sum().item(),
-        "strict": (share >= len(points) / (4 * K)).sum().item(),
+        "covered": (count > 0).sum().item(),
+        "strict": (count >= len(points) / (4 * K)).sum().item(),
         "high_quality": good.double().mean().item(),
         "near": (distance < spacing / 4).double().mean().item(),
         "reverse_kl": torch.xlogy(p, p * K).sum().item() if good.any() else math.inf,
@@ -316,7 +317,7 @@ class Discriminator(nn.Module):
         super().__init__()
         self.scale = scale
         self.simplex = Simplex(args.mixture) if args.method == "mdgan" else None
-        n_out = 9 if self.simplex else 1
+        n_out = self.simplex.mu.shape[1] if self.simplex else 1
         self.net = MLP(args.seeds, 2, args.hidden, n_out, args.layers, args.slope)
 
     def forward(self, x):
@@ -331,31 +332,32 @@ def log1mexp(u):
     return torch.where(u < math.log(2), (-torch.expm1(-u)).log(), torch.log1p(-torch.exp(-u)))
 
 
-# LOSS: of scores (runs, B), the mean over B and the sum over runs -----------------------------------------------------
+# LOSS -----------------------------------------------------------------------------------------------------------------
 
 
-def mean(x):
-    return x.mean(-1).sum()
+def mean_of_each(values):
+    """The mean over B of values (runs, B), summed over the runs: each run has the gradient of its own mean."""
+    return values.mean(-1).sum()
 
 
-def discriminator_loss(method, real, fake):
-    """Scores are logits (gan, unrolled), the critic's values (WGANs), or -u (mdgan)."""
+def discriminator_loss(method, score_real, score_fake):
+    """Scores (runs, B) are logits (gan, unrolled), the critic's values (WGANs), or -u (mdgan)."""
     if method.startswith("wgan"):
-        return mean(fake) - mean(real)
+        return mean_of_each(score_fake) - mean_of_each(score_real)
     if method == "mdgan":  # max E log lk(D(x)) + E log(lambda - lk(D(G(z))))
-        return mean(-real) - mean(log1mexp(-fake))
-    return mean(F.softplus(-real)) + mean(F.softplus(fake))
+        return mean_of_each(-score_real) - mean_of_each(log1mexp(-score_fake))
+    return mean_of_each(F.softplus(-score_real)) + mean_of_each(F.softplus(score_fake))
 
 
-def generator_loss(method, kind, fake):
+def generator_loss(method, kind, score_fake):
     """kind: "ns", non-saturating, or "minimax". A WGAN has one loss only."""
     if kind not in ("ns", "minimax"):
         raise ValueError(f"G has no loss for {kind}")
     if method.startswith("wgan"):
-        return -mean(fake)
+        return -mean_of_each(score_fake)
     if method == "mdgan":
-        return mean(-fake) if kind == "ns" else mean(log1mexp(-fake))
-    return mean(F.softplus(-fake)) if kind == "ns" else -mean(F.softplus(fake))
+        return mean_of_each(-score_fake) if kind == "ns" else mean_of_each(log1mexp(-score_fake))
+    return mean_of_each(F.softplus(-score_fake)) if kind == "ns" else -mean_of_each(F.softplus(score_fake))
 
 
 def gradient_penalty(D, real, fake):
@@ -364,7 +366,7 @@ def gradient_penalty(D, real, fake):
     x_hat = torch.lerp(fake, real, eps).requires_grad_(True)
     (grad,) = torch.autograd.grad(D(x_hat).sum(), x_hat, create_graph=True)
     norm = (grad.square().sum(-1) + 1e-12).sqrt()  # the slope of a root at 0 is infinite
-    return mean((norm - 1).square())
+    return mean_of_each((norm - 1).square())
 
 
 def look_ahead(D, opt, real, fake, k, lr):
@@ -678,7 +680,7 @@ def command(argv):
     say(f"{out}: {args.seeds} runs of {args.steps} G updates on {args.device}")
     if args.method == "mdgan":
         end = Simplex(args.mixture).end_of_corner
-        what = "clusters" if end > 0.01 else "one blob, no clusters"
+        what = "clusters" if end > 1e-3 else "one blob, no clusters"
         say(f"mean shift from a corner ends at {end:.3f} of its radius: {what}")
     try:
         scores, G, D = run(args, out)
@@ -694,10 +696,9 @@ def command(argv):
         acceptance = np.mean([of_run["acceptance"] for of_run in after])
         auc = np.mean([of_run["auc"] for of_run in after])
         say(f"kept:  {score_line(after)}  acceptance {acceptance:.1%}  AUC {auc:.3f}")
-    text = json.dumps({"made": scores, "kept": after, "real": real}, indent=1).replace(
-        "Infinity", "null"
-    )  # reverse KL where no point is near a mode
-    (out / "scores.json").write_text(text)
+    text = json.dumps({"made": scores, "kept": after, "real": real}, indent=1)
+    # Where no point is near a mode the reverse KL is infinite, and JSON has no such number.
+    (out / "scores.json").write_text(text.replace("Infinity", "null"))
     say(f"done: {out}")
 
 

@@ -3,9 +3,10 @@
 Metz, Poole, Pfau and Sohl-Dickstein 2017, "Unrolled Generative Adversarial Networks", arXiv 1611.02163, eq. (6)-(9).
 f_k is D's logit after k further updates on one batch, starting from the current D. So f_k depends on G.
 
-    discriminator  min_D  L(f_0) + r1/2 E||grad f_0(x)||^2, L(f) = E[softplus(-f(x))] + E[softplus(f(G(z)))]
+    discriminator  min_D  L(f_0) + r1/2 E||grad f_0(x)||^2
     generator      min_G  E[softplus(-f_k(G(z)))], non-saturating; or -L(f_k), the game of the paper
-    where          z ~ N(0, I) or U[-1, 1]
+    where          L(f) = E[softplus(-f(x))] + E[softplus(f(G(z)))]
+                   z ~ N(0, I) or U[-1, 1]
 
     python unrolled.py                                   digits rendered at start-up, no download
     python unrolled.py --dataset mnist --epochs 200
@@ -17,14 +18,18 @@ ends at an FID[classifier] of 21.6 +- 4.6, the mean and the standard deviation o
 between generated and real images, here in the features of a small network that reads digits: lower is better, and real
 digits against other real ones have 1.3. tests/gallery/README.md has the protocol.
 
-The default looks one short step of gradient descent ahead. Looking further costs more, and was not searched on MNIST.
-It is for games that collapse, such as that of toy2d.py --protocol metz.
+The default looks one short step of gradient descent ahead. What that gains over --k 0 has not been measured. Looking
+further costs more, and was not searched on MNIST. It is for games that collapse, such as that of toy2d.py --protocol
+metz.
 
-The steps ahead are thrown away: D and its optimizer stay as they are, bit for bit. D moves first. Then G looks ahead
-from the new D, on D's last images and a fresh z, so with --k 0 and the same
-flags it trains as dcgan.py does (some defaults differ). D has no batch norm, whose statistics would have
-to be unrolled too. While training, G's batch norm uses the current batch. The images to look at come from `ema`, a copy
-of G with averaged weights, in eval mode. Under torchrun each rank looks ahead on its own rows of the batch.
+The steps ahead are thrown away: D and its optimizer stay as they are, bit for bit.
+
+D moves first. (In the authors' demo both move at once.) Then G looks ahead from the new D, on D's last images and a
+fresh z. So with --k 0 and the same flags it trains as dcgan.py does. Some defaults differ.
+
+D has no batch norm, because its statistics would have to be unrolled too. While training, G's batch norm uses the
+current batch. The images to look at come from `ema`, a copy of G with averaged weights, in eval mode. Under torchrun
+each rank looks ahead on its own rows of the batch.
 """
 
 # `uv run unrolled.py` reads this block, installs the packages and runs the file. Without uv it is a comment.
@@ -72,7 +77,7 @@ from metrics import (
 # --paper sets these. k, Adam, beta1 and the rate of G are those of the authors' demonstration, the rest is ours. The
 # paper's loss needs --loss minimax.
 PAPER = dict(lr_g=1e-3, lr_d=2e-4, beta1=0.5, beta2=0.999, ema=0.999, k=5, inner="adam")
-PAPER |= dict(inner_lr=0.05, r1=0.0, penalty_share=1.0, lr_decay="none")
+PAPER |= dict(r1=0.0, penalty_share=1.0, lr_decay="none")
 MLP = dict(lr_g=2e-3, lr_d=5e-4, r1=0.02)  # --arch mlp sets these
 
 
@@ -136,24 +141,24 @@ class Generator(nn.Module):
         S = args.image_size
         if args.arch == "dcgan":
             n = doublings(S)
-            w_in = args.ngf * 2 ** (n - 1)
+            n_in = args.ngf * 2 ** (n - 1)
             layers = [nn.Unflatten(1, (args.latent_dim, 1, 1))]  # (B, latent_dim, 1, 1)
-            layers += [nn.ConvTranspose2d(args.latent_dim, w_in, 4, 1, 0, bias=False)]  # (B, w_in, 4, 4)
-            layers += [nn.BatchNorm2d(w_in), nn.ReLU()]
+            layers += [nn.ConvTranspose2d(args.latent_dim, n_in, 4, 1, 0, bias=False)]  # (B, n_in, 4, 4)
+            layers += [nn.BatchNorm2d(n_in), nn.ReLU()]
             for i in range(n - 1):  # twice the side, half the channels
                 # A kernel of 4 doubles the side. For 28 the first layer has a kernel of 3, which takes 4 to 7.
                 kernel = 3 if S == 28 and i == 0 else 4
-                w_out = w_in // 2
-                layers += [nn.ConvTranspose2d(w_in, w_out, kernel, 2, 1, bias=False), nn.BatchNorm2d(w_out), nn.ReLU()]
-                w_in = w_out
-            layers += [nn.ConvTranspose2d(w_in, channels, 4, 2, 1, bias=False), nn.Tanh()]  # (B, channels, S, S)
+                n_out = n_in // 2
+                layers += [nn.ConvTranspose2d(n_in, n_out, kernel, 2, 1, bias=False), nn.BatchNorm2d(n_out), nn.ReLU()]
+                n_in = n_out
+            layers += [nn.ConvTranspose2d(n_in, channels, 4, 2, 1, bias=False), nn.Tanh()]  # (B, channels, S, S)
         else:
             layers = []
-            w_in = args.latent_dim
-            for w_out in (256, 512, 1024):
-                layers += [nn.Linear(w_in, w_out, bias=False), nn.BatchNorm1d(w_out), nn.LeakyReLU(negative_slope=0.2)]
-                w_in = w_out
-            layers += [nn.Linear(w_in, channels * S * S), nn.Tanh(), nn.Unflatten(1, (channels, S, S))]
+            n_in = args.latent_dim
+            for n_out in (256, 512, 1024):
+                layers += [nn.Linear(n_in, n_out, bias=False), nn.BatchNorm1d(n_out), nn.LeakyReLU(negative_slope=0.2)]
+                n_in = n_out
+            layers += [nn.Linear(n_in, channels * S * S), nn.Tanh(), nn.Unflatten(1, (channels, S, S))]
         self.net = nn.Sequential(*layers)
         self.apply(dcgan_init)
 
@@ -172,21 +177,21 @@ class Discriminator(nn.Module):
         if args.arch == "dcgan":
             n = doublings(S)
             layers = []
-            w_in = channels
+            n_in = channels
             for i in range(n):  # half the side, twice the channels; the first makes ndf channels
                 # A kernel of 4 halves the side. For 28 the last layer has a kernel of 3, which takes 7 to 4.
                 kernel = 3 if S == 28 and i == n - 1 else 4
-                w_out = args.ndf * 2**i
-                layers += [nn.Conv2d(w_in, w_out, kernel, 2, 1), nn.LeakyReLU(negative_slope=0.2)]
-                w_in = w_out
-            layers += [nn.Conv2d(w_in, 1, 4, 1, 0, bias=False)]  # (B, w_in, 4, 4) -> (B, 1, 1, 1)
+                n_out = args.ndf * 2**i
+                layers += [nn.Conv2d(n_in, n_out, kernel, 2, 1), nn.LeakyReLU(negative_slope=0.2)]
+                n_in = n_out
+            layers += [nn.Conv2d(n_in, 1, 4, 1, 0, bias=False)]  # (B, n_in, 4, 4) -> (B, 1, 1, 1)
         else:
             layers = [nn.Flatten()]
-            w_in = channels * S * S
-            for w_out in (1024, 512, 256):
-                layers += [nn.Linear(w_in, w_out), nn.LeakyReLU(negative_slope=0.2)]
-                w_in = w_out
-            layers += [nn.Linear(w_in, 1)]
+            n_in = channels * S * S
+            for n_out in (1024, 512, 256):
+                layers += [nn.Linear(n_in, n_out), nn.LeakyReLU(negative_slope=0.2)]
+                n_in = n_out
+            layers += [nn.Linear(n_in, 1)]
         self.net = nn.Sequential(*layers, nn.Flatten(0))  # (B,)
         self.apply(dcgan_init)
 
@@ -222,7 +227,7 @@ def discriminator_loss(logit_real, logit_fake):
 
 
 def generator_loss(logit_fake, kind="ns", logit_real=None):
-    """Of logits (B,) of the D ahead. ns: E[-log D(G(z))].
+    """G's loss, for the logits (B,) of the D after k steps ahead. ns: E[-log D(G(z))].
 
     minimax: minus D's loss. Its term on real images depends on G too, through the steps ahead."""
     if kind == "ns":
@@ -266,13 +271,16 @@ def look_ahead(D, opt, x_real, x_fake, k, inner="adam", inner_lr=0.05):
             params = {name: p - inner_lr * g for (name, p), g in zip(params.items(), grads)}
         else:
             t = t + 1
-            m = [torch.lerp(g, a, beta1) for a, g in zip(m, grads)]  # beta1 a + (1 - beta1) g
-            v = [torch.lerp(g * g, a, beta2) for a, g in zip(v, grads)]
             rate = group["lr"] / one_minus_power(beta1, t)
             correction = one_minus_power(beta2, t)
-            # The derivative of a root is infinite at 0, where a unit that never fires leaves v: hence the 1e-16.
-            roots = [(a / correction + 1e-16).sqrt() + group["eps"] for a in v]
-            params = {name: p - rate * a / root for (name, p), a, root in zip(params.items(), m, roots)}
+            moved = {}
+            for j, (name, p) in enumerate(params.items()):
+                m[j] = torch.lerp(grads[j], m[j], beta1)  # beta1 m + (1 - beta1) g
+                v[j] = torch.lerp(grads[j] * grads[j], v[j], beta2)
+                # The derivative of a root is infinite at 0, where a unit that never fires leaves v: hence the 1e-16.
+                root = (v[j] / correction + 1e-16).sqrt() + group["eps"]
+                moved[name] = p - rate * m[j] / root
+            params = moved
     return params
 
 
@@ -317,13 +325,13 @@ def train(args):
             with amp():
                 # One call for both, as D has no batch norm.
                 logit_real, logit_fake = D(torch.cat([x_real, x_fake])).chunk(2)
-            d_loss = discriminator_loss(logit_real, logit_fake)
-            if args.r1:  # not in the steps ahead, where it would be a third derivative
-                # The penalty is costly, so it is taken on n images only: the first n, as the batch is shuffled.
-                n = math.ceil(args.penalty_share * B)
-                with amp():
-                    penalty = squared_gradient(D, x_real[:n])
-                d_loss = d_loss + args.r1 / 2 * penalty
+            # The penalty is costly, so it is taken on n images only: the first n, as the batch is shuffled.
+            n = math.ceil(args.penalty_share * B)
+            penalty = torch.zeros((), device=device)
+            with amp():
+                if args.r1 > 0:  # not in the steps ahead, where it would be a third derivative
+                    penalty = args.r1 / 2 * squared_gradient(D, x_real[:n])
+            d_loss = discriminator_loss(logit_real, logit_fake) + penalty
             opt_d.zero_grad(set_to_none=True)
             d_loss.backward()
             average_gradients(D)  # under torchrun, over the GPUs
@@ -347,6 +355,7 @@ def train(args):
         return {
             "d_loss": d_loss,
             "g_loss": g_loss,
+            "penalty": penalty,  # weighted, as in d_loss
             "d_acc": pair_accuracy(logit_real, logit_fake),
         }
 
@@ -356,7 +365,7 @@ def train(args):
         return to_uint8(ema(z))
 
     def score(x, y):
-        D.eval()  # batch norm and dropout, where there are any, as in use
+        D.eval()  # if D has them, batch norm takes its running statistics, and dropout is off
         scores = D(from_uint8(x))
         D.train()
         return scores
@@ -462,7 +471,7 @@ def add_run_flags(p):
     p.add_argument(
         "--paper",
         action="store_true",
-        help="settings of the paper or its code, where no flag says otherwise: see below",
+        help="settings of the paper or its code, as far as they have any, and some of ours: see below",
     )
     p.add_argument("--epochs", type=number(int, 1), default=20, help="passes over the training images")
     p.add_argument("--steps", type=number(int, 1), help="updates of D in all; overrides --epochs")
@@ -898,6 +907,9 @@ def restore(path, state, study=None):
     return checkpoint["step"]
 
 
+TOO_LITTLE_MEMORY = "this machine has too little memory: give a smaller --image-size, --batch-size, --ngf or --ndf"
+
+
 def main(argv=None):
     try:
         train(parse_args(argv))
@@ -907,10 +919,12 @@ def main(argv=None):
         fail(e)
     except torch.OutOfMemoryError:
         fail("the GPU has too little memory: give a smaller --batch-size, --image-size, --ngf or --ndf")
-    except (MemoryError, RuntimeError) as e:
-        if not isinstance(e, MemoryError) and "DefaultCPUAllocator" not in str(e):
+    except MemoryError:
+        fail(TOO_LITTLE_MEMORY)
+    except RuntimeError as e:
+        if "DefaultCPUAllocator" not in str(e):  # by this name PyTorch says that memory is short
             raise
-        fail("this machine has too little memory: give a smaller --image-size, --batch-size, --ngf or --ndf")
+        fail(TOO_LITTLE_MEMORY)
     finally:
         Stop.put_back()
         if WORLD > 1 and torch.distributed.is_initialized():

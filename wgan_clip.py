@@ -64,7 +64,8 @@ from metrics import (
     write_whole,
 )
 
-# --paper sets these. The average and the widths are ours.
+# --paper sets these. The average, the widths and the 32 pixels are ours. RMSprop has no use for the betas: they are for
+# --optimizer adam.
 PAPER = dict(d_steps=5, lr_g=5e-5, lr_d=5e-5, beta1=0.5, beta2=0.999, ema=0.999, ngf=32, ndf=32)
 PAPER |= dict(clip=0.01, optimizer="rmsprop", lr_decay="none")
 MLP = dict(lr_d=5e-4, d_norm="none")  # --arch mlp sets these
@@ -126,32 +127,32 @@ class Generator(nn.Module):
         super().__init__()
         S = args.image_size
         bias = args.g_norm == "none"
-        w_in = args.latent_dim
+        n_in = args.latent_dim
         self.embedding = None
         if args.conditional:
             self.embedding = nn.Parameter(torch.randn(classes, args.label_embedding_dim or classes))
-            w_in += self.embedding.shape[1]
+            n_in += self.embedding.shape[1]
         if args.arch == "dcgan":
             n = doublings(S)
-            w_out = args.ngf * 2 ** (n - 1)
-            layers = [nn.Unflatten(1, (w_in, 1, 1))]  # (B, w_in, 1, 1)
-            layers += [nn.ConvTranspose2d(w_in, w_out, 4, 1, 0, bias=bias)]  # (B, w_out, 4, 4)
-            layers += [*norm(args.g_norm, w_out), nn.ReLU()]
-            w_in = w_out
+            n_out = args.ngf * 2 ** (n - 1)
+            layers = [nn.Unflatten(1, (n_in, 1, 1))]  # (B, n_in, 1, 1)
+            layers += [nn.ConvTranspose2d(n_in, n_out, 4, 1, 0, bias=bias)]  # (B, n_out, 4, 4)
+            layers += [*norm(args.g_norm, n_out), nn.ReLU()]
+            n_in = n_out
             for i in range(n - 1):  # twice the side, half the channels
                 # A kernel of 4 doubles the side. For 28 the first layer has a kernel of 3, which takes 4 to 7.
                 kernel = 3 if S == 28 and i == 0 else 4
-                w_out = w_in // 2
-                layers += [*grow(args.upsample, w_in, w_out, kernel, bias), *norm(args.g_norm, w_out), nn.ReLU()]
-                w_in = w_out
-            layers += [*grow(args.upsample, w_in, channels, 4, bias=False), nn.Tanh()]  # (B, channels, S, S)
+                n_out = n_in // 2
+                layers += [*grow(args.upsample, n_in, n_out, kernel, bias), *norm(args.g_norm, n_out), nn.ReLU()]
+                n_in = n_out
+            layers += [*grow(args.upsample, n_in, channels, 4, bias=False), nn.Tanh()]  # (B, channels, S, S)
         else:
             layers = []
-            for w_out in (256, 512, 1024):
-                layers += [nn.Linear(w_in, w_out, bias), *norm(args.g_norm, w_out, maps=False)]
+            for n_out in (256, 512, 1024):
+                layers += [nn.Linear(n_in, n_out, bias), *norm(args.g_norm, n_out, maps=False)]
                 layers += [nn.LeakyReLU(negative_slope=0.2)]
-                w_in = w_out
-            layers += [nn.Linear(w_in, channels * S * S), nn.Tanh(), nn.Unflatten(1, (channels, S, S))]
+                n_in = n_out
+            layers += [nn.Linear(n_in, channels * S * S), nn.Tanh(), nn.Unflatten(1, (channels, S, S))]
         self.net = nn.Sequential(*layers)
         self.apply(dcgan_init)
 
@@ -171,11 +172,11 @@ class Discriminator(nn.Module):
     def __init__(self, args, channels, classes):
         super().__init__()
         S = args.image_size
-        w_in = channels
+        n_in = channels
         planes = None
         if args.conditional and not args.d_ignores_label:
             planes = torch.eye(classes)
-            w_in += classes
+            n_in += classes
         self.register_buffer("planes", planes, persistent=False)
         if args.arch == "dcgan":
             n = doublings(S)
@@ -184,24 +185,24 @@ class Discriminator(nn.Module):
                 # A kernel of 4 halves the side. For 28 the last layer has a kernel of 3, which takes 7 to 4.
                 kernel = 3 if S == 28 and i == n - 1 else 4
                 kind = args.d_norm if i > 0 else "none"
-                w_out = args.ndf * 2**i
-                layers += [nn.Conv2d(w_in, w_out, kernel, 2, 1, bias=kind == "none"), *norm(kind, w_out)]
+                n_out = args.ndf * 2**i
+                layers += [nn.Conv2d(n_in, n_out, kernel, 2, 1, bias=kind == "none"), *norm(kind, n_out)]
                 layers += [nn.LeakyReLU(negative_slope=0.2)]
                 if args.d_dropout:
                     layers += [Dropout(args.d_dropout)]
-                w_in = w_out
-            layers += [nn.Conv2d(w_in, 1, 4, 1, 0, bias=False)]  # (B, w_in, 4, 4) -> (B, 1, 1, 1)
+                n_in = n_out
+            layers += [nn.Conv2d(n_in, 1, 4, 1, 0, bias=False)]  # (B, n_in, 4, 4) -> (B, 1, 1, 1)
         else:
             layers = [nn.Flatten()]
-            w_in *= S * S
-            for i, w_out in enumerate((1024, 512, 256)):
+            n_in *= S * S
+            for i, n_out in enumerate((1024, 512, 256)):
                 kind = args.d_norm if i > 0 else "none"
-                layers += [nn.Linear(w_in, w_out, bias=kind == "none"), *norm(kind, w_out, maps=False)]
+                layers += [nn.Linear(n_in, n_out, bias=kind == "none"), *norm(kind, n_out, maps=False)]
                 layers += [nn.LeakyReLU(negative_slope=0.2)]
                 if args.d_dropout:
                     layers += [Dropout(args.d_dropout)]
-                w_in = w_out
-            layers += [nn.Linear(w_in, 1)]
+                n_in = n_out
+            layers += [nn.Linear(n_in, 1)]
         self.net = nn.Sequential(*layers, nn.Flatten(0))  # (B,)
         self.apply(dcgan_init)
 
@@ -213,23 +214,23 @@ class Discriminator(nn.Module):
         return self.net(inputs).to(x.dtype)  # under --amp the layers return bfloat16, and the losses want float32
 
 
-def norm(kind, w_in, maps=True):
+def norm(kind, n_in, maps=True):
     """A list of one layer, or of none. layer: over all numbers of an image, with a scale and shift for each channel."""
     if kind == "batch":
-        return [nn.BatchNorm2d(w_in) if maps else nn.BatchNorm1d(w_in)]
+        return [nn.BatchNorm2d(n_in) if maps else nn.BatchNorm1d(n_in)]
     if kind == "layer":
-        return [nn.GroupNorm(1, w_in) if maps else nn.LayerNorm(w_in)]
+        return [nn.GroupNorm(1, n_in) if maps else nn.LayerNorm(n_in)]
     return []
 
 
-def grow(how, w_in, w_out, kernel, bias):
+def grow(how, n_in, n_out, kernel, bias):
     """Layers that double the side of a map; with a kernel of 3 they take 4 to 7.
 
     In a transposed convolution neighbouring pixels of the output use different entries of the kernel, which can leave a
     checkerboard (Odena et al. 2016). After a resize one convolution makes all pixels with the same weights."""
     if how == "deconv" or kernel == 3:  # 4 to 7 is no doubling: always a transposed convolution
-        return [nn.ConvTranspose2d(w_in, w_out, kernel, 2, 1, bias=bias)]
-    return [nn.Upsample(scale_factor=2, mode=how), nn.Conv2d(w_in, w_out, 5, padding=2, bias=bias)]
+        return [nn.ConvTranspose2d(n_in, n_out, kernel, 2, 1, bias=bias)]
+    return [nn.Upsample(scale_factor=2, mode=how), nn.Conv2d(n_in, n_out, 5, padding=2, bias=bias)]
 
 
 class Dropout(nn.Dropout):
@@ -368,7 +369,7 @@ def train(args):
         return to_uint8(ema(z, y))
 
     def score(x, y):
-        D.eval()  # batch norm and dropout, where there are any, as in use
+        D.eval()  # if D has them, batch norm takes its running statistics, and dropout is off
         scores = D(from_uint8(x), y)
         D.train()
         return scores
@@ -476,7 +477,7 @@ def add_run_flags(p):
     p.add_argument(
         "--paper",
         action="store_true",
-        help="settings of the paper or its code, where no flag says otherwise: see below",
+        help="settings of the paper or its code, as far as they have any, and some of ours: see below",
     )
     p.add_argument("--epochs", type=number(int, 1), default=20, help="passes over the training images")
     p.add_argument("--steps", type=number(int, 1), help="updates of D in all; overrides --epochs")
@@ -912,6 +913,9 @@ def restore(path, state, study=None):
     return checkpoint["step"]
 
 
+TOO_LITTLE_MEMORY = "this machine has too little memory: give a smaller --image-size, --batch-size, --ngf or --ndf"
+
+
 def main(argv=None):
     try:
         train(parse_args(argv))
@@ -921,10 +925,12 @@ def main(argv=None):
         fail(e)
     except torch.OutOfMemoryError:
         fail("the GPU has too little memory: give a smaller --batch-size, --image-size, --ngf or --ndf")
-    except (MemoryError, RuntimeError) as e:
-        if not isinstance(e, MemoryError) and "DefaultCPUAllocator" not in str(e):
+    except MemoryError:
+        fail(TOO_LITTLE_MEMORY)
+    except RuntimeError as e:
+        if "DefaultCPUAllocator" not in str(e):  # by this name PyTorch says that memory is short
             raise
-        fail("this machine has too little memory: give a smaller --image-size, --batch-size, --ngf or --ndf")
+        fail(TOO_LITTLE_MEMORY)
     finally:
         Stop.put_back()
         if WORLD > 1 and torch.distributed.is_initialized():

@@ -133,24 +133,24 @@ class Generator(nn.Module):
         S = args.image_size
         if args.arch == "dcgan":
             n = doublings(S)
-            w_in = args.ngf * 2 ** (n - 1)
+            n_in = args.ngf * 2 ** (n - 1)
             layers = [nn.Unflatten(1, (args.latent_dim, 1, 1))]  # (B, latent_dim, 1, 1)
-            layers += [nn.ConvTranspose2d(args.latent_dim, w_in, 4, 1, 0, bias=False)]  # (B, w_in, 4, 4)
-            layers += [nn.BatchNorm2d(w_in), nn.ReLU()]
+            layers += [nn.ConvTranspose2d(args.latent_dim, n_in, 4, 1, 0, bias=False)]  # (B, n_in, 4, 4)
+            layers += [nn.BatchNorm2d(n_in), nn.ReLU()]
             for i in range(n - 1):  # twice the side, half the channels
                 # A kernel of 4 doubles the side. For 28 the first layer has a kernel of 3, which takes 4 to 7.
                 kernel = 3 if S == 28 and i == 0 else 4
-                w_out = w_in // 2
-                layers += [nn.ConvTranspose2d(w_in, w_out, kernel, 2, 1, bias=False), nn.BatchNorm2d(w_out), nn.ReLU()]
-                w_in = w_out
-            layers += [nn.ConvTranspose2d(w_in, channels, 4, 2, 1, bias=False), nn.Tanh()]  # (B, channels, S, S)
+                n_out = n_in // 2
+                layers += [nn.ConvTranspose2d(n_in, n_out, kernel, 2, 1, bias=False), nn.BatchNorm2d(n_out), nn.ReLU()]
+                n_in = n_out
+            layers += [nn.ConvTranspose2d(n_in, channels, 4, 2, 1, bias=False), nn.Tanh()]  # (B, channels, S, S)
         else:
             layers = []
-            w_in = args.latent_dim
-            for w_out in (256, 512, 1024):
-                layers += [nn.Linear(w_in, w_out, bias=False), nn.BatchNorm1d(w_out), nn.LeakyReLU(negative_slope=0.2)]
-                w_in = w_out
-            layers += [nn.Linear(w_in, channels * S * S), nn.Tanh(), nn.Unflatten(1, (channels, S, S))]
+            n_in = args.latent_dim
+            for n_out in (256, 512, 1024):
+                layers += [nn.Linear(n_in, n_out, bias=False), nn.BatchNorm1d(n_out), nn.LeakyReLU(negative_slope=0.2)]
+                n_in = n_out
+            layers += [nn.Linear(n_in, channels * S * S), nn.Tanh(), nn.Unflatten(1, (channels, S, S))]
         self.net = nn.Sequential(*layers)
         self.apply(dcgan_init)
 
@@ -169,21 +169,21 @@ class Discriminator(nn.Module):
         if args.arch == "dcgan":
             n = doublings(S)
             layers = []
-            w_in = channels
+            n_in = channels
             for i in range(n):  # half the side, twice the channels; the first makes ndf channels
                 # A kernel of 4 halves the side. For 28 the last layer has a kernel of 3, which takes 7 to 4.
                 kernel = 3 if S == 28 and i == n - 1 else 4
-                w_out = args.ndf * 2**i
-                layers += [nn.Conv2d(w_in, w_out, kernel, 2, 1), nn.LeakyReLU(negative_slope=0.2)]
-                w_in = w_out
-            layers += [nn.Conv2d(w_in, 1, 4, 1, 0)]  # (B, w_in, 4, 4) -> (B, 1, 1, 1)
+                n_out = args.ndf * 2**i
+                layers += [nn.Conv2d(n_in, n_out, kernel, 2, 1), nn.LeakyReLU(negative_slope=0.2)]
+                n_in = n_out
+            layers += [nn.Conv2d(n_in, 1, 4, 1, 0)]  # (B, n_in, 4, 4) -> (B, 1, 1, 1)
         else:
             layers = [nn.Flatten()]
-            w_in = channels * S * S
-            for w_out in (1024, 512, 256):
-                layers += [nn.Linear(w_in, w_out), nn.LeakyReLU(negative_slope=0.2)]
-                w_in = w_out
-            layers += [nn.Linear(w_in, 1)]
+            n_in = channels * S * S
+            for n_out in (1024, 512, 256):
+                layers += [nn.Linear(n_in, n_out), nn.LeakyReLU(negative_slope=0.2)]
+                n_in = n_out
+            layers += [nn.Linear(n_in, 1)]
         self.net = nn.Sequential(*layers, nn.Flatten(0))  # (B,)
         self.apply(dcgan_init)
 
@@ -312,7 +312,7 @@ def train(args):
         return to_uint8(ema(z))
 
     def score(x, y):
-        D.eval()  # batch norm and dropout, where there are any, as in use
+        D.eval()  # if D has them, batch norm takes its running statistics, and dropout is off
         scores = D(from_uint8(x))
         D.train()
         return scores
@@ -418,7 +418,7 @@ def add_run_flags(p):
     p.add_argument(
         "--paper",
         action="store_true",
-        help="settings of the paper or its code, where no flag says otherwise: see below",
+        help="settings of the paper or its code, as far as they have any, and some of ours: see below",
     )
     p.add_argument("--epochs", type=number(int, 1), default=20, help="passes over the training images")
     p.add_argument("--steps", type=number(int, 1), help="updates of D in all; overrides --epochs")
@@ -854,6 +854,9 @@ def restore(path, state, study=None):
     return checkpoint["step"]
 
 
+TOO_LITTLE_MEMORY = "this machine has too little memory: give a smaller --image-size, --batch-size, --ngf or --ndf"
+
+
 def main(argv=None):
     try:
         train(parse_args(argv))
@@ -863,10 +866,12 @@ def main(argv=None):
         fail(e)
     except torch.OutOfMemoryError:
         fail("the GPU has too little memory: give a smaller --batch-size, --image-size, --ngf or --ndf")
-    except (MemoryError, RuntimeError) as e:
-        if not isinstance(e, MemoryError) and "DefaultCPUAllocator" not in str(e):
+    except MemoryError:
+        fail(TOO_LITTLE_MEMORY)
+    except RuntimeError as e:
+        if "DefaultCPUAllocator" not in str(e):  # by this name PyTorch says that memory is short
             raise
-        fail("this machine has too little memory: give a smaller --image-size, --batch-size, --ngf or --ndf")
+        fail(TOO_LITTLE_MEMORY)
     finally:
         Stop.put_back()
         if WORLD > 1 and torch.distributed.is_initialized():

@@ -44,11 +44,11 @@ SETTINGS = [[], ["--paper"], ["--arch", "mlp"], ["--arch", "mlp", "--paper"]]
 LOGGED = {
     "wgan_gp": "d_loss g_loss w_dist grad_norm d_acc",
     "dcgan": "d_loss g_loss penalty d_acc",
-    "cdcgan": "d_loss g_loss d_acc",
+    "cdcgan": "d_loss g_loss penalty d_acc",
     "wgan_clip": "d_loss g_loss w_dist clipped d_acc",
-    "unrolled": "d_loss g_loss d_acc",
-    "mdgan": "d_loss g_loss d_acc",
-    "bigan": "d_loss g_loss d_acc",
+    "unrolled": "d_loss g_loss penalty d_acc",
+    "mdgan": "d_loss g_loss penalty d_acc",
+    "bigan": "d_loss g_loss penalty d_acc",
 }
 
 
@@ -1340,8 +1340,8 @@ def test_a_script_needs_metrics_beside_it_and_nothing_else(w, tmp_path):
 MINE = {  # what is changed in a copy of wgan_gp.py, by its lines: hinge loss, spectral norm, a column
     "from torch import nn\n": "from torch import nn\nfrom torch.nn.utils.parametrizations import spectral_norm\n",
     "default=10.0,": "default=0.0,",
-    "[nn.Conv2d(w_in, w_out, kernel, 2, 1), ": "[spectral_norm(nn.Conv2d(w_in, w_out, kernel, 2, 1)), ",
-    "[nn.Conv2d(w_in, 1, 4, 1, 0)]": "[spectral_norm(nn.Conv2d(w_in, 1, 4, 1, 0))]",
+    "[nn.Conv2d(n_in, n_out, kernel, 2, 1), ": "[spectral_norm(nn.Conv2d(n_in, n_out, kernel, 2, 1)), ",
+    "[nn.Conv2d(n_in, 1, 4, 1, 0)]": "[spectral_norm(nn.Conv2d(n_in, 1, 4, 1, 0))]",
     "return score_fake.mean() - score_real.mean()": "return (1 - score_real).relu().mean() + (1 + score_fake).relu().mean()",  # noqa: E501
     '"w_dist": score_real.mean() - score_fake.mean()': '"margin": (score_real - score_fake).mean()',
 }
@@ -1480,7 +1480,7 @@ def test_r1_under_batch_norm_is_never_taken_on_one_image(w, monkeypatch):
     """A quarter of a batch of 4 is one image, which has no batch statistics."""
     seen = []
     true = w.squared_gradient
-    monkeypatch.setattr(w.module, "squared_gradient", lambda D, x: seen.append(len(x)) or true(D, x))
+    monkeypatch.setattr(w.module, "squared_gradient", lambda D, x, y: seen.append(len(x)) or true(D, x, y))
     w.main([*w.tiny, "--batch-size", "4", "--d-norm", "batch", "--steps", "2"])
     w.main([*w.tiny, "--batch-size", "4", "--steps", "2"])
     assert seen == [2, 2, 1, 1]
