@@ -179,7 +179,7 @@ def frechet_distance(mean1, cov1, mean2, cov2):
     or above 1e110."""
     mean1, cov1, mean2, cov2 = (torch.as_tensor(t).double() for t in (mean1, cov1, mean2, cov2))
     if not all((t.abs() <= 1e110).all() for t in (mean1, cov1, mean2, cov2)):
-        raise ValueError("features that are not finite, or too large")
+        raise ValueError("means or covariances that are not finite, or above 1e110")
     root, singular = torch.linalg.cholesky_ex(cov1)
     if singular:
         # By singular values: eigh does not converge for some matrices of nearly rank 1, such as those of a collapsed G.
@@ -315,9 +315,9 @@ def ball_radius(x, k):
 def one_for_each(points, radius):
     """The radii (N,) of N points, as a tensor. ValueError: more or fewer, or not finite."""
     radius = radius if torch.is_tensor(radius) else of_numbers(radius)
+    if radius.dim() != 1 or len(radius) != len(points):
+        raise ValueError(f"a tensor {tuple(radius.shape)} of radii for {len(points)} points")
     checked(0, radius[:, None])
-    if len(radius) != len(points):
-        raise ValueError(f"{len(radius)} radii for {len(points)} points")
     return radius
 
 
@@ -366,7 +366,9 @@ def precision_recall(real, fake, k=3, radii=None):
     Precision is the share of fakes within any real image's ball, as wide as the distance to its k-th neighbour; recall
     the share of real images within any fake's. `radii` (N,) and (M,) if already known. One real outlier's ball can hold
     all fakes: see density."""
-    radius_real, radius_fake = radii or (ball_radius(real, k), ball_radius(fake, k))
+    if radii is None:
+        radii = ball_radius(real, k), ball_radius(fake, k)
+    radius_real, radius_fake = radii
     return share_inside(fake, real, radius_real), share_inside(real, fake, radius_fake)
 
 
@@ -376,7 +378,7 @@ def density_coverage(real, fake, k=5, radius=None):
     Density is the number of real balls around a fake, over k, on average: 1 if both distributions are equal, more where
     fakes crowd. Coverage is that of coverage()."""
     check_count("k", k)
-    radius = ball_radius(real, k) if radius is None else torch.as_tensor(radius)
+    radius = ball_radius(real, k) if radius is None else radius
     count = sum(block.sum().item() for block in inside(fake, real, radius, False))
     return count / (k * len(fake)), coverage(real, fake, k, radius)
 
@@ -526,8 +528,11 @@ def progress(batches, total, what):
         done += len(batch)
         now = time.monotonic()
         if RANK == 0 and now - said > (0.5 if live else 10):
-            text = f"{what}: {done} of {total}, {(now - start) / done * (total - done):.0f} s to go"
-            put(sys.stderr, f"\r\033[K{text}" if live else f"{text}\n")
+            text = one_line(f"{what}: {done} of {total}, {(now - start) / done * (total - done):.0f} s to go")
+            if live:  # no longer than a line of the terminal, as it could not be cleared
+                put(sys.stderr, "\r\033[K" + text[: shutil.get_terminal_size().columns - 1])
+            else:
+                put(sys.stderr, f"{text}\n")
             said = now
     if live and said > start:
         put(sys.stderr, "\r\033[K")
@@ -608,6 +613,13 @@ def replace_file(path, write, apart=""):
         raise
 
 
+def save_tensors(value, file):
+    """torch.save by way of memory. On a full disk torch.save itself raises RuntimeError, and this OSError."""
+    whole = io.BytesIO()
+    torch.save(value, whole)
+    file.write(whole.getbuffer())
+
+
 def append(path, data):
     """Adds bytes to the end of a file, all or none. OSError where the disk refuses."""
     with open(path, "ab", buffering=0) as file:
@@ -622,13 +634,24 @@ def read_csv(path):
     semicolons and decimal commas, or tabs. OSError; ValueError: text of another kind."""
     rows = []
     for line in Path(path).read_text(encoding="utf-8-sig").splitlines():
-        separator = next((sign for sign in ";\t" if sign in line), ",")
-        cells = next(csv.reader([line], delimiter=separator), [])
+        if ";" in line:
+            separator = ";"
+        elif "\t" in line:
+            separator = "\t"
+        else:
+            separator = ","
+        try:
+            cells = [cell.strip() for cell in next(csv.reader([line], delimiter=separator), [])]
+        except csv.Error as e:
+            raise ValueError(f"{path} is no table: {e}") from None
         if separator != ",":
             cells = [cell.replace(",", ".") for cell in cells]
-        rows.append([cell.strip() for cell in cells])
-    header, *rows = [row for row in rows if any(row)] or [[]]
-    return [dict(itertools.zip_longest(header, row[: len(header)], fillvalue="")) for row in rows]
+        if any(cells):
+            rows.append(cells)
+    if not rows:
+        return []
+    header = rows[0]
+    return [dict(itertools.zip_longest(header, row[: len(header)], fillvalue="")) for row in rows[1:]]
 
 
 def cache_folders(folder):
@@ -652,8 +675,9 @@ def remove_old(home, name, old):
     """Removes the files in `home` whose names match the regular expression `old`, except `name`. Removes what a killed
     process left half written, too."""
     for path in home.iterdir():
-        cut = re.fullmatch(rf"{old}\.\d+\.tmp", path.name)  # by a kill, if it has not grown for a day
-        if cut and time.time() - path.stat().st_mtime > 86_400:
+        half_written = re.fullmatch(rf"{old}\.\d+\.tmp", path.name)
+        # Another process may be writing it now. After a day without a change it is what a killed one left.
+        if half_written and time.time() - path.stat().st_mtime > 86_400:
             path.unlink()
         if path.name != name and re.fullmatch(old, path.name):
             path.unlink()
@@ -692,7 +716,8 @@ def save_sheet(x, path, columns=8):
         Path(path).write_bytes(file.getbuffer())
     except OSError:
         with contextlib.suppress(OSError):
-            Path(path).unlink()
+            if os.access(path, os.W_OK):  # a file that may not be written stays as it is
+                Path(path).unlink()
         raise
 
 
@@ -728,7 +753,7 @@ def load_data(dataset, data_dir, size, split):
     data = from_torchvision(dataset.removeprefix("stacked_"), root, train=split == "train")
     x = torch.as_tensor(data.data)
     y = torch.as_tensor(data.targets).long()
-    names = getattr(data, "classes", None) or [str(i) for i in range(int(y.max()) + 1)]  # torchvision's USPS names none
+    names = getattr(data, "classes", None) or [str(i) for i in range(int(y.max()) + 1)]  # some sets have no names
     names = [name.split(" - ")[0] for name in names]  # MNIST's are "0 - zero"
     x = x[:, None] if x.dim() == 3 else x.permute(0, 3, 1, 2)
     if dataset == "stacked_mnist":
@@ -761,7 +786,7 @@ def unpacked_mnist(folder, train):
     """MNIST's images and labels from files that torchvision would not find: named train-images.idx3-ubyte, gzipped, or
     beside the folder raw/.
 
-    None where there are none, or only gzipped ones that were cut short. ValueError: another file was."""
+    None where there are none, or where a download was cut short. ValueError: another file was."""
     arrays = []
     for kind in ("images?idx3-ubyte*", "labels?idx1-ubyte*"):
         pattern = ("train-" if train else "t10k-") + kind
@@ -775,6 +800,8 @@ def unpacked_mnist(folder, train):
                 data = gzip.decompress(data)
             except (EOFError, OSError, zlib.error):  # a download cut short: torchvision fetches it again
                 return None
+        elif len(data) < 4:  # cut short as well
+            return None
         shape = np.frombuffer(data, ">i4", data[3], 4)  # the fourth byte is the number of dimensions
         arrays.append(np.frombuffer(data, np.uint8, offset=4 + 4 * len(shape)).reshape(shape).copy())
     return arrays
@@ -842,20 +869,29 @@ def split_images(paths):
     else every tenth file is for testing. The order is that of the names' hashes, so that any first n of them are a
     sample. A folder that holds all others is no class."""
     paths = sorted(paths, key=lambda path: hashlib.sha256(os.fsencode(path)).digest())
-    folders = {path: path.lower().split("/")[:-1] for path in paths}
+    folders = {path: path.lower().split("/")[:-1] for path in paths}  # those above each file
+    chains = list(folders.values())
     depth = 0
-    while all(len(f) > depth for f in folders.values()) and len({f[depth] for f in folders.values()}) == 1:
-        if all(len(f) == depth + 1 and f[depth] not in TRAIN_FOLDERS for f in folders.values()):
+    while chains and min(map(len, chains)) > depth and len({chain[depth] for chain in chains}) == 1:
+        holds_the_files = max(map(len, chains)) == depth + 1
+        if holds_the_files and chains[0][depth] not in TRAIN_FOLDERS:
             break  # one class
         depth += 1
-    tops = {f[depth] for f in folders.values() if len(f) > depth}
+    tops = {chain[depth] for chain in chains if len(chain) > depth}
     train = next((name for name in TRAIN_FOLDERS if name in tops), None)
     test = next((name for name in TEST_FOLDERS if name in tops), None)
+
+    def files_in(name):
+        return [path for path in paths if folders[path][depth : depth + 1] == [name]]
+
     if train and test:
-        inside = {name: [p for p in paths if folders[p][depth : depth + 1] == [name]] for name in (train, test)}
-        return {"train": inside[train], "test": inside[test]}, depth + 1
+        return {"train": files_in(train), "test": files_in(test)}, depth + 1
     tenth = set(paths[9::10] or paths[-1:])
-    return {"train": [p for p in paths if p not in tenth], "test": [p for p in paths if p in tenth]}, depth
+    parts = {
+        "train": [path for path in paths if path not in tenth],
+        "test": [path for path in paths if path in tenth],
+    }
+    return parts, depth
 
 
 def read_folder(root, size, split):
@@ -870,26 +906,31 @@ def read_folder(root, size, split):
     beside = len(found) - len(parts["train"]) - len(parts["test"])
     if beside:
         left_out["in folders beside train and test"] = beside
-    facts = []
+    about_files = []
     if left_out:
-        facts.append(f"left out: {', '.join(f'{what} ({n})' for what, n in left_out.most_common(9))}")
+        about_files.append(f"left out: {', '.join(f'{what} ({n})' for what, n in left_out.most_common(9))}")
     if not parts["train"]:
         few = f"{len(found)} images in {root}, where one to train and one to test are needed"
-        fail("; ".join([f"--dataset folder: {few}", *facts]))
+        fail("; ".join([f"--dataset folder: {few}", *about_files]))
     paths = [*parts["train"], *parts["test"]]
     class_of = {path: path.split("/")[depth] for path in paths if path.count("/") > depth}
     counts = Counter(class_of[path] for path in parts["train"] if path in class_of)
     names = sorted(counts)
     names += sorted(set(class_of.values()) - counts.keys())
     outside = [path for path in paths if path not in class_of]
-    if names and outside:
-        facts.insert(0, f"without a label, as in no sub-folder: {len(outside)}, such as {outside[0]}")
+    about_classes = []
     if names:
         shown = ", ".join(f"{name} ({counts[name]})" for name in names[:20])
         more = f" and {len(names) - 20} more" if len(names) > 20 else ""
-        facts.insert(0, f"classes: {shown}{more}")
-    warn_once("; ".join([f"{root}: {len(parts['train'])} images to train, {len(parts['test'])} to test", *facts]))
-    x, good = read_images(root, size, split, {part: [(p, *found[p]) for p in parts[part]] for part in parts})
+        about_classes.append(f"classes: {shown}{more}")
+    if names and outside:
+        about_classes.append(f"without a label, as in no sub-folder: {len(outside)}, such as {outside[0]}")
+    sizes = f"{root}: {len(parts['train'])} images to train, {len(parts['test'])} to test"
+    warn_once("; ".join([sizes, *about_classes, *about_files]))
+    files = {}
+    for part, part_paths in parts.items():
+        files[part] = [(path, *found[path]) for path in part_paths]
+    x, good = read_images(root, size, split, files)
     index = {name: i for i, name in enumerate(names)}
     labels = [index.get(class_of.get(path), -1) for path in parts[split]]
     return x, torch.tensor(labels)[good], names
@@ -1023,10 +1064,12 @@ def render_digits(n, seed):
         bank.append(torch.from_numpy(np.array(image.filter(ImageFilter.GaussianBlur(blur)))))
     rng = torch.Generator().manual_seed(seed)
     y = torch.arange(n) % 10
-    glyphs = torch.stack(bank)[y * 4 + torch.randint(4, (n,), generator=rng), None]
+    variant = torch.randint(4, (n,), generator=rng)  # of a digit's four glyphs, which lie together in the bank
+    glyphs = torch.stack(bank)[4 * y + variant][:, None]
     scale = torch.tensor([0.18, 0.2, 0.12, 0.1, 0.08, 0.08])  # +-10 degrees, shear .2, scales, shifts of a pixel
     # in float64, because float32 rounds some pixels differently on another CPU
-    angle, shear, sx, sy, tx, ty = (torch.rand(6, n, generator=rng).double() * 2 - 1) * scale[:, None]
+    from_minus_1_to_1 = torch.rand(6, n, generator=rng).double() * 2 - 1
+    angle, shear, sx, sy, tx, ty = from_minus_1_to_1 * scale[:, None]
     c, s = angle.cos(), angle.sin()
     theta = torch.stack([c * (1.05 + sx), shear - s, tx, s, c * (1.05 + sy), ty], 1).view(n, 2, 3)
     parts = []
@@ -1148,7 +1191,7 @@ def train_classifier(x, y, classes, device, epochs=None, say=print):
     start = time.monotonic()
     size = min(100, len(x))
     opt = torch.optim.AdamW(net.parameters(), 1e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 4e-3, epochs * (len(x) // size))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 4e-3, total_steps=epochs * (len(x) // size))
     net.train()
     for epoch in range(epochs):
         for index in torch.randperm(len(x), generator=rng)[: len(x) // size * size].split(size):
@@ -1223,7 +1266,7 @@ def train_rotation_net(x, device, epochs=None, say=print):
     rng = torch.Generator().manual_seed(0)
     start = time.monotonic()
     opt = torch.optim.AdamW(net.parameters(), 1e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 3e-3, steps, 0.2, cycle_momentum=False)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 3e-3, total_steps=steps, cycle_momentum=False)
     net.train()
     order = torch.empty(0, dtype=torch.int64)
     for step in range(steps):
@@ -1264,7 +1307,7 @@ def uniform(low, high, x, rng):
 
 
 def shifted(x, rng):
-    """Images moved by up to two pixels, all alike, and every second one mirrored."""
+    """Images moved by up to two pixels, all alike. Each is mirrored with probability 1/2."""
     side = x.shape[-1]
     dx, dy = torch.randint(0, 5, (2,), generator=rng).tolist()
     x = F.pad(x, (2, 2, 2, 2), mode="reflect")[..., dy : dy + side, dx : dx + side]
@@ -1332,6 +1375,8 @@ def classifier(dataset, train, test, folder=None, device="cpu", epochs=None, say
         return Stacked(classifier("mnist", *red, folder, device, epochs, say))
     x, y = train[:2]
     x_test, y_test = (some(part, 10_000) for part in test[:2])
+    if len(x_test) == 0:
+        raise ValueError(f"{dataset}: there is no test image")
     key = image_key(x, y)
     test_key = image_key(x_test, y_test)
     side = padded(x.shape[-1])
@@ -1362,7 +1407,7 @@ def classifier(dataset, train, test, folder=None, device="cpu", epochs=None, say
     if trained and folder:
         weights = {k: v.half() if v.is_floating_point() else v for k, v in net.cpu().state_dict().items()}
         saved = {"net": weights, "accuracy": net.accuracy, "tested": [test_key], "pictures": [key]}
-        keep(folder, name, functools.partial(torch.save, saved), say)
+        keep(folder, name, functools.partial(save_tensors, saved), say)
     net.labelled = labelled
     net.side = side
     net.name = f"{task}-{dataset}-{side}/{net.width} {digest(net)}"
@@ -1392,6 +1437,8 @@ def read_network(paths, key, empty, say):
                 return net, saved
         except (FileNotFoundError, NotADirectoryError):
             continue
+        except OSError as e:
+            say(f"{path} cannot be read ({type(e).__name__})")
         except Exception as e:  # cut short or not ours: torch raises a different kind for each
             say(f"{path} is damaged ({type(e).__name__})")
     return None, {}
@@ -1606,7 +1653,10 @@ class Judge:
     ValueError: too few images, or features that are not finite."""
 
     def __init__(self, dataset, load, folder=None, device="cpu", n=None, epochs=None, say=print):
-        train, test = load("train"), load("test")
+        if n is not None and n < FEWEST:
+            raise ValueError(f"n is {n}, where {FEWEST} or more are needed")
+        train = load("train")
+        test = load("test")
         self.n = min(n or enough(dataset), len(train[0]), len(test[0]))
         if self.n < FEWEST:
             raise ValueError(
@@ -1761,6 +1811,8 @@ def rejected(kind, more, n, generator, head=None, percentile=60, burn_in=10_000,
         raise ValueError(f"kind is naive or drs, not {kind}")
     if kind == "naive":
         burn_in = 0
+    if percentile is not None and not 0 <= percentile <= 100:
+        raise ValueError(f"a percentile is in 0..100, not {percentile}")
     if n < 1 or (kind == "drs" and percentile is not None and burn_in < 1):
         raise ValueError("n is 1 or more; a percentile is of the burn-in's scores: give burn_in, or percentile None")
     first_scores = [draw(min(batch, burn_in - i))[1] for i in range(0, burn_in, batch)]
@@ -1788,11 +1840,16 @@ def rejected(kind, more, n, generator, head=None, percentile=60, burn_in=10_000,
             chance = drs(score, tops, gamma)
         else:
             chance = naive(score)
-        index = (torch.rand(batch, generator=generator, dtype=torch.float64) < chance).nonzero().flatten()[: n - n_kept]
+        u = torch.rand(batch, generator=generator, dtype=torch.float64)
+        passed = (u < chance).nonzero().flatten()
+        index = passed[: n - n_kept]  # no more than are still wanted
         n_kept += len(index)
         empty_batches = 0 if len(index) else empty_batches + 1
         indexes.append(attempts + index)
-        attempts += batch if n_kept < n else int(index[-1]) + 1
+        if n_kept < n:
+            attempts += batch
+        else:  # up to the last one kept
+            attempts += int(index[-1]) + 1
         kept.append(x[index])
         if empty_batches >= patience:
             raise ValueError(
@@ -2171,7 +2228,9 @@ class Study:
             head = platt(self.score(x, y), torch.cat(fakes))
         calibrated = len(asked)
         x, took = rejected(args.reject, more, n, seeded(args.seed, *key, 1), head, args.drs_percentile)
-        y = torch.cat(asked[calibrated:])[took["burn_in"] :][took.pop("index")]
+        index = took.pop("index")
+        labels_drawn = torch.cat(asked[calibrated:])  # of the burn-in, then of the attempts
+        y = labels_drawn[took["burn_in"] :][index]
         line = f"{took['attempts']} attempts, {took['acceptance']:.1%} kept"
         if head:
             line += f", calibrated at AUC {took['auc']:.3f}"
@@ -2197,12 +2256,15 @@ class Study:
         first 512 are tried."""
         far = 4.0 if self.args.prior == "normal" else 1.0
         z = self.noise(1, TRAVERSAL)
-        one = torch.eye(min(512, self.args.latent_dim), self.args.latent_dim) > 0
-        y = torch.zeros(len(one), dtype=torch.long)
-        low, high = (self.sample(torch.where(one, end, z), y).float() for end in (-far, far))
+        is_coordinate = torch.eye(min(512, self.args.latent_dim), self.args.latent_dim) > 0  # row i: coordinate i alone
+        y = torch.zeros(len(is_coordinate), dtype=torch.long)
+        low = self.sample(torch.where(is_coordinate, -far, z), y).float()
+        high = self.sample(torch.where(is_coordinate, far, z), y).float()
         change = (high - low).abs().flatten(1).mean(1)
         strongest = change.argsort(descending=True)[:rows]
-        slid = torch.where(one[strongest, None], torch.linspace(-far, far, 9).view(1, 9, 1), z).flatten(0, 1)
+        moved = is_coordinate[strongest][:, None]  # (rows, 1, latent_dim)
+        positions = torch.linspace(-far, far, 9).view(1, 9, 1)
+        slid = torch.where(moved, positions, z).flatten(0, 1)
         save_sheet(self.sample(slid, y[:1].expand(len(slid))), self.folder / "traversal.png", 9)
 
     def class_interpolations(self):
@@ -2371,7 +2433,8 @@ class CsvLog:
             if there and set(cells) <= set(self.columns):
                 append(self.path, csv_bytes(self.waiting, self.columns, header=False))
             else:
-                self.rewrite([*(read_csv(self.path) if there else []), *self.waiting])
+                old = read_csv(self.path) if there else []
+                self.rewrite(old + self.waiting)
             self.waiting = []
         except (OSError, ValueError) as e:
             warn(f"{self.path} cannot be written, which is tried again at the next row ({e})")
@@ -2446,11 +2509,13 @@ def answers(models, x, y, x_test):
 
 
 def reconstruction_ratio(x, made, seed):
-    """mean |x - G(E(x))| / mean |x - G(E(x'))|, x' the next in a random circle of all pictures: 0 where G undoes E, 1
-    where E tells nothing."""
+    """mean |x - G(E(x))| / mean |x - G(E(x'))|: an image's distance to its own reconstruction, over that to another's.
+
+    All images are put into a circle in random order, and x' is the one after x. 0: G undoes E. 1: E tells nothing."""
     circle = torch.randperm(len(x), generator=seeded(seed, PROBE))
-    right, wrong = ((x[circle] - made[i]).flatten(1).norm(dim=1).mean() for i in (circle, circle.roll(-1)))
-    return (right / wrong).item()
+    to_own = (x[circle] - made[circle]).flatten(1).norm(dim=1).mean()
+    to_next = (x[circle] - made[circle.roll(-1)]).flatten(1).norm(dim=1).mean()
+    return (to_own / to_next).item()
 
 
 @torch.no_grad()
@@ -2583,26 +2648,31 @@ def groups(runs):
 
     A label is the script and the flags that tell its groups apart. A folder without args.json is a group of its own,
     and so is a seed that comes twice: other code made it."""
-    flags = {}
+    described = {}  # {run: (script, flags, seed)}
     for run in runs:
         folder = Path(run) if Path(run).is_dir() else Path(run).parent
         if not (folder / "args.json").exists():
-            flags[run] = folder.resolve().name, {}, None
+            described[run] = (folder.resolve().name, {}, None)
             continue
         args = read_json(folder / "args.json")
         compared = {name: value for name, value in args.items() if name not in NOT_COMPARED}
         if args.get("steps"):
             compared.pop("epochs", None)  # --steps overrides it
-        flags[run] = args.get("script") or folder.resolve().name, compared, args.get("seed")
+        described[run] = (args.get("script") or folder.resolve().name, compared, args.get("seed"))
     together = {}
     seen = []
     for run in runs:
-        script, mine, seed = flags[run]
-        same_script = [others for name, others, _ in flags.values() if name == script]
+        script, mine, seed = described[run]
+        of_same_script = [flags for other, flags, _ in described.values() if other == script]
         label = script
-        for name, value in mine.items():
-            if len({repr(others.get(name)) for others in same_script}) > 1:
-                label += f", processes: {value}" if name == "processes" else f" --{name.replace('_', '-')} {value}"
+        for flag, value in mine.items():
+            values = {repr(flags.get(flag)) for flags in of_same_script}
+            if len(values) == 1:
+                continue
+            if flag == "processes":
+                label += f", processes: {value}"
+            else:
+                label += f" --{flag.replace('_', '-')} {value}"
         group = str(run) if (label, seed) in seen else label
         together.setdefault(group, []).append(run)
         seen.append((label, seed))
@@ -2672,10 +2742,16 @@ def mean_and_spread(scores, key, form):
 
 def band(logs, column):
     """Of one column in the logs of several seeds: the steps that all have, means, least and largest values."""
-    found = [dict(zip(*log.get(column, ((), ())))) for log in logs]
-    steps = [step for step in found[0] if all(step in values for values in found)]
-    table = np.array([[values[step] for values in found] for step in steps]).reshape(-1, len(found))
-    return steps, table.mean(1).tolist(), table.min(1).tolist(), table.max(1).tolist()
+    found = []  # for each log {step: value}
+    for log in logs:
+        steps, values = log.get(column, ([], []))
+        found.append(dict(zip(steps, values)))
+    shared = [step for step in found[0] if all(step in values for values in found)]
+    rows = []
+    for step in shared:
+        rows.append([values[step] for values in found])
+    table = np.array(rows).reshape(-1, len(found))
+    return shared, table.mean(1).tolist(), table.min(1).tolist(), table.max(1).tolist()
 
 
 def ticks(low, high, wanted=6):
@@ -2729,12 +2805,12 @@ def plot(runs, out):
         draw.line([(14, y), (44, y)], COLOURS[i % len(COLOURS)], 3)
         draw.text((52, y), label, "black", ImageFont.load_default(13), anchor="lm")
     for i, name in enumerate(panels):
-        corner = width * (i % columns) + 62, height * (i // columns) + legend + 24
+        corner = (width * (i % columns) + 62, height * (i // columns) + legend + 24)
         panel(image, corner, (width - 80, height - 66), name, [band(seeds, name) for seeds in logs])
     try:
         image.save(out)
     except (OSError, ValueError) as e:
-        raise ValueError(f"-o {out}: {e}") from None
+        raise ValueError(f"{out} cannot be written: {e}") from None
 
 
 def panel(image, corner, size, name, curves):
@@ -2946,7 +3022,7 @@ def cached(net, images, keep_features, folder, what):
             return Sample(moments, features, logits)
     sample = embed(net, images, keep_features, what)
     saved = {"features": sample.features, "logits": sample.logits, "formats": dict(images.formats)}
-    keep(folder, name, functools.partial(torch.save, {**vars(sample.moments), **saved}))
+    keep(folder, name, functools.partial(save_tensors, {**vars(sample.moments), **saved}))
     return sample
 
 
@@ -2985,6 +3061,10 @@ def main(argv=None):
         raise SystemExit(130) from None  # 128 + SIGINT, as shells expect
     except (OSError, ValueError) as e:
         fail(e)
+    except (MemoryError, RuntimeError) as e:  # torch.OutOfMemoryError is a RuntimeError
+        if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "DefaultCPUAllocator" not in str(e):
+            raise
+        fail("too little memory: give a smaller --n, or smaller images")
 
 
 def command(argv):
@@ -3057,10 +3137,11 @@ def score_images(args):
         everything = Images(args.real, channels)
         real = everything
         order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(0))
-        least = 1000 if len(everything) >= 2000 else 1
-        apart = max(least, len(everything) // 10)
-        known, unknown = order.tensor_split([len(everything) - apart])  # by number: to train a network on, and the rest
-        if by_classifier and not trained_on and apart >= 1000:
+        least_apart = 1000 if len(everything) >= 2000 else 1
+        n_apart = max(least_apart, len(everything) // 10)
+        known = order[:-n_apart]  # the numbers of the images that a network may be trained on
+        unknown = order[-n_apart:]
+        if by_classifier and not trained_on and n_apart >= 1000:
             others = everything.part(known)
             real = everything.part(unknown)
     n = min(args.n or enough(trained_on), len(fake), len(real))
@@ -3082,8 +3163,10 @@ def score_images(args):
     elif trained_on:
         net = classifier(trained_on, data(trained_on, "train"), data(trained_on, "test"), home, device, say=warn)
     else:
-        x = torch.cat(list(everything.batches(1000)))
-        parts = [(x[part], torch.full((len(part),), -1)) for part in (known, unknown)]
+        parts = []
+        for numbers in (known, unknown):
+            x = torch.cat(list(everything.part(numbers).batches(1000)))
+            parts.append((x, torch.full((len(numbers),), -1)))
         folder = Path(args.real).resolve()
         net = classifier(folder.stem, *parts, folder.parent, device, say=warn)
         if not others:
@@ -3102,8 +3185,9 @@ def score_images(args):
             first = embed_kept(images=others.only(n), keep_features=False, what="other real images")
             second = real_sample
         else:
-            halves = order.split(max(2, min(n, len(order) // 2)))[:2]
-            first, second = (embed_kept(images=everything.part(i), keep_features=False, what="half") for i in halves)
+            size = max(2, min(n, len(order) // 2))
+            first = embed_kept(images=everything.part(order[:size]), keep_features=False, what="half")
+            second = embed_kept(images=everything.part(order[size : 2 * size]), keep_features=False, what="half")
         floor = {"floor": first.moments.fid(second.moments), "floor_n": first.n}
         if of_data_set and args.split == "test":
             train_sample = first

@@ -1675,3 +1675,42 @@ def test_the_marks_of_an_axis_of_logarithms_are_1_2_and_5():
 
 def test_logarithms_are_to_base_10_and_a_zero_has_one_too():
     assert metrics.logarithms([100.0, 1.0, 0.0]) == pytest.approx([2, 0, -3])
+
+
+def test_a_line_too_long_for_a_table_is_a_value_error(tmp_path):
+    (tmp_path / "log.csv").write_text("step,loss\n1," + "x" * 200_000 + "\n")
+    with pytest.raises(ValueError, match="is no table"):
+        metrics.read_csv(tmp_path / "log.csv")
+
+
+def test_judge_says_that_n_is_too_small():
+    images = torch.zeros(100, 1, 28, 28, dtype=torch.uint8), torch.zeros(100, dtype=torch.int64)
+    with pytest.raises(ValueError, match="n is 20, where 50 or more are needed"):
+        metrics.Judge("mnist", lambda split: images, n=20)
+
+
+def test_a_network_cannot_be_tested_on_no_image():
+    x, y = torch.zeros(100, 1, 28, 28, dtype=torch.uint8), torch.zeros(100, dtype=torch.int64)
+    with pytest.raises(ValueError, match="there is no test image"):
+        metrics.classifier("folder", (x, y), (x[:0], y[:0]))
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: not enough")])
+def test_too_little_memory_is_one_line(error, monkeypatch, capsys):
+    def full(argv):
+        raise error
+
+    monkeypatch.setattr(metrics, "command", full)
+    with pytest.raises(SystemExit) as stop:
+        metrics.main([])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_other_runtime_errors_are_not_hidden(monkeypatch):
+    def broken(argv):
+        raise RuntimeError("a shape")
+
+    monkeypatch.setattr(metrics, "command", broken)
+    with pytest.raises(RuntimeError, match="a shape"):
+        metrics.main([])

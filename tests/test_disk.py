@@ -267,7 +267,11 @@ def test_curves_that_cannot_be_written_cost_a_line(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(Image.Image, "save", no_space)
     s.finish(10, None)
     out = capsys.readouterr()
-    assert "no curves.png: -o " in out.out and "No space left" in out.out and f"done: {tmp_path / 'a'}" in out.out
+    assert (
+        f"no curves.png: {tmp_path / 'a' / 'curves.png'} cannot be written: " in out.out
+        and "No space left" in out.out
+        and f"done: {tmp_path / 'a'}" in out.out
+    )
 
 
 # TensorBoard
@@ -825,3 +829,40 @@ def test_args_json_of_another_kind_does_not_end_a_resume(tmp_path):
     made = started(tmp_path / "a")
     (tmp_path / "args.json").write_text("[]")
     made.compare_test_images(tmp_path / "args.json")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_tensors_on_a_full_disk_are_an_oserror():
+    """torch.save itself raises RuntimeError there, which those who keep networks and statistics do not expect."""
+    with open("/dev/full", "wb", buffering=0) as full, pytest.raises(OSError, match="No space left"):
+        metrics.save_tensors({"x": torch.zeros(1000)}, full)
+
+
+def test_tensors_that_are_saved_can_be_loaded(tmp_path):
+    with open(tmp_path / "a.pt", "wb") as file:
+        metrics.save_tensors({"x": torch.arange(3)}, file)
+    assert torch.load(tmp_path / "a.pt", weights_only=True)["x"].tolist() == [0, 1, 2]
+
+
+def test_a_file_that_may_not_be_written_is_not_removed(tmp_path, monkeypatch):
+    path = tmp_path / "samples.png"
+    path.write_bytes(b"mine")
+    monkeypatch.setattr(Path, "write_bytes", no_space)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(OSError):
+        metrics.save_sheet(torch.zeros(4, 1, 8, 8, dtype=torch.uint8), path)
+    assert path.read_bytes() == b"mine"
+    monkeypatch.setattr(os, "access", lambda path, mode: True)
+    with pytest.raises(OSError):
+        metrics.save_sheet(torch.zeros(4, 1, 8, 8, dtype=torch.uint8), path)
+    assert not path.exists()  # a part of a file is no picture
+
+
+def test_a_network_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    def refuse(*a, **k):
+        raise PermissionError(13, "Permission denied")
+
+    said = []
+    monkeypatch.setattr(torch, "load", refuse)
+    assert metrics.read_network([tmp_path / "a.pt"], "key", None, said.append) == (None, {})
+    assert said == [f"{tmp_path / 'a.pt'} cannot be read (PermissionError)"]

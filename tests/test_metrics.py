@@ -976,3 +976,22 @@ def test_the_printed_mode_score_is_a_number_where_a_softmax_underflows():
     """One fake and one real image, each of one class beyond doubt: the Inception Score of one image is 1."""
     printed, meant = metrics.mode_score(torch.tensor([[0.0, 1000.0]]), torch.tensor([[1000.0, 0.0]]))
     assert printed == 1 and meant == 0
+
+
+@pytest.mark.parametrize("radius", [0.8, np.ones((20, 1)), torch.tensor(1.0)])
+def test_a_radius_of_another_shape_is_refused(radius):
+    x = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match="radii for 20 points"):
+        metrics.coverage(x, x, radius=radius)
+
+
+def test_radii_may_be_a_tensor_of_two_rows():
+    x = torch.arange(20.0)[:, None]
+    assert metrics.precision_recall(x, x, radii=torch.zeros(2, 20)) == (1, 1)
+
+
+def test_radii_as_a_list_keep_their_digits():
+    """With the k-th neighbour exactly on the rim, which is outside, density is 1; a radius rounded up would add it."""
+    x = torch.randn(200, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    radius = metrics.ball_radius(x, 5).tolist()
+    assert metrics.density_coverage(x, x, radius=radius) == (1.0, 1.0)

@@ -591,3 +591,9 @@ def test_a_single_class_is_calibrated_on_its_own_held_out_images(label):
         assert (y_real == 1).all() and torch.equal(x_real, held[0][y_held == 1])
         fakes = torch.cat([y for x, y in rated if not torch.isin(x, held[0]).any()])
         assert (fakes == 1).all()
+
+
+@pytest.mark.parametrize("percentile", [-1, 101, math.nan])
+def test_a_percentile_out_of_range_is_refused(percentile):
+    with pytest.raises(ValueError, match=r"in 0\.\.100"):
+        metrics.rejected("drs", discrete(), 10, seeded(0), percentile=percentile, burn_in=100)
