@@ -207,10 +207,13 @@ def test_each_update_has_the_gradient_of_its_objective(monkeypatch, float64, fla
             assert {tuple(p.flatten().tolist()) for p in x} <= pictures
             logits = D(x, z_real.detach()), D(x_fake.detach(), z)
             loss = d_loss = bce(logits[0], 1) + bce(logits[1], 0)
+            penalty = 0.0
             if seen.args.r1:  # of the first two pairs
                 pair = [t[:2].detach().requires_grad_() for t in (x, z_real)]
                 slopes = torch.autograd.grad(D(*pair).sum(), pair, create_graph=True)
-                loss = d_loss = d_loss + 2 / 2 * sum(s.square().sum() for s in slopes) / 2
+                r1 = 2 / 2 * sum(s.square().sum() for s in slopes) / 2
+                loss = d_loss = d_loss + r1
+                penalty = r1.item()
             assert [len(e.inputs[0]) for e in d_calls] == [16, 2][: 1 + bool(seen.args.r1)]
             wanted = {"D": torch.autograd.grad(loss, list(D.parameters()), allow_unused=True, materialize_grads=True)}
         else:
@@ -227,7 +230,7 @@ def test_each_update_has_the_gradient_of_its_objective(monkeypatch, float64, fla
         last, since = event.grads["D"], []
         if order[-3:] == ["G"] * 3:
             wins = np.mean([float(a > b) for a in logits[0] for b in logits[1]])
-            row = {"d_loss": d_loss.item(), "g_loss": g_loss.item(), "d_acc": wins}
+            row = {"d_loss": d_loss.item(), "g_loss": g_loss.item(), "penalty": penalty, "d_acc": wins}
             assert seen.logged[len(order) // 5 - 1] == pytest.approx(row, rel=1e-6)
     assert order == ["D", "D", "G", "G", "G"] * iterations
     zs = torch.cat([e.inputs[0] for e in forwards(seen, "G")])
