@@ -813,20 +813,21 @@ def list_images(root):
     An image file is one whose suffix this Pillow, with its plugins, can open. Links are followed, but every file counts
     once, under a path without links if it has one. Hidden files and folders (a leading dot) are left out."""
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    above = {(facts.st_dev, facts.st_ino) for facts in map(os.stat, root.resolve().parents)}
+    above = {(parent.st_dev, parent.st_ino) for parent in map(os.stat, root.resolve().parents)}
     seen = set()
-    found = {}  # file: ((by a link?, path), (bytes, date))
+    best_name = {}  # file: (by a link?, path)
+    size_and_date = {}  # file: (bytes, date)
     left_out = Counter()
     todo = [(False, "")]  # (by a link?, folder): those by links come last, when all others have been seen
     while todo:
         linked, folder = heapq.heappop(todo)
         try:
-            facts = os.stat(root / folder)
+            folder_facts = os.stat(root / folder)
             entries = list(os.scandir(root / folder))
         except OSError:
             left_out["folder that cannot be listed"] += 1
             continue
-        place = facts.st_dev, facts.st_ino
+        place = (folder_facts.st_dev, folder_facts.st_ino)
         if place in above:
             left_out["link to a folder around this one"] += 1
         if place in above or place in seen:
@@ -853,9 +854,10 @@ def list_images(root):
             else:
                 file = (facts.st_dev, facts.st_ino)  # the same for all names of one file
                 name = (by_link, path)  # names without links sort first
-                if file not in found or name < found[file][0]:
-                    found[file] = name, (facts.st_size, facts.st_mtime_ns)
-    return {path: size_and_date for (_, path), size_and_date in found.values()}, left_out
+                best_name[file] = min(name, best_name.get(file, name))
+                size_and_date[file] = (facts.st_size, facts.st_mtime_ns)
+    images = {path: size_and_date[file] for file, (_, path) in best_name.items()}
+    return images, left_out
 
 
 TRAIN_FOLDERS = ("train", "training")
@@ -1030,28 +1032,32 @@ def read_image(path, channels=3, size=None):
 def eight_bits(image):
     """The image upright, with 8 bits a channel. ValueError: floats, 32-bit integers, and 16 bits of which only the
     lower 14 are used. These may be 12 or 14 bits kept as they are, and would come out much too dark."""
-    # What is in the file; Pillow itself cuts colours to their upper 8 bits. BGR;16 is 16 bits for all three colours.
-    of_16 = ";16" in str(image.tile).replace("BGR;16", "")
+    # The file's own description of its pixels tells how many bits there were: of colours Pillow itself keeps the upper
+    # 8 as it reads them. BGR;16 means another thing, 16 bits for all three colours together.
     grey_16 = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+    colour_16 = not grey_16 and ";16" in str(image.tile).replace("BGR;16", "")
     if image.mode in ("I", "F") and not grey_16:
         raise ValueError(f"mode {image.mode}: no clear scale from black to white")
     ImageOps.exif_transpose(image, in_place=True)
     if grey_16:
         values = np.asarray(image)
-        clear = values.max() >= 2**14
+        check_highest_bits(values.max() >= 2**14)
         if getattr(image, "tag_v2", {}).get(262) == 0:  # a TIFF in which 0 is white: with 8 bits Pillow turns it itself
             values = 65535 - values
         grey = Image.fromarray((values / 257).round().astype(np.uint8))
         if "transparency" in image.info:
             grey.putalpha(Image.fromarray((values != image.info["transparency"]) * np.uint8(255)))
-        image = grey
-    elif of_16:
-        clear = np.array(image.convert("RGB")).max() >= 2**6
+        return grey
+    if colour_16:
+        check_highest_bits(np.array(image.convert("RGB")).max() >= 2**6)
         if "transparency" in image.info:
             image.info["transparency"] = tuple(value >> 8 for value in image.info["transparency"])
-    if (grey_16 or of_16) and not clear:
-        raise ValueError("16 bits, of which the highest two are not used: no clear scale from black to white")
     return image
+
+
+def check_highest_bits(are_used):
+    if not are_used:
+        raise ValueError("16 bits, of which the highest two are not used: no clear scale from black to white")
 
 
 def render_digits(n, seed):
