@@ -11,6 +11,7 @@ In the formulas D(x) is a point. The class Discriminator goes on to D's score, -
 
     python mdgan.py                                      digits rendered at start-up, no download
     python mdgan.py --dataset mnist --epochs 200
+    python mdgan.py --dataset folder --data-dir photos --flip --steps 12000
     python mdgan.py --dataset mnist --paper --mixture published --loss saturating    mixture and loss as published
 
 `--dataset mnist --steps 5300` takes six minutes of one CPU core, half of that with --amp where the CPU has bfloat16. It
@@ -68,11 +69,11 @@ from metrics import (
 
 # --paper sets these. They are ours, as the authors gave none for images. The paper does fix a mixture and a loss of G,
 # which --paper leaves alone: add --mixture published --loss saturating.
-PAPER = dict(batch_size=32, lr_g=5e-4, lr_d=5e-4, beta1=0.5, beta2=0.999, ema=0.999)
+PAPER = dict(batch_size=32, lr_g=5e-4, lr_d=5e-4, beta1=0.5, beta2=0.999, ema=0.999, ngf=16, ndf=16)
 PAPER |= dict(r1=0.0, penalty_share=1.0, lr_decay="none")
 MLP = dict(lr_g=2e-3, lr_d=5e-4)  # --arch mlp sets these
-# Colour images of 32 pixels or more set these, without --arch mlp: tried on faces.
-COLOUR = dict(batch_size=16, ema=0.995)
+# Colour images of 32 pixels or more set these, without --arch mlp: tried on faces. At twice these rates training fails.
+COLOUR = dict(batch_size=16, lr_g=1e-3, lr_d=1e-3, ema=0.995, ngf=32, ndf=32)
 
 
 def parse_args(argv=None):

@@ -29,7 +29,7 @@ fresh z. So with --k 0 and the same flags it trains as dcgan.py does. Some defau
 
 D has no batch norm, because its statistics would have to be unrolled too. While training, G's batch norm uses the
 current batch. The images to look at come from `ema`, a copy of G with averaged weights, in eval mode. Under torchrun
-each rank looks ahead on its own rows of the batch.
+each rank looks ahead on its own rows of the batch. Colour images have settings of their own (COLOUR).
 """
 
 # `uv run unrolled.py` reads this block, installs the packages and runs the file. Without uv it is a comment.
@@ -76,9 +76,11 @@ from metrics import (
 
 # --paper sets these. k, Adam, beta1 and the rate of G are those of the authors' demonstration, the rest is ours. The
 # paper's loss needs --loss minimax.
-PAPER = dict(lr_g=1e-3, lr_d=2e-4, beta1=0.5, beta2=0.999, ema=0.999, k=5, inner="adam")
-PAPER |= dict(r1=0.0, penalty_share=1.0, lr_decay="none")
+PAPER = dict(batch_size=32, lr_g=1e-3, lr_d=2e-4, beta1=0.5, beta2=0.999, ema=0.999, k=5, inner="adam")
+PAPER |= dict(r1=0.0, penalty_share=1.0, lr_decay="none", ngf=16, ndf=16)
 MLP = dict(lr_g=2e-3, lr_d=5e-4, r1=0.02)  # --arch mlp sets these
+# Colour images of 32 pixels or more set these, without --arch mlp: those of dcgan.py, tried on faces.
+COLOUR = dict(batch_size=16, lr_g=1e-3, lr_d=1e-3, lr_decay="none", r1=2.0, ema=0.995, ngf=32, ndf=32)
 
 
 def parse_args(argv=None):
@@ -120,7 +122,7 @@ def parse_args(argv=None):
         "--ndf", type=number(int, 1, 4096), default=16, help="channels of D's first map; later ones have more"
     )
     add_run_flags(p)
-    args, given = resolve(p, argv, PAPER, MLP)
+    args, given = resolve(p, argv, PAPER, MLP, COLOUR)
     if args.k == 0 and given & {"inner", "inner_lr"}:
         warn("--inner and --inner-lr have no effect with --k 0")
     elif args.inner == "adam" and "inner_lr" in given:

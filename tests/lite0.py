@@ -44,7 +44,7 @@ def network():
 def features(net, x):
     """Images uint8 (N, 1 or 3, S, S) -> features (N, 1280)."""
     out = []
-    for batch in x.split(100):
+    for batch in x.split(20):  # small ones: memory is used again, not asked for anew
         batch = batch.float().expand(-1, 3, -1, -1)
         batch = F.interpolate(batch, size=(128, 128), mode="bicubic", align_corners=False).clamp(0, 255)
         maps = net.extract_features((batch - 127) / 128)
