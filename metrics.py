@@ -800,7 +800,7 @@ def unpacked_mnist(folder, train):
                 data = gzip.decompress(data)
             except (EOFError, OSError, zlib.error):  # a download cut short: torchvision fetches it again
                 return None
-        elif len(data) < 4:  # cut short as well
+        if len(data) < 4:  # cut short within its header
             return None
         shape = np.frombuffer(data, ">i4", data[3], 4)  # the fourth byte is the number of dimensions
         arrays.append(np.frombuffer(data, np.uint8, offset=4 + 4 * len(shape)).reshape(shape).copy())
