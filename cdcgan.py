@@ -132,7 +132,9 @@ def parse_args(argv=None):
 
 
 class Generator(nn.Module):
-    """z (B, latent_dim), labels y (B,) -> image (B, channels, S, S) in [-1, 1]."""
+    """z (B, latent_dim), labels y (B,) -> image (B, channels, S, S) in [-1, 1].
+
+    By default, for 32 pixels: 64 maps of 4x4, one half from z and one from y; 32 of 8x8, 16 of 16x16, the image."""
 
     def __init__(self, args, channels, classes):
         super().__init__()
@@ -278,8 +280,8 @@ def squared_gradient(D, x, y):
     The gradient is with respect to x. The sum over an image's numbers, the mean over images. gamma/2 of it on real
     images is R1: Mescheder et al. 2018, 1801.04406, eq. (9)."""
     x = x.detach().requires_grad_(True)
-    # Without batch norm a logit depends on its own image alone. So row i of the gradient of their sum is the gradient
-    # of image i's logit; with batch norm it is that only nearly.
+    # Without batch norm a logit depends on its own image alone. So the gradient of the sum of all logits has in row i
+    # the gradient of logit i. With batch norm row i also has what image i does to the other logits.
     # create_graph: the backward of d_loss must differentiate this gradient again, with respect to D's weights.
     (grad,) = torch.autograd.grad(D(x, y).sum(), x, create_graph=True)
     return grad.flatten(1).square().sum(1).mean()
@@ -333,7 +335,7 @@ def train(args):
             # The penalty is costly, so it is taken on n images only: the first n, as the batch is shuffled.
             n = math.ceil(args.penalty_share * B)
             if args.d_norm == "batch":
-                n = max(n, 2)  # one image has no batch statistics
+                n = max(n, 2)  # with --arch mlp one image has no batch statistics
             penalty = torch.zeros((), device=device)
             with amp():
                 if args.r1 > 0:
@@ -362,8 +364,9 @@ def train(args):
             "d_acc": pair_accuracy(logit_real, logit_fake),
         }
 
-    # Study writes the log, sheets of samples and FIDs, and never trains. It calls sample and score. y, the labels, are
-    # for the conditional scripts.
+    # Study writes the log, sheets of samples and FIDs, and never trains. It calls sample() for images, and score(), D's
+    # opinion of images, for --reject alone; both without gradients, 500 images at a time. y, the labels, are for the
+    # conditional scripts.
     def sample(z, y):
         return to_uint8(ema(z, y))
 
@@ -388,6 +391,8 @@ def train(args):
     # i counts updates of D, as --steps and every --*-every do. An iteration makes d_steps of them, so the last may pass
     # total.
     while i < total and not stop.is_set():
+        # The rates are functions of i alone, so that a resumed run has the right ones. (restore() would not bring back
+        # the state of a scheduler of torch.optim.)
         lr_scale = (1 - i / total) if args.lr_decay == "linear" else 1.0
         set_rate(opt_g, lr_scale * args.lr_g)
         set_rate(opt_d, lr_scale * args.lr_d)
@@ -415,18 +420,20 @@ def train(args):
     def load_networks(path):
         return restore(path, {"ema": ema, "D": D})
 
-    study.finish(i, load_networks)
+    study.finish(i, load_networks)  # the last pictures; then last.pt and best.pt are loaded in turn and scored
 
 
 def load(path):
     """The averaged generator of a checkpoint, on the CPU and in eval mode.
 
-    It maps z (B, latent_dim) and labels y (B,), 0 for the first class, to images (B, C, S, S) in [-1, 1]; latent_dim
-    and the classes are in args.json. Ends the program if the file is no checkpoint."""
+    It maps z (B, G.latent_dim) and labels y (B,), 0 for the first class, to images (B, C, S, S) in [-1, 1]. The classes
+    are in args.json. Ends the program if the file is no checkpoint."""
     checkpoint = read_checkpoint(path)
-    args = argparse.Namespace(**checkpoint["args"])
+    # A flag that was added after the file was written has its default.
+    args = argparse.Namespace(**{**vars(parse_args([])), **checkpoint["args"]})
     G = averaged(Generator(args, CHANNELS[args.dataset], len(checkpoint["classes"])))
     G.load_state_dict(checkpoint["ema"])
+    G.latent_dim = args.latent_dim
     return G
 
 
@@ -676,10 +683,9 @@ class Batches:
         if args.generate and args.reject != "drs":  # generating needs no data
             self.classes = read_checkpoint(args.resume)["classes"]
             return
-        # Rank 0 reads first, as it may have to download or to decode. from_rank_0 serves as a gate: the others wait at
-        # the one above load_data until rank 0 comes to the one below it.
+        # Rank 0 reads first, as it may have to download or to decode.
         if RANK != 0:
-            from_rank_0()
+            from_rank_0()  # waits until rank 0 comes to its own call, below
         x, y, names = load_data(args.dataset, args.data_dir, args.image_size, "train")
         if RANK == 0:
             from_rank_0()
@@ -805,8 +811,8 @@ def captured(step):
     first three calls run without a graph, as real training: cuDNN chooses its kernels and Adam makes its moments before
     the recording.
 
-    If you edit this: a tensor that step uses must keep its memory. Write into it (fill_, copy_), never put a new one in
-    its place."""
+    If you edit step: a tensor that it uses must keep its memory. Write into it (fill_, copy_), never put a new one in
+    its place. A Python number keeps the value that it had at the recording, and an `if` its branch."""
     stream = torch.cuda.Stream()
     graph = torch.cuda.CUDAGraph()
     calls = 0

@@ -1,8 +1,9 @@
 """DCGAN: D tells real images from generated ones, G learns to be taken for real. Both are convolutional by default.
 
 Goodfellow et al. 2014, "Generative Adversarial Nets", arXiv 1406.2661, eq. (1), with the networks of Radford et al.
-2016, arXiv 1511.06434. In the paper D(x) is a probability. Here the network D returns a logit f(x), and D(x) is
-sigmoid(f(x)). With softplus(t) = log(1 + e^t), softplus(-f) is -log D(x) and softplus(f) is -log(1 - D(x)).
+2016, arXiv 1511.06434. In the paper D gives a probability p that an image is real. In the code D gives its logit f(x),
+any real number, and p = sigmoid(f(x)). With softplus(t) = log(1 + e^t), softplus(-f) is -log p, and softplus(f) is
+-log(1 - p).
 
     discriminator  min_D  E[softplus(-f(x))] + E[softplus(f(G(z)))]
                           + (gp + r1/2) E||grad f(x)||^2 + (gp + r2/2) E||grad f(G(z))||^2
@@ -12,11 +13,14 @@ sigmoid(f(x)). With softplus(t) = log(1 + e^t), softplus(-f) is -log D(x) and so
                    min_G  E[softplus(f(x) - f(G(z)))]    (Jolicoeur-Martineau 2018, 1807.00734)
     where          z ~ N(0, I), or each number of it from U[-1, 1] (--prior)
 
-The second line of D's objective is a penalty. It keeps f from changing too fast near real and near fake images. grad is
-the gradient with respect to the pixels of the image, not to the weights. At real images the penalty is called R1, with
-the weight r1/2, and at fake ones R2, with r2/2 (Mescheder et al. 2018, 1801.04406). gp is added to both weights. A
-relativistic D only has to rate a real image above a fake one. With R1 and R2 that is the loss of Huang et al. 2024,
-2501.05441.
+ns and minimax have the same aim. But while D is sure of its fakes, the gradient of minimax vanishes: that loss
+saturates, ns does not. A relativistic D only has to rate a real image above a fake one.
+
+The second line of D's objective is a penalty, which keeps f from changing too fast. By default r1 = 1 and gp = r2 = 0,
+so it is about real images alone. grad is the gradient with respect to the pixels of the image, not to the weights. At
+real images the penalty is called R1, with the weight r1/2, and at fake ones R2, with r2/2 (Mescheder et al. 2018,
+1801.04406). gp is one weight for both, added to these. It pulls the gradient to 0, where the penalty of WGAN-GP pulls
+its norm to 1. The relativistic loss with R1 and R2 is that of Huang et al. 2024, 2501.05441.
 
     python dcgan.py                                      digits rendered at start-up, no download
     python dcgan.py --dataset mnist --epochs 200
@@ -34,9 +38,10 @@ Colour images have settings of their own (COLOUR below).
 
 With --paper D has batch norm in all blocks but the first, as in the paper. In the first block it would subtract the
 average brightness of a batch, so D could not see that all fakes are too grey, and G would keep a grey background
-(--norm-first shows it). With batch norm real and fake images go through D as separate batches. While training, G's
-batch norm uses the current batch. The images to look at come from `ema`, a copy of G with averaged weights, in eval
-mode.
+(--norm-first shows it). With batch norm real and fake images go through D as separate batches.
+
+With and without --paper: while training, G's batch norm uses the current batch. The images to look at come from `ema`,
+a copy of G with averaged weights, in eval mode.
 """
 
 # `uv run dcgan.py` reads this block, installs the packages and runs the file. Without uv it is a comment.
@@ -162,7 +167,9 @@ def parse_args(argv=None):
 
 
 class Generator(nn.Module):
-    """z (B, latent_dim) -> image (B, channels, S, S) in [-1, 1]."""
+    """z (B, latent_dim) -> image (B, channels, S, S) in [-1, 1].
+
+    By default, for 28 pixels: 64 maps of 4x4, 32 of 7x7, 16 of 14x14, then the image."""
 
     def __init__(self, args, channels):
         super().__init__()
@@ -196,7 +203,10 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Image (B, channels, S, S) -> logit (B,), larger for more real."""
+    """Image (B, channels, S, S) -> logit (B,), larger for more real.
+
+    By default, for 28 pixels: 16 maps of 14x14, 32 of 7x7, 64 of 4x4, then the logit.
+    Without batch norm after it a layer has a bias, but for the last convolution, as in DCGAN's code."""
 
     def __init__(self, args, channels):
         super().__init__()
@@ -270,8 +280,8 @@ def dcgan_init(module):
 def discriminator_loss(logit_real, logit_fake, kind="ns"):
     """E[softplus(-f(x))] + E[softplus(f(G(z)))] for logits (B,): the cross-entropies of real and of fake images.
 
-    It is 2 log 2 while D cannot tell. relativistic: E[softplus(f(G(z)) - f(x))], which pairs each fake image with a
-    real one."""
+    It is 2 log 2 at f = 0, where p is 1/2 everywhere. relativistic: E[softplus(f(G(z)) - f(x))], which pairs each fake
+    image with a real one, and is log 2 for any constant f."""
     if kind in ("ns", "minimax"):
         return F.softplus(-logit_real).mean() + F.softplus(logit_fake).mean()
     if kind == "relativistic":
@@ -283,7 +293,7 @@ def generator_loss(logit_fake, kind="ns", logit_real=None):
     """G's loss for logits (B,), by its kind; p = sigmoid(f(G(z))).
 
     ns            E[-log p]
-    minimax       E[log(1 - p)], whose gradient is next to none while D is sure of its fakes
+    minimax       E[log(1 - p)]; its derivative in f is -p, next to 0 while D is sure that fakes are fake (ns: p - 1)
     relativistic  E[softplus(f(x) - f(G(z)))]"""
     if kind == "ns":
         return F.softplus(-logit_fake).mean()
@@ -297,10 +307,10 @@ def generator_loss(logit_fake, kind="ns", logit_real=None):
 def squared_gradient(D, x):
     """E[||grad f(x)||^2] for images x (B, C, H, W): the sum over an image's numbers, the mean over images.
 
-    gamma/2 of it on real images is R1, on fake ones R2: Mescheder et al. 2018, 1801.04406, eq. (9) and (10)."""
+    r1/2 of it on real images is R1, r2/2 on fake ones R2: Mescheder et al. 2018, 1801.04406, eq. (9) and (10)."""
     x = x.detach().requires_grad_(True)
-    # Without batch norm a logit depends on its own image alone. So row i of the gradient of their sum is the gradient
-    # of image i's logit; with batch norm it is that only nearly.
+    # Without batch norm a logit depends on its own image alone. So the gradient of the sum of all logits has in row i
+    # the gradient of logit i. With batch norm row i also has what image i does to the other logits.
     # create_graph: the backward of d_loss must differentiate this gradient again, with respect to D's weights.
     (grad,) = torch.autograd.grad(D(x).sum(), x, create_graph=True)
     return grad.flatten(1).square().sum(1).mean()
@@ -352,7 +362,7 @@ def train(args):
             # The penalty is costly, so it is taken on n images only: the first n, as the batch is shuffled.
             n = math.ceil(args.penalty_share * B)
             if args.d_norm == "batch":
-                n = max(n, 2)  # one image has no batch statistics
+                n = max(n, 2)  # with --arch mlp one image has no batch statistics
             penalty = torch.zeros((), device=device)
             with amp():
                 if weight_real > 0:
@@ -385,8 +395,9 @@ def train(args):
             "d_acc": pair_accuracy(logit_real, logit_fake),
         }
 
-    # Study writes the log, sheets of samples and FIDs, and never trains. It calls sample and score. y, the labels, are
-    # for the conditional scripts.
+    # Study writes the log, sheets of samples and FIDs, and never trains. It calls sample() for images, and score(), D's
+    # opinion of images, for --reject alone; both without gradients, 500 images at a time. y, the labels, are for the
+    # conditional scripts.
     def sample(z, y):
         return to_uint8(ema(z))
 
@@ -411,6 +422,8 @@ def train(args):
     # i counts updates of D, as --steps and every --*-every do. An iteration makes d_steps of them, so the last may pass
     # total.
     while i < total and not stop.is_set():
+        # The rates are functions of i alone, so that a resumed run has the right ones. (restore() would not bring back
+        # the state of a scheduler of torch.optim.)
         lr_scale = (1 - i / total) if args.lr_decay == "linear" else 1.0
         set_rate(opt_g, lr_scale * args.lr_g)
         set_rate(opt_d, lr_scale * args.lr_d)
@@ -438,18 +451,19 @@ def train(args):
     def load_networks(path):
         return restore(path, {"ema": ema, "D": D})
 
-    study.finish(i, load_networks)
+    study.finish(i, load_networks)  # the last pictures; then last.pt and best.pt are loaded in turn and scored
 
 
 def load(path):
     """The averaged generator of a checkpoint, on the CPU and in eval mode.
 
-    It maps z (B, latent_dim) to images (B, C, S, S) in [-1, 1]; latent_dim is in args.json. Ends the program if
-    the file is no checkpoint."""
+    It maps z (B, G.latent_dim) to images (B, C, S, S) in [-1, 1]. Ends the program if the file is no checkpoint."""
     checkpoint = read_checkpoint(path)
-    args = argparse.Namespace(**checkpoint["args"])
+    # A flag that was added after the file was written has its default.
+    args = argparse.Namespace(**{**vars(parse_args([])), **checkpoint["args"]})
     G = averaged(Generator(args, CHANNELS[args.dataset]))
     G.load_state_dict(checkpoint["ema"])
+    G.latent_dim = args.latent_dim
     return G
 
 
@@ -699,10 +713,9 @@ class Batches:
         if args.generate and args.reject != "drs":  # generating needs no data
             self.classes = read_checkpoint(args.resume)["classes"]
             return
-        # Rank 0 reads first, as it may have to download or to decode. from_rank_0 serves as a gate: the others wait at
-        # the one above load_data until rank 0 comes to the one below it.
+        # Rank 0 reads first, as it may have to download or to decode.
         if RANK != 0:
-            from_rank_0()
+            from_rank_0()  # waits until rank 0 comes to its own call, below
         x, y, names = load_data(args.dataset, args.data_dir, args.image_size, "train")
         if RANK == 0:
             from_rank_0()
@@ -828,8 +841,8 @@ def captured(step):
     first three calls run without a graph, as real training: cuDNN chooses its kernels and Adam makes its moments before
     the recording.
 
-    If you edit this: a tensor that step uses must keep its memory. Write into it (fill_, copy_), never put a new one in
-    its place."""
+    If you edit step: a tensor that it uses must keep its memory. Write into it (fill_, copy_), never put a new one in
+    its place. A Python number keeps the value that it had at the recording, and an `if` its branch."""
     stream = torch.cuda.Stream()
     graph = torch.cuda.CUDAGraph()
     calls = 0

@@ -126,7 +126,9 @@ def parse_args(argv=None):
 
 
 class Generator(nn.Module):
-    """z (B, latent_dim) -> image (B, channels, S, S) in [-1, 1]."""
+    """z (B, latent_dim) -> image (B, channels, S, S) in [-1, 1].
+
+    By default, for 28 pixels: 64 maps of 4x4, 32 of 7x7, 16 of 14x14, then the image."""
 
     def __init__(self, args, channels):
         super().__init__()
@@ -161,6 +163,7 @@ class Generator(nn.Module):
 class Discriminator(nn.Module):
     """Image (B, channels, S, S) -> -u (B,) <= 0, larger for more real.
 
+    By default, for 28 pixels: 16 maps of 14x14, 32 of 7x7, 64 of 4x4, then the point.
     There is no batch norm after its layers, so each has a bias."""
 
     def __init__(self, args, channels):
@@ -298,8 +301,8 @@ def generator_loss(score_fake, kind="ns"):
 def log1mexp(u):
     """log(1 - exp(-u)) for u > 0, by the form that keeps its digits.
 
-    torch.where sends a gradient of 0 into the form that it does not take. The form for large u has an infinite
-    derivative at u = 0, and 0 times infinity is NaN. So it is clamped there."""
+    torch.where sends a gradient of 0 into the form that it does not take. At u = 0 the form for large u has an infinite
+    derivative, and 0 times infinity is NaN. So its u is clamped, below log 2, where it is not taken."""
     small = (-torch.expm1(-u)).log()
     large = torch.log1p(-(-u.clamp(min=0.5)).exp())
     return torch.where(u < math.log(2), small, large)
@@ -310,7 +313,8 @@ def squared_gradient(D, x):
 
     gamma/2 of it on real images is R1: Mescheder et al. 2018, 1801.04406, eq. (9)."""
     x = x.detach().requires_grad_(True)
-    # A score depends on its own image alone. So row i of the gradient of their sum is the gradient of image i's score.
+    # A score depends on its own image alone. So the gradient of the sum of all scores has in row i the gradient of
+    # score i.
     # create_graph: the backward of d_loss must differentiate this gradient again, with respect to D's weights.
     (grad,) = torch.autograd.grad(D(x).sum(), x, create_graph=True)
     return grad.flatten(1).square().sum(1).mean()
@@ -382,8 +386,9 @@ def train(args):
             "d_acc": pair_accuracy(score_real, score_fake),
         }
 
-    # Study writes the log, sheets of samples and FIDs, and never trains. It calls sample and score. y, the labels, are
-    # for the conditional scripts.
+    # Study writes the log, sheets of samples and FIDs, and never trains. It calls sample() for images, and score(), D's
+    # opinion of images, for --reject alone; both without gradients, 500 images at a time. y, the labels, are for the
+    # conditional scripts.
     def sample(z, y):
         return to_uint8(ema(z))
 
@@ -409,6 +414,8 @@ def train(args):
     # i counts updates of D, as --steps and every --*-every do. An iteration makes d_steps of them, so the last may pass
     # total.
     while i < total and not stop.is_set():
+        # The rates are functions of i alone, so that a resumed run has the right ones. (restore() would not bring back
+        # the state of a scheduler of torch.optim.)
         lr_scale = (1 - i / total) if args.lr_decay == "linear" else 1.0
         set_rate(opt_g, lr_scale * args.lr_g)
         set_rate(opt_d, lr_scale * args.lr_d)
@@ -436,18 +443,19 @@ def train(args):
     def load_networks(path):
         return restore(path, {"ema": ema, "D": D})
 
-    study.finish(i, load_networks)
+    study.finish(i, load_networks)  # the last pictures; then last.pt and best.pt are loaded in turn and scored
 
 
 def load(path):
     """The averaged generator of a checkpoint, on the CPU and in eval mode.
 
-    It maps z (B, latent_dim) to images (B, C, S, S) in [-1, 1]; latent_dim is in args.json. Ends the program if
-    the file is no checkpoint."""
+    It maps z (B, G.latent_dim) to images (B, C, S, S) in [-1, 1]. Ends the program if the file is no checkpoint."""
     checkpoint = read_checkpoint(path)
-    args = argparse.Namespace(**checkpoint["args"])
+    # A flag that was added after the file was written has its default.
+    args = argparse.Namespace(**{**vars(parse_args([])), **checkpoint["args"]})
     G = averaged(Generator(args, CHANNELS[args.dataset]))
     G.load_state_dict(checkpoint["ema"])
+    G.latent_dim = args.latent_dim
     return G
 
 
@@ -697,10 +705,9 @@ class Batches:
         if args.generate and args.reject != "drs":  # generating needs no data
             self.classes = read_checkpoint(args.resume)["classes"]
             return
-        # Rank 0 reads first, as it may have to download or to decode. from_rank_0 serves as a gate: the others wait at
-        # the one above load_data until rank 0 comes to the one below it.
+        # Rank 0 reads first, as it may have to download or to decode.
         if RANK != 0:
-            from_rank_0()
+            from_rank_0()  # waits until rank 0 comes to its own call, below
         x, y, names = load_data(args.dataset, args.data_dir, args.image_size, "train")
         if RANK == 0:
             from_rank_0()
@@ -826,8 +833,8 @@ def captured(step):
     first three calls run without a graph, as real training: cuDNN chooses its kernels and Adam makes its moments before
     the recording.
 
-    If you edit this: a tensor that step uses must keep its memory. Write into it (fill_, copy_), never put a new one in
-    its place."""
+    If you edit step: a tensor that it uses must keep its memory. Write into it (fill_, copy_), never put a new one in
+    its place. A Python number keeps the value that it had at the recording, and an `if` its branch."""
     stream = torch.cuda.Stream()
     graph = torch.cuda.CUDAGraph()
     calls = 0

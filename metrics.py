@@ -440,7 +440,10 @@ def or_fail(message, kinds=Exception):
     try:
         yield
     except kinds as e:
-        fail(f"{message} ({type(e).__name__}: {e})")
+        reason = one_line(e)
+        if len(reason) > 300:  # PyTorch names each weight of a network that does not fit
+            reason = f"{reason[:300]} ..."
+        fail(f"{message} ({type(e).__name__}: {reason})")
 
 
 @contextlib.contextmanager
@@ -737,7 +740,16 @@ def load_data(dataset, data_dir, size, split):
 
     Returns images uint8 (N, C, size, size), labels int64 (N,), -1 where there are none, and the classes' names in the
     order of the labels, [] without labels. Ends the program with one line where there are no usable files."""
-    root = Path(data_dir)
+    x, y, names = read_data(dataset, Path(data_dir), size, split)
+    wanted = (len(x), CHANNELS[dataset], size, size)
+    if x.dtype != torch.uint8 or x.shape != wanted or y.shape != (len(x),):  # a data set of your own
+        found = f"{x.dtype} {tuple(x.shape)} and labels {tuple(y.shape)}"
+        fail(f"--dataset {dataset}: images {found}; they have to be torch.uint8 {wanted} and {(len(x),)}")
+    return x, y, names
+
+
+def read_data(dataset, root, size, split):
+    """load_data() without its checks."""
     if dataset == "folder":
         return read_folder(root, size, split)
     if dataset == "celeba":
@@ -772,6 +784,8 @@ def from_torchvision(dataset, root, **part):
         if unpacked:
             return argparse.Namespace(data=unpacked[0], targets=unpacked[1], classes=source.classes)
         return source(str(root), download=True, **part)
+    except TypeError as e:  # SVHN and EMNIST take split= in place of train=
+        fail(f"--dataset {dataset}: {e}. Write its images to a folder and take --dataset folder")
     except Exception as e:  # no network, a damaged or cut file: torchvision raises a different kind for each
         for folder in new_folders:
             with contextlib.suppress(OSError):  # not there, or not empty
@@ -1945,9 +1959,8 @@ class Study:
         with or_fail(f"--run-dir {self.folder}", (OSError, ValueError)), undo:
             (self.folder / "samples").mkdir(parents=True, exist_ok=goes_on)  # of two that begin at once one fails
             self.claim()
-            if self.script and not goes_on:
-                for path in (self.script, Path(__file__)):
-                    shutil.copyfile(path, self.folder / path.name)
+            if self.script:
+                self.keep_code(i)
             script = self.script.stem if self.script else None
             machine = {"torch": torch.__version__, "gpu": None, "processes": WORLD}
             if args.device == "cuda":
@@ -2007,10 +2020,28 @@ class Study:
         """From here on speed is measured, so that scoring and drawing do not count."""
         self.marked = (time.monotonic(), i)
 
+    def keep_code(self, i):
+        """Copies the script and metrics.py into the folder. A resume with changed code adds the changed file, under a
+        name that says from which update on it ran."""
+        for path in (self.script, Path(__file__)):
+            copy = self.folder / path.name
+            if copy.exists() and copy.read_bytes() != path.read_bytes():
+                copy = copy.with_name(f"{path.stem}-from-{i}.py")
+                say(f"{path.name} has changed since: {copy.name} is the one that goes on")
+            if not copy.exists() or copy.read_bytes() != path.read_bytes():
+                shutil.copyfile(path, copy)
+
     def add(self, losses):
-        """Adds an iteration's losses, a dict of scalars, to sums that stay on the device: nothing waits."""
+        """Adds an iteration's losses to sums that stay on the device: nothing waits.
+
+        `losses` is a dict of tensors with one number each, with the same names in every iteration; else ValueError."""
+        if self.count > 0 and list(losses) != self.names:
+            raise ValueError(f"step() returned {', '.join(losses)} after {', '.join(self.names)}: not the same names")
+        for name, value in losses.items():
+            if not torch.is_tensor(value) or value.numel() != 1:
+                raise ValueError(f"step() returned {value} as {name}: it has to be a tensor with one number")
         self.names = list(losses)
-        self.sums = self.sums + torch.stack([value.detach() for value in losses.values()])
+        self.sums = self.sums + torch.stack([value.detach().reshape(()) for value in losses.values()])
         self.count += 1
 
     def log(self, i):
@@ -2020,8 +2051,9 @@ class Study:
 
         This waits for the device. A loss that is not finite ends the program: last.pt is from before."""
         means = dict(zip(self.names, (self.sums / self.count).tolist()))
-        if not all(map(math.isfinite, means.values())):
-            not_finite("a loss", i, self.folder)
+        for name, value in means.items():
+            if not math.isfinite(value):
+                not_finite(name, i, self.folder)
         self.sums = 0
         self.count = 0
         if RANK:

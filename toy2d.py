@@ -4,7 +4,7 @@ A generator that has learned the distribution puts points on each mode (covered)
 and close to its centre (high quality, within 3 standard deviations: 98.9 % of the real points are). Only together do
 these say much: 2,500 points spread evenly over the grid cover 21 of its 25 modes, with 2 % of high quality.
 
-    python toy2d.py --protocol metz --method gan                   collapses into one blob, which circles the ring
+    python toy2d.py --protocol metz --method gan                   collapses into one blob, which wanders
     python toy2d.py --protocol metz --method unrolled --seeds 3    8 of 8
     python toy2d.py --data grid --method wgan_gp --seeds 3
     python toy2d.py --table --quick                      all of them beside the published figures
@@ -328,7 +328,7 @@ class Discriminator(nn.Module):
 
 
 def log1mexp(u):
-    """log(1 - exp(-u)) for u >= 1e-6. The clamps of mdgan.py, for smaller u, are not needed."""
+    """log(1 - exp(-u)), by the form that keeps its digits. u is 1e-6 or more here, so nothing has to be clamped."""
     return torch.where(u < math.log(2), (-torch.expm1(-u)).log(), torch.log1p(-torch.exp(-u)))
 
 
@@ -341,16 +341,21 @@ def mean_of_each(values):
 
 
 def discriminator_loss(method, score_real, score_fake):
-    """Scores (runs, B) are logits (gan, unrolled), the critic's values (WGANs), or -u (mdgan)."""
+    """Scores (runs, B) are logits (gan, unrolled), the critic's values (WGANs), or -u (mdgan).
+
+    u = log lambda - log lk at the point that D maps to, as in mdgan.py. The paper's max E[log lk] + E[log(lambda - lk)]
+    is min E[u(x)] - E[log(1 - exp(-u(G(z))))], but for a constant."""
     if method.startswith("wgan"):
         return mean_of_each(score_fake) - mean_of_each(score_real)
-    if method == "mdgan":  # max E log lk(D(x)) + E log(lambda - lk(D(G(z))))
+    if method == "mdgan":
         return mean_of_each(-score_real) - mean_of_each(log1mexp(-score_fake))
     return mean_of_each(F.softplus(-score_real)) + mean_of_each(F.softplus(score_fake))
 
 
 def generator_loss(method, kind, score_fake):
-    """kind: "ns", non-saturating, or "minimax". A WGAN has one loss only."""
+    """kind: "ns", non-saturating, or "minimax". A WGAN has one loss only.
+
+    unrolled with minimax does not come here: its loss in train() is minus all of D's loss."""
     if kind not in ("ns", "minimax"):
         raise ValueError(f"G has no loss for {kind}")
     if method.startswith("wgan"):
@@ -372,8 +377,8 @@ def gradient_penalty(D, real, fake):
 def look_ahead(D, opt, real, fake, k, lr):
     """D's parameters after k more Adam steps on one batch, as functions of `fake`.
 
-    G's gradient runs through each of the steps: Metz et al. 2017, eq. (7). Adam goes on from the moments it has. D and
-    its optimizer stay as they are."""
+    G's gradient runs through each of the steps: Metz et al. 2017, eq. (7), with Adam in place of gradient descent, as
+    in their demo. Adam goes on from the moments it has. D and its optimizer stay as they are."""
     params = dict(D.named_parameters())
     b1, b2 = opt.param_groups[0]["betas"]
     eps = opt.param_groups[0]["eps"]

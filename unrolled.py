@@ -1,7 +1,8 @@
 """Unrolled GAN: G plays against D as k more steps would make it, and G's gradient is taken through those k steps.
 
 Metz, Poole, Pfau and Sohl-Dickstein 2017, "Unrolled Generative Adversarial Networks", arXiv 1611.02163, eq. (6)-(9).
-f_k is D's logit after k further updates on one batch, starting from the current D. So f_k depends on G.
+f_0 is D's logit f. f_j is f_(j-1) after one step of D down L(f_(j-1)), all on one batch and without the penalty: by
+gradient descent at --inner-lr, the default, or as D's own Adam would go on (--inner adam). So f_k depends on G.
 
     discriminator  min_D  L(f_0) + r1/2 E||grad f_0(x)||^2
     generator      min_G  E[softplus(-f_k(G(z)))], non-saturating; or -L(f_k), the game of the paper
@@ -136,7 +137,9 @@ def parse_args(argv=None):
 
 
 class Generator(nn.Module):
-    """z (B, latent_dim) -> image (B, channels, S, S) in [-1, 1]."""
+    """z (B, latent_dim) -> image (B, channels, S, S) in [-1, 1].
+
+    By default, for 28 pixels: 64 maps of 4x4, 32 of 7x7, 16 of 14x14, then the image."""
 
     def __init__(self, args, channels):
         super().__init__()
@@ -171,6 +174,7 @@ class Generator(nn.Module):
 class Discriminator(nn.Module):
     """Image (B, channels, S, S) -> logit (B,), larger for more real.
 
+    By default, for 28 pixels: 16 maps of 14x14, 32 of 7x7, 64 of 4x4, then the logit.
     There is no batch norm after its layers, so each has a bias, but for the last convolution."""
 
     def __init__(self, args, channels):
@@ -244,18 +248,19 @@ def squared_gradient(D, x):
 
     gamma/2 of it on real images is R1: Mescheder et al. 2018, 1801.04406, eq. (9)."""
     x = x.detach().requires_grad_(True)
-    # A logit depends on its own image alone. So row i of the gradient of their sum is the gradient of image i's logit.
+    # A logit depends on its own image alone. So the gradient of the sum of all logits has in row i the gradient of
+    # logit i.
     # create_graph: the backward of d_loss must differentiate this gradient again, with respect to D's weights.
     (grad,) = torch.autograd.grad(D(x).sum(), x, create_graph=True)
     return grad.flatten(1).square().sum(1).mean()
 
 
 def look_ahead(D, opt, x_real, x_fake, k, inner="adam", inner_lr=0.05):
-    """D's parameters {name: tensor} after k more steps on one batch, eq. (7), as differentiable functions of x_fake.
+    """D's parameters {name: tensor} after k more steps on one batch, as differentiable functions of x_fake.
 
-    They are functions of D's own parameters too. Neither D nor its optimizer `opt` changes. adam: as torch.optim.Adam
-    would go on, from the moments, the count and the rate that `opt` has after one step or more. sgd: gradient descent
-    at the rate inner_lr."""
+    They are functions of D's own parameters too. Neither D nor its optimizer `opt` changes. sgd: gradient descent at
+    the rate inner_lr, eq. (7). adam, as in the authors' demo: as torch.optim.Adam would go on, from the moments, the
+    count and the rate that `opt` has after one step or more. step() passes --inner and --inner-lr."""
     params = dict(D.named_parameters())
     if k and inner == "adam":  # before D's first step there are no moments, which k = 0 does not need
         group = opt.param_groups[0]
@@ -331,7 +336,7 @@ def train(args):
             n = math.ceil(args.penalty_share * B)
             penalty = torch.zeros((), device=device)
             with amp():
-                if args.r1 > 0:  # not in the steps ahead, where it would be a third derivative
+                if args.r1 > 0:  # not in the steps ahead: from the second on it would take a third derivative
                     penalty = args.r1 / 2 * squared_gradient(D, x_real[:n])
             d_loss = discriminator_loss(logit_real, logit_fake) + penalty
             opt_d.zero_grad(set_to_none=True)
@@ -361,8 +366,9 @@ def train(args):
             "d_acc": pair_accuracy(logit_real, logit_fake),
         }
 
-    # Study writes the log, sheets of samples and FIDs, and never trains. It calls sample and score. y, the labels, are
-    # for the conditional scripts.
+    # Study writes the log, sheets of samples and FIDs, and never trains. It calls sample() for images, and score(), D's
+    # opinion of images, for --reject alone; both without gradients, 500 images at a time. y, the labels, are for the
+    # conditional scripts.
     def sample(z, y):
         return to_uint8(ema(z))
 
@@ -387,6 +393,8 @@ def train(args):
     # i counts updates of D, as --steps and every --*-every do. An iteration makes d_steps of them, so the last may pass
     # total.
     while i < total and not stop.is_set():
+        # The rates are functions of i alone, so that a resumed run has the right ones. (restore() would not bring back
+        # the state of a scheduler of torch.optim.)
         lr_scale = (1 - i / total) if args.lr_decay == "linear" else 1.0
         set_rate(opt_g, lr_scale * args.lr_g)
         set_rate(opt_d, lr_scale * args.lr_d)
@@ -414,18 +422,19 @@ def train(args):
     def load_networks(path):
         return restore(path, {"ema": ema, "D": D})
 
-    study.finish(i, load_networks)
+    study.finish(i, load_networks)  # the last pictures; then last.pt and best.pt are loaded in turn and scored
 
 
 def load(path):
     """The averaged generator of a checkpoint, on the CPU and in eval mode.
 
-    It maps z (B, latent_dim) to images (B, C, S, S) in [-1, 1]; latent_dim is in args.json. Ends the program if
-    the file is no checkpoint."""
+    It maps z (B, G.latent_dim) to images (B, C, S, S) in [-1, 1]. Ends the program if the file is no checkpoint."""
     checkpoint = read_checkpoint(path)
-    args = argparse.Namespace(**checkpoint["args"])
+    # A flag that was added after the file was written has its default.
+    args = argparse.Namespace(**{**vars(parse_args([])), **checkpoint["args"]})
     G = averaged(Generator(args, CHANNELS[args.dataset]))
     G.load_state_dict(checkpoint["ema"])
+    G.latent_dim = args.latent_dim
     return G
 
 
@@ -675,10 +684,9 @@ class Batches:
         if args.generate and args.reject != "drs":  # generating needs no data
             self.classes = read_checkpoint(args.resume)["classes"]
             return
-        # Rank 0 reads first, as it may have to download or to decode. from_rank_0 serves as a gate: the others wait at
-        # the one above load_data until rank 0 comes to the one below it.
+        # Rank 0 reads first, as it may have to download or to decode.
         if RANK != 0:
-            from_rank_0()
+            from_rank_0()  # waits until rank 0 comes to its own call, below
         x, y, names = load_data(args.dataset, args.data_dir, args.image_size, "train")
         if RANK == 0:
             from_rank_0()
@@ -804,8 +812,8 @@ def captured(step):
     first three calls run without a graph, as real training: cuDNN chooses its kernels and Adam makes its moments before
     the recording.
 
-    If you edit this: a tensor that step uses must keep its memory. Write into it (fill_, copy_), never put a new one in
-    its place."""
+    If you edit step: a tensor that it uses must keep its memory. Write into it (fill_, copy_), never put a new one in
+    its place. A Python number keeps the value that it had at the recording, and an `if` its branch."""
     stream = torch.cuda.Stream()
     graph = torch.cuda.CUDAGraph()
     calls = 0

@@ -1,4 +1,4 @@
-"""WGAN: a critic scores images, G climbs that score, and clipping the critic's weights bounds its gradient.
+"""WGAN: a critic scores images, G climbs that score, and clipping the critic's weights keeps scores from growing.
 
 Arjovsky, Chintala and Bottou, "Wasserstein GAN", arXiv 1701.07875, algorithm 1. D is the critic, the paper's f: it
 gives a score without bounds, not a probability.
@@ -18,12 +18,16 @@ between generated and real images, here in the features of a small network that 
 digits against other real ones have 1.3. tests/gallery/README.md has the protocol.
 
 The column `clipped` of log.csv is the share of weights that lie at -c or c after an update. Near 1 D can only choose
-signs. w_dist is E[D(x)] - E[D(G(z))], in units that depend on c. At c = .05 one update of D for each of G is enough;
-the paper, at .01, makes five.
+signs. At c = .05 one update of D for each of G is enough; the paper, at .01, makes five.
 
-As in the authors' code all of D's parameters are clipped, batch norm's too. Where D has batch norm, real and fake go
-through it in separate batches. While training, G's batch norm uses the current batch. The images to look at come from
-`ema`, a copy of G with averaged weights, in eval mode. Colour images have settings of their own (COLOUR).
+Without batch norm (--d-norm none) clipping bounds D's gradient, and w_dist, which is E[D(x)] - E[D(G(z))], estimates a
+multiple of the Wasserstein distance. With batch norm, the default here and that of the authors' code, it does not:
+batch norm undoes the scale of the weights before it, and real and fake go through D in separate batches, each with its
+own statistics. Then w_dist only says whether D tells them apart.
+
+As in the authors' code all of D's parameters are clipped, batch norm's too. While training, G's batch norm uses the
+current batch. The images to look at come from `ema`, a copy of G with averaged weights, in eval mode. Colour images
+have settings of their own (COLOUR).
 """
 
 # `uv run wgan_clip.py` reads this block, installs the packages and runs the file. Without uv it is a comment.
@@ -125,6 +129,7 @@ def parse_args(argv=None):
 class Generator(nn.Module):
     """z (B, latent_dim) -> image (B, channels, S, S) in [-1, 1].
 
+    By default, for 28 pixels: 64 maps of 4x4, 32 of 7x7, 16 of 14x14, then the image.
     With --conditional also y: labels (B,), or float (B, classes), the shares of the classes in a blend of them."""
 
     def __init__(self, args, channels, classes):
@@ -171,6 +176,7 @@ class Generator(nn.Module):
 class Discriminator(nn.Module):
     """Image (B, channels, S, S) -> score (B,), any real number, larger for more real.
 
+    By default, for 28 pixels: 16 maps of 14x14, 32 of 7x7, 64 of 4x4, then the score.
     With --conditional also labels y (B,). They become a plane for each class: that of the label is all ones."""
 
     def __init__(self, args, channels, classes):
@@ -367,8 +373,9 @@ def train(args):
             "d_acc": pair_accuracy(score_real, score_fake),
         }
 
-    # Study writes the log, sheets of samples and FIDs, and never trains. It calls sample and score. y, the labels, are
-    # for the conditional scripts.
+    # Study writes the log, sheets of samples and FIDs, and never trains. It calls sample() for images, and score(), D's
+    # opinion of images, for --reject alone; both without gradients, 500 images at a time. y, the labels, are for the
+    # conditional scripts.
     def sample(z, y):
         return to_uint8(ema(z, y))
 
@@ -393,6 +400,8 @@ def train(args):
     # i counts updates of D, as --steps and every --*-every do. An iteration makes d_steps of them, so the last may pass
     # total.
     while i < total and not stop.is_set():
+        # The rates are functions of i alone, so that a resumed run has the right ones. (restore() would not bring back
+        # the state of a scheduler of torch.optim.)
         lr_scale = (1 - i / total) if args.lr_decay == "linear" else 1.0
         set_rate(opt_g, lr_scale * args.lr_g)
         set_rate(opt_d, lr_scale * args.lr_d)
@@ -422,18 +431,20 @@ def train(args):
     def load_networks(path):
         return restore(path, {"ema": ema, "D": D})
 
-    study.finish(i, load_networks)
+    study.finish(i, load_networks)  # the last pictures; then last.pt and best.pt are loaded in turn and scored
 
 
 def load(path):
     """The averaged generator of a checkpoint, on the CPU and in eval mode.
 
-    It maps z (B, latent_dim), and with --conditional labels y (B,), to images (B, C, S, S) in [-1, 1]; latent_dim is in
-    args.json. Ends the program if the file is no checkpoint."""
+    It maps z (B, G.latent_dim), and with --conditional labels y (B,), to images (B, C, S, S) in [-1, 1]. Ends the
+    program if the file is no checkpoint."""
     checkpoint = read_checkpoint(path)
-    args = argparse.Namespace(**checkpoint["args"])
+    # A flag that was added after the file was written has its default.
+    args = argparse.Namespace(**{**vars(parse_args([])), **checkpoint["args"]})
     G = averaged(Generator(args, CHANNELS[args.dataset], len(checkpoint["classes"])))
     G.load_state_dict(checkpoint["ema"])
+    G.latent_dim = args.latent_dim
     return G
 
 
@@ -683,10 +694,9 @@ class Batches:
         if args.generate and args.reject != "drs":  # generating needs no data
             self.classes = read_checkpoint(args.resume)["classes"]
             return
-        # Rank 0 reads first, as it may have to download or to decode. from_rank_0 serves as a gate: the others wait at
-        # the one above load_data until rank 0 comes to the one below it.
+        # Rank 0 reads first, as it may have to download or to decode.
         if RANK != 0:
-            from_rank_0()
+            from_rank_0()  # waits until rank 0 comes to its own call, below
         x, y, names = load_data(args.dataset, args.data_dir, args.image_size, "train")
         if RANK == 0:
             from_rank_0()
@@ -812,8 +822,8 @@ def captured(step):
     first three calls run without a graph, as real training: cuDNN chooses its kernels and Adam makes its moments before
     the recording.
 
-    If you edit this: a tensor that step uses must keep its memory. Write into it (fill_, copy_), never put a new one in
-    its place."""
+    If you edit step: a tensor that it uses must keep its memory. Write into it (fill_, copy_), never put a new one in
+    its place. A Python number keeps the value that it had at the recording, and an `if` its branch."""
     stream = torch.cuda.Stream()
     graph = torch.cuda.CUDAGraph()
     calls = 0

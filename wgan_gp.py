@@ -13,9 +13,9 @@ all its scores by 1000, and its loss would fall with nothing learned. If the nor
 critic), the largest E[D(x)] - E[D(G(z))] is the Wasserstein distance: how far images have to be moved, on average, to
 turn the generated distribution into the real one.
 
-The penalty is a soft form of this limit, taken at random points between a fake image and a real one. It punishes norms
-below 1 too, because the best critic's gradient has norm 1 almost everywhere between the two distributions (section
-2.3).
+The penalty is a soft form of this limit. It punishes norms below 1 too, because the best critic's gradient has norm 1
+on the lines between those fake and real points that the cheapest transport pairs (section 2.3). Which these are nobody
+knows, so x_hat lies between random pairs, as in the paper.
 
     python wgan_gp.py                                    digits rendered at start-up, no download
     python wgan_gp.py --dataset mnist --epochs 6         real digits, six passes over them: 5,622 updates
@@ -126,7 +126,9 @@ def parse_args(argv=None):
 
 
 class Generator(nn.Module):
-    """z (B, latent_dim) -> image (B, channels, S, S) in [-1, 1]."""
+    """z (B, latent_dim) -> image (B, channels, S, S) in [-1, 1].
+
+    By default, for 28 pixels: 64 maps of 4x4, 32 of 7x7, 16 of 14x14, then the image."""
 
     def __init__(self, args, channels):
         super().__init__()
@@ -161,6 +163,7 @@ class Generator(nn.Module):
 class Discriminator(nn.Module):
     """Image (B, channels, S, S) -> score (B,), any real number, larger for more real.
 
+    By default, for 28 pixels: 16 maps of 14x14, 32 of 7x7, 64 of 4x4, then the score.
     There is no batch norm after its layers, so each has a bias. That of the last layer cancels in the loss."""
 
     def __init__(self, args, channels):
@@ -216,8 +219,8 @@ def dcgan_init(module):
 def discriminator_loss(score_real, score_fake):
     """E[D(G(z))] - E[D(x)] for scores (B,): eq. (3) without its penalty.
 
-    Its negative is logged as w_dist: the critic's estimate of the Wasserstein distance, which is rough as long as
-    the norm of the critic's gradient is not 1."""
+    Its negative is logged as w_dist. It estimates the Wasserstein distance W if the critic is at its best and its
+    gradient's norm is at most 1. The penalty is soft, so at its best the norm is above 1: about 1 + W / (2 lambda)."""
     return score_fake.mean() - score_real.mean()
 
 
@@ -235,7 +238,8 @@ def gradient_penalty(D, x_real, x_fake):
     eps = torch.rand(len(x_real), 1, 1, 1, device=x_real.device, dtype=x_real.dtype)
     x_hat = torch.lerp(x_fake, x_real, eps)  # eps x_real + (1 - eps) x_fake
     x_hat = x_hat.detach().requires_grad_(True)  # detached, so that nothing goes back into G; recorded from here on
-    # A score depends on its own image alone. So row i of the gradient of their sum is the gradient of image i's score.
+    # A score depends on its own image alone. So the gradient of the sum of all scores has in row i the gradient of
+    # score i.
     # create_graph: the backward of d_loss must differentiate this gradient again, with respect to the critic's weights.
     (grad,) = torch.autograd.grad(D(x_hat).sum(), x_hat, create_graph=True)
     norm = (grad.flatten(1).square().sum(1) + 1e-12).sqrt()  # 1e-12: at 0 the derivative of sqrt is infinite
@@ -301,13 +305,15 @@ def train(args):
         return {
             "d_loss": d_loss,
             "g_loss": g_loss,
+            "penalty": args.gp_weight * penalty,  # weighted, as in d_loss
             "w_dist": score_real.mean() - score_fake.mean(),
-            "grad_norm": grad_norm,  # near 1 once the penalty holds
+            "grad_norm": grad_norm,  # mean over the x_hat: near 1 once w_dist is small
             "d_acc": pair_accuracy(score_real, score_fake),
         }
 
-    # Study writes the log, sheets of samples and FIDs, and never trains. It calls sample and score. y, the labels, are
-    # for the conditional scripts.
+    # Study writes the log, sheets of samples and FIDs, and never trains. It calls sample() for images, and score(), D's
+    # opinion of images, for --reject alone; both without gradients, 500 images at a time. y, the labels, are for the
+    # conditional scripts.
     def sample(z, y):
         return to_uint8(ema(z))
 
@@ -332,6 +338,8 @@ def train(args):
     # i counts updates of D, as --steps and every --*-every do. An iteration makes d_steps of them, so the last may pass
     # total.
     while i < total and not stop.is_set():
+        # The rates are functions of i alone, so that a resumed run has the right ones. (restore() would not bring back
+        # the state of a scheduler of torch.optim.)
         lr_scale = (1 - i / total) if args.lr_decay == "linear" else 1.0
         set_rate(opt_g, lr_scale * args.lr_g)
         set_rate(opt_d, lr_scale * args.lr_d)
@@ -359,18 +367,19 @@ def train(args):
     def load_networks(path):
         return restore(path, {"ema": ema, "D": D})
 
-    study.finish(i, load_networks)
+    study.finish(i, load_networks)  # the last pictures; then last.pt and best.pt are loaded in turn and scored
 
 
 def load(path):
     """The averaged generator of a checkpoint, on the CPU and in eval mode.
 
-    It maps z (B, latent_dim) to images (B, C, S, S) in [-1, 1]; latent_dim is in args.json. Ends the program if
-    the file is no checkpoint."""
+    It maps z (B, G.latent_dim) to images (B, C, S, S) in [-1, 1]. Ends the program if the file is no checkpoint."""
     checkpoint = read_checkpoint(path)
-    args = argparse.Namespace(**checkpoint["args"])
+    # A flag that was added after the file was written has its default.
+    args = argparse.Namespace(**{**vars(parse_args([])), **checkpoint["args"]})
     G = averaged(Generator(args, CHANNELS[args.dataset]))
     G.load_state_dict(checkpoint["ema"])
+    G.latent_dim = args.latent_dim
     return G
 
 
@@ -620,10 +629,9 @@ class Batches:
         if args.generate and args.reject != "drs":  # generating needs no data
             self.classes = read_checkpoint(args.resume)["classes"]
             return
-        # Rank 0 reads first, as it may have to download or to decode. from_rank_0 serves as a gate: the others wait at
-        # the one above load_data until rank 0 comes to the one below it.
+        # Rank 0 reads first, as it may have to download or to decode.
         if RANK != 0:
-            from_rank_0()
+            from_rank_0()  # waits until rank 0 comes to its own call, below
         x, y, names = load_data(args.dataset, args.data_dir, args.image_size, "train")
         if RANK == 0:
             from_rank_0()
@@ -749,8 +757,8 @@ def captured(step):
     first three calls run without a graph, as real training: cuDNN chooses its kernels and Adam makes its moments before
     the recording.
 
-    If you edit this: a tensor that step uses must keep its memory. Write into it (fill_, copy_), never put a new one in
-    its place."""
+    If you edit step: a tensor that it uses must keep its memory. Write into it (fill_, copy_), never put a new one in
+    its place. A Python number keeps the value that it had at the recording, and an `if` its branch."""
     stream = torch.cuda.Stream()
     graph = torch.cuda.CUDAGraph()
     calls = 0

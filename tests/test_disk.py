@@ -257,6 +257,54 @@ def test_figures_that_cannot_be_written_do_not_cost_the_scores(tmp_path, monkeyp
     assert all(line in said for line in ("no samples.png", "an interpolation is missing", "no traversal.png")), said
 
 
+# what step() returns, and the code that ran
+
+
+def test_losses_that_cannot_be_logged_are_named(tmp_path):
+    """Sums are kept by place, so a name that comes and goes would mix the columns."""
+    s = started(tmp_path / "a")
+    s.add({"d_loss": torch.tensor(1.0), "gamma": torch.tensor([3.0])})  # one number, if in a vector
+    with pytest.raises(ValueError, match="d_loss, path after d_loss, gamma"):
+        s.add({"d_loss": torch.tensor(1.0), "path": torch.tensor(1.0)})
+    with pytest.raises(ValueError, match="as gamma: it has to be a tensor with one number"):
+        s.add({"d_loss": torch.tensor(1.0), "gamma": torch.ones(2)})
+    with pytest.raises(ValueError, match=r"returned 0\.5 as gamma"):
+        s.add({"d_loss": torch.tensor(1.0), "gamma": 0.5})
+    s.add({"d_loss": torch.tensor(2.0), "gamma": torch.tensor([5.0])})
+    s.log(5)
+    [row] = rows(tmp_path / "a/log.csv")
+    assert (float(row["d_loss"]), float(row["gamma"])) == (1.5, 4.0)
+
+
+def test_the_column_that_is_not_finite_is_named(tmp_path, capsys):
+    s = started(tmp_path / "a")
+    s.add({"d_loss": torch.tensor(1.0), "share": torch.tensor(float("nan"))})
+    assert "share is not finite by step 5" in one_line(capsys, lambda: s.log(5))
+
+
+def test_a_resume_with_changed_code_keeps_both(tmp_path, capsys):
+    folder = tmp_path / "a"
+    s = started(folder)
+    script = folder / "wgan_gp.py"
+    assert script.read_bytes() == (ROOT / "wgan_gp.py").read_bytes()
+    s.keep_code(40)  # nothing has changed
+    assert {p.name for p in folder.glob("*.py")} == {"wgan_gp.py", "metrics.py"}
+    script.write_text("# as it was\n")
+    s.keep_code(40)
+    assert script.read_text() == "# as it was\n"
+    assert (folder / "wgan_gp-from-40.py").read_bytes() == (ROOT / "wgan_gp.py").read_bytes()
+    assert "wgan_gp.py has changed since: wgan_gp-from-40.py is the one that goes on" in capsys.readouterr().out
+
+
+def test_a_long_reason_is_cut(capsys):
+    """PyTorch names every weight of a network that does not fit."""
+    with pytest.raises(SystemExit), metrics.or_fail("it does not fit"):
+        raise RuntimeError("weight, " * 1000)
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and err.endswith(" ...)\n") and len(err) < 400
+    assert "it does not fit (RuntimeError: weight, weight, " in err
+
+
 def test_curves_that_cannot_be_written_cost_a_line(tmp_path, monkeypatch, capsys):
     s = started(tmp_path / "a")
     s.judge = False

@@ -290,6 +290,18 @@ print(tuple(x.shape), x.requires_grad, bool(x.abs().max() <= 1))
     assert done.stderr == "" and done.stdout == "(4, 1, 28, 28) False True\n"
 
 
+@EVERY
+def test_load_knows_the_size_of_z_and_the_default_of_a_flag_that_the_file_lacks(w, small):
+    """Somebody adds a flag to a copy, and loads what the script made before."""
+    w.main([*w.tiny, "--steps", "1", "--run-dir", "a"])
+    saved = checkpoint("a/last.pt")
+    assert w.load("a/last.pt").latent_dim == saved["args"]["latent_dim"]
+    lacking = "g_norm" if "g_norm" in saved["args"] else "arch"
+    del saved["args"][lacking]
+    torch.save(saved, "b.pt")
+    same(dict(w.load("b.pt").state_dict()), dict(saved["ema"]))
+
+
 def test_load_of_what_is_no_checkpoint_is_one_line(small, capsys):
     Path("x.pt").write_bytes(b"PK")
     torch.save({"step": 3}, "y.pt")
@@ -301,13 +313,15 @@ def test_load_of_what_is_no_checkpoint_is_one_line(small, capsys):
 
 
 def test_readmes_lines_that_load_a_checkpoint_run(run):
-    [code] = re.findall(r"```python\n([^`]*import load\n.*?)```", (ROOT / "README.md").read_text(), re.S)
+    [code] = re.findall(r"```python\n([^`]*import load,.*?)```", (ROOT / "README.md").read_text(), re.S)
     shutil.rmtree("runs")
     CASES["wgan_gp"].main(["--ngf", "2", "--ndf", "2", "--steps", "1", "--run-dir", "runs/NAME", "--device", "cpu"])
     shutil.copy("runs/NAME/last.pt", "runs/NAME/best.pt")
     space = {}
     exec(code, space)
     assert space["x"].shape == (64, 1, 28, 28) and space["x"].abs().max() <= 1
+    sheet = np.asarray(Image.open("sheet.png"))
+    assert np.array_equal(images_of(sheet, 28), space["to_uint8"](space["x"])[:, 0].numpy())
 
 
 def anchors(page):

@@ -773,6 +773,39 @@ def test_a_set_of_torchvision_that_names_no_classes(monkeypatch, tmp_path):
     assert x.shape == (4, 1, 16, 16) and y.tolist() == [0, 2, 1, 2] and names == ["0", "1", "2"]
 
 
+@pytest.mark.parametrize("fault", ["float images", "eight labels each", "grey for colour"])
+def test_a_set_of_ones_own_that_is_not_as_wanted_is_one_line(monkeypatch, tmp_path, capsys, fault):
+    """QMNIST has eight numbers for each label. Images from 0 to 1 would train as nearly black ones."""
+    import torchvision.datasets
+
+    data = SimpleNamespace(data=np.zeros((4, 16, 16), np.uint8), targets=[0, 2, 1, 2])
+    channels = 1
+    if fault == "float images":
+        data.data = np.zeros((4, 16, 16), np.float32)
+    elif fault == "eight labels each":
+        data.targets = np.zeros((4, 8), np.int64)
+    else:
+        channels = 3
+    monkeypatch.setattr(torchvision.datasets, "USPS", lambda root, train, download: data, raising=False)
+    monkeypatch.setitem(metrics.TORCHVISION, "usps", ("USPS", "usps"))
+    monkeypatch.setitem(metrics.CHANNELS, "usps", channels)
+    with pytest.raises(SystemExit) as stop:
+        metrics.load_data("usps", str(tmp_path), 16, "train")
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1
+    assert f"they have to be torch.uint8 (4, {channels}, 16, 16) and (4,)" in err
+
+
+def test_a_set_that_takes_no_train_is_not_called_missing(monkeypatch, tmp_path, capsys):
+    """SVHN takes split=. Its files may well be there."""
+    monkeypatch.setitem(metrics.TORCHVISION, "svhn", ("SVHN", "svhn"))
+    monkeypatch.setitem(metrics.CHANNELS, "svhn", 3)
+    with pytest.raises(SystemExit):
+        metrics.load_data("svhn", str(tmp_path), 32, "train")
+    err = capsys.readouterr().err
+    assert "unexpected keyword argument 'train'. Write its images to a folder" in err and "no download" not in err
+
+
 def test_a_colour_set_of_ones_own_has_the_settings_of_colour(monkeypatch):
     """README: a line in CHANNELS and TORCHVISION, and one in COLOUR_SIDES."""
     monkeypatch.setitem(metrics.CHANNELS, "cifar100", 3)

@@ -180,7 +180,8 @@ def test_training_is_the_game_as_written(monkeypatch, flags, k):
             penalty = plain_penalty(D, x_hat)
             loss = score_fake.sum() / 8 - score_real.sum() / 8 + 7 * penalty
             slopes = torch.autograd.grad(D(x := x_hat.requires_grad_()).sum(), x)[0].flatten(1).norm(dim=1)
-            row = {"d_loss": loss, "grad_norm": slopes.mean(), "w_dist": score_real.mean() - score_fake.mean()}
+            row = {"d_loss": loss, "penalty": 7 * penalty, "grad_norm": slopes.mean()}
+            row["w_dist"] = score_real.mean() - score_fake.mean()
             row["d_acc"] = (score_real[:, None] > score_fake).double().mean()
             net, other = D, "G"
         else:

@@ -42,7 +42,7 @@ pytestmark = pytest.mark.usefixtures("small")
 
 SETTINGS = [[], ["--paper"], ["--arch", "mlp"], ["--arch", "mlp", "--paper"]]
 LOGGED = {
-    "wgan_gp": "d_loss g_loss w_dist grad_norm d_acc",
+    "wgan_gp": "d_loss g_loss penalty w_dist grad_norm d_acc",
     "dcgan": "d_loss g_loss penalty d_acc",
     "cdcgan": "d_loss g_loss penalty d_acc",
     "wgan_clip": "d_loss g_loss w_dist clipped d_acc",
