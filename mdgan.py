@@ -55,16 +55,19 @@ from metrics import (
     Stop,
     Study,
     fail,
+    file_name,
     from_rank_0,
     load_data,
     not_finite,
     number,
     or_fail,
+    or_warn,
+    release_folders,
+    replace_file,
     sample_z,
     say,
     seeded,
     warn,
-    write_whole,
 )
 
 # --paper sets these. They are ours, as the authors gave none for images. The paper does fix a mixture and a loss of G,
@@ -485,7 +488,9 @@ def add_run_flags(p):
     p.error = fail  # one line, without the usage
     count = number(int, 0)
     p.add_argument("--dataset", choices=CHANNELS, default="digits", help="digits: rendered here, no download")
-    p.add_argument("--data-dir", default="data", help="where data sets lie; with --dataset folder, the images")
+    p.add_argument(
+        "--data-dir", type=file_name, default="data", help="where data sets lie; with --dataset folder, the images"
+    )
     p.add_argument(
         "--image-size",
         type=number(int, 8, 1024),
@@ -526,10 +531,16 @@ def add_run_flags(p):
         action=argparse.BooleanOptionalAction,
         help="faster on one GPU, and the default there; see captured()",
     )
-    p.add_argument("--run-dir", help="default: runs/SCRIPT-DATASET-sSEED-TIME; with --resume its folder")
-    p.add_argument("--resume", metavar="FILE", help="a checkpoint to go on from, with its flags unless given here")
+    p.add_argument(
+        "--run-dir", type=file_name, help="default: runs/SCRIPT-DATASET-sSEED-TIME; with --resume its folder"
+    )
+    p.add_argument(
+        "--resume", type=file_name, metavar="FILE", help="a checkpoint to go on from, with its flags unless given here"
+    )
     p.add_argument("--generate", type=number(int, 1), metavar="N", help="with --resume: write N images as PNG files")
-    p.add_argument("--generate-to", metavar="DIR", help="where to. Default: generated, in the run's folder")
+    p.add_argument(
+        "--generate-to", type=file_name, metavar="DIR", help="where to. Default: generated, in the run's folder"
+    )
     p.add_argument(
         "--label", default="shares", help="class to --generate: a name; turn: each in turn; shares: as in the data"
     )
@@ -572,12 +583,12 @@ def resolve(p, argv, paper, mlp, colour=None, small_colour=None, grey_side=28):
     saved = {}
     if given.get("resume"):
         checkpoint = read_checkpoint(given["resume"])
-        if checkpoint["script"] != SCRIPT.stem:
-            fail(f"{given['resume']} is a checkpoint of {checkpoint['script']}.py")
         saved = {name: value for name, value in checkpoint["args"].items() if name in defaults and name not in NOT_KEPT}
         if "epochs" in given:
             saved["steps"] = None  # new epochs replace the old steps
-        if not Path(saved["data_dir"]).exists():  # made on another machine: that folder is not here
+        # Made on another machine, or by another user: that folder is not here, or may not be read. (Path.exists() would
+        # raise PermissionError.)
+        if not os.path.exists(saved["data_dir"]):
             needs_data = "generate" not in given or given.get("reject", saved["reject"]) == "drs"
             if saved["dataset"] == "folder" and "data_dir" not in given and needs_data:
                 fail(f"the images of {given['resume']} were in {saved['data_dir']}, which is gone: give --data-dir")
@@ -587,6 +598,8 @@ def resolve(p, argv, paper, mlp, colour=None, small_colour=None, grey_side=28):
             if given[name] != saved[name] and not another_seed:
                 fail(f"--{name.replace('_', '-')} is {saved[name]} in {given['resume']}: it cannot change")
     chosen = {**saved, **given}
+    if chosen.get("dataset") == "folder" and "data_dir" not in chosen and "generate" not in given:
+        fail("--dataset folder needs --data-dir, the folder of the images")
     # First without presets, which depend on dataset, arch and paper.
     args = argparse.Namespace(**{**defaults, **chosen})
     side, latent_dim = suited_to(args, grey_side)
@@ -878,7 +891,8 @@ def due(i, every, args):
 def save(name, i, state, study):
     """Writes a checkpoint into the run's folder: one dict of plain types and tensors. Only rank 0 writes.
 
-    Ends the program if a weight is NaN or infinite, before the last good file is overwritten."""
+    Ends the program if a weight is NaN or infinite, before the last good file is overwritten. A disk that refuses ends
+    it after the last update; before, the training goes on, and the file of before stays."""
     for part in state.values():
         if isinstance(part, nn.Module) and not all(p.isfinite().all() for p in part.parameters()):
             not_finite("a weight", i, study.folder)
@@ -896,16 +910,22 @@ def save(name, i, state, study):
     }
     if study.args.device != "cpu":
         checkpoint["rng"][study.args.device] = torch.get_device_module(study.args.device).get_rng_state()
-    write_whole(study.folder / name, lambda file: torch.save(checkpoint, file))
+    refused = or_warn if i < study.total else or_fail
+    with refused(
+        f"{study.folder / name} cannot be written", (OSError, RuntimeError)
+    ):  # torch.save: either, on a full disk
+        replace_file(study.folder / name, lambda file: torch.save(checkpoint, file))
 
 
 def read_checkpoint(path):
-    """The dict that save wrote, on the CPU. Ends the program with one line if the file is no such dict."""
+    """The dict that save wrote, on the CPU. Ends the program with one line if the file is none of this script."""
     with or_fail(f"{path} is not a whole checkpoint of these scripts"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         missing = {"script", "args", "step", "classes", "seconds", "rng"} - checkpoint.keys()
         if missing:
             raise KeyError(*missing)
+    if checkpoint["script"] != SCRIPT.stem:
+        fail(f"{path} is a checkpoint of {checkpoint['script']}.py")
     return checkpoint
 
 
@@ -958,6 +978,7 @@ def main(argv=None):
         fail(TOO_LITTLE_MEMORY)
     finally:
         Stop.put_back()
+        release_folders()
         if WORLD > 1 and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 

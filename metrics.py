@@ -447,11 +447,11 @@ def or_fail(message, kinds=Exception):
 
 
 @contextlib.contextmanager
-def or_warn(message):
-    """If the lines inside raise OSError, prints a warning and goes on."""
+def or_warn(message, kinds=OSError):
+    """If the lines inside raise one of `kinds`, prints a warning and goes on."""
     try:
         yield
-    except OSError as e:
+    except kinds as e:
         warn(f"{message} ({type(e).__name__}: {e})")
 
 
@@ -554,6 +554,11 @@ def number(kind, low, high=2**40):
 
     parse.__name__ = kind.__name__
     return parse
+
+
+def file_name(text):
+    """An argparse type: a name of a file or folder. A shell leaves the ~ of --run-dir=~/x as it is."""
+    return os.path.expanduser(text)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -821,13 +826,21 @@ def unpacked_mnist(folder, train):
     return arrays
 
 
+def file_identity(path, facts):
+    """What is the same for all names of one file or folder: its numbers in `facts`, which os.stat gave.
+
+    Some network drives number nothing. There it is the path without links."""
+    return (facts.st_dev, facts.st_ino) if facts.st_ino else os.path.realpath(path)
+
+
 def list_images(root):
     """The image files below `root` as {path relative to it: (bytes, date)}, and a Counter of what else lies there.
 
     An image file is one whose suffix this Pillow, with its plugins, can open. Links are followed, but every file counts
-    once, under a path without links if it has one. Hidden files and folders (a leading dot) are left out."""
+    once, under a path without links if it has one. Hidden files and folders (a leading dot) and the folders of runs are
+    left out."""
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    above = {(parent.st_dev, parent.st_ino) for parent in map(os.stat, root.resolve().parents)}
+    above = {file_identity(parent, os.stat(parent)) for parent in root.resolve().parents}
     seen = set()
     best_name = {}  # file: (by a link?, path)
     size_and_date = {}  # file: (bytes, date)
@@ -841,7 +854,10 @@ def list_images(root):
         except OSError:
             left_out["folder that cannot be listed"] += 1
             continue
-        place = (folder_facts.st_dev, folder_facts.st_ino)
+        place = file_identity(root / folder, folder_facts)
+        if folder and {"args.json", "samples"} <= {entry.name for entry in entries}:
+            left_out["folder of a run"] += 1  # its own sheets and curves would become training images
+            continue
         if place in above:
             left_out["link to a folder around this one"] += 1
         if place in above or place in seen:
@@ -866,7 +882,7 @@ def list_images(root):
             elif suffix not in suffixes:
                 left_out[suffix or "no suffix"] += 1
             else:
-                file = (facts.st_dev, facts.st_ino)  # the same for all names of one file
+                file = file_identity(entry.path, facts)
                 name = (by_link, path)  # names without links sort first
                 best_name[file] = min(name, best_name.get(file, name))
                 size_and_date[file] = (facts.st_size, facts.st_mtime_ns)
@@ -1014,7 +1030,7 @@ def count_copies(root, files, others):
     return sum(digest in known for digest in digests(files))
 
 
-READER = 3  # changes when read_image does, so that what was kept is made anew
+READER = 4  # changes when read_image does, so that what was kept is made anew
 
 
 def read_image(path, channels=3, size=None):
@@ -1052,7 +1068,8 @@ def eight_bits(image):
     colour_16 = not grey_16 and ";16" in str(image.tile).replace("BGR;16", "")
     if image.mode in ("I", "F") and not grey_16:
         raise ValueError(f"mode {image.mode}: no clear scale from black to white")
-    ImageOps.exif_transpose(image, in_place=True)
+    with contextlib.suppress(Exception):  # a damaged description of a good picture: it stays as it lies
+        ImageOps.exif_transpose(image, in_place=True)
     if grey_16:
         values = np.asarray(image)
         check_highest_bits(values.max() >= 2**14)
@@ -1413,6 +1430,8 @@ def classifier(dataset, train, test, folder=None, device="cpu", epochs=None, say
     net, saved = read_network([*paths, JUDGES / f"{dataset}.pt"], key, empty, say)
     trained = net is None
     if trained:
+        if dataset in ("digits", "mnist", "cifar10") and not JUDGES.is_dir():
+            say(f"{JUDGES} is not there: scores of {dataset} are on a scale of this machine's own")
         say(f"training the network that scores: {task} of {dataset}, {len(x)} images; up to three minutes, once")
         if labelled:
             net = train_classifier(x, y, classes, torch.device(device), epochs, say)
@@ -1894,6 +1913,15 @@ def rejected(kind, more, n, generator, head=None, percentile=60, burn_in=10_000,
 NOT_LOGGED = {"n_real", "n_fake", "floor", "accuracy", "inception_score_std", "modes_real", "modes_kl_real"}
 
 
+CLAIMED = []  # files by which Study.claim keeps other processes out of a run's folder
+
+
+def release_folders():
+    """Lets other processes into the folders of this one's runs: a notebook lives on after a run."""
+    while CLAIMED:
+        CLAIMED.pop().close()
+
+
 class Study:
     """Watches a run: its folder, logs, sheets, scores, figures. It never trains, and its random streams are its own.
 
@@ -1949,6 +1977,8 @@ class Study:
         if i >= total + args.d_steps:  # the last iteration may end past the total
             fail(f"{args.resume} is at update {i}, past the {total} asked for")
         goes_on = bool(args.resume) and Path(args.resume).resolve().parent == self.folder.resolve()
+        if goes_on and not self.is_folder_of_this_run():
+            fail(f"{self.folder} is not the folder of the run of {args.resume}: name one by --run-dir")
         if not goes_on and any(self.folder.glob("*")):
             way_out = "--resume its last.pt" if (self.folder / "last.pt").exists() else "delete it: it has no last.pt"
             fail(f"--run-dir {self.folder} is in use: name another, or {way_out}")
@@ -1982,12 +2012,26 @@ class Study:
         say(f"{self.folder}: update {i} to {total} of D, {args.batch_size} images each, on {ranks}{args.device}")
         self.mark(i)
 
+    def is_folder_of_this_run(self):
+        """Whether the folder that holds the checkpoint to resume is that of its run, or holds nothing else.
+
+        A checkpoint may have been copied to where other files are called scores.json or samples, too."""
+        try:
+            before = read_json(self.folder / "args.json")
+        except FileNotFoundError:
+            return list(self.folder.iterdir()) == [self.folder / Path(self.args.resume).name]
+        except (OSError, ValueError):
+            return False
+        same = all(before.get(name) == vars(self.args)[name] for name in ("dataset", "image_size", "seed"))
+        return same and (self.script is None or before.get("script") == self.script.stem)
+
     def claim(self):
         """Keeps other processes out of the run's folder until this one ends: two would write one last.pt."""
         if fcntl and (self.folder / "args.json").exists():
-            self.claimed = open(self.folder / "args.json", "r+b")  # the lock goes with the process, however it ends
+            claimed = open(self.folder / "args.json", "r+b")  # the lock goes with the process, however it ends
+            CLAIMED.append(claimed)
             try:
-                fcntl.lockf(self.claimed, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.lockf(claimed, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 fail(f"--run-dir {self.folder}: another process is training there")
             except OSError:  # a file system without locks
@@ -3108,25 +3152,35 @@ def main(argv=None):
 def command(argv):
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     p.error = fail
-    p.add_argument("--real", help=f"one of {', '.join(CHANNELS)}; or a folder, or an array as --fake")
+    p.add_argument("--real", type=file_name, help=f"one of {', '.join(CHANNELS)}; or a folder, or an array as --fake")
     p.add_argument(
         "--split", choices=("test", "train"), default="test", help="which part of a data set named by --real"
     )
-    p.add_argument("--fake", help="a folder of images, or uint8 (N, C, H, W) or (N, H, W, C) as .npy, .npz, .pt, .pth")
+    p.add_argument(
+        "--fake",
+        type=file_name,
+        help="a folder of images, or uint8 (N, C, H, W) or (N, H, W, C) as .npy, .npz, .pt, .pth",
+    )
     p.add_argument("--features", choices=("classifier", "inception"), default="classifier", help="the feature network")
-    p.add_argument("--weights", help=f"file of --features inception: {INCEPTION.rsplit('/', 1)[1]}")
+    p.add_argument("--weights", type=file_name, help=f"file of --features inception: {INCEPTION.rsplit('/', 1)[1]}")
     p.add_argument("--classifier", choices=CHANNELS, help="whose network gives the features; default: --real's own")
     scores = f"of {' '.join(SCORES)}; default all. fid alone keeps no features in memory"
     p.add_argument("--scores", nargs="+", choices=SCORES, default=SCORES, metavar="SCORE", help=scores)
-    p.add_argument("--data-dir", default="data", help="folder of the data sets, their networks and statistics")
+    p.add_argument(
+        "--data-dir", type=file_name, default="data", help="folder of the data sets, their networks and statistics"
+    )
     p.add_argument("--no-cache", action="store_true", help="neither read nor keep statistics of real images")
     p.add_argument(
         "--n", type=number(int, 1), help="images of each kind, at most; default 10000, of stacked_mnist 26000"
     )
     p.add_argument("--json", action="store_true", help="print the scores as one JSON object")
-    p.add_argument("--plot", nargs="+", metavar="RUN", help="run directories, or their log.csv, in one plot")
-    p.add_argument("--table", nargs="+", metavar="RUN", help="run directories: their final scores as Markdown")
-    p.add_argument("-o", "--out", default="curves.png", help="where --plot draws")
+    p.add_argument(
+        "--plot", type=file_name, nargs="+", metavar="RUN", help="run directories, or their log.csv, in one plot"
+    )
+    p.add_argument(
+        "--table", type=file_name, nargs="+", metavar="RUN", help="run directories: their final scores as Markdown"
+    )
+    p.add_argument("-o", "--out", type=file_name, default="curves.png", help="where --plot draws")
     args = p.parse_args(argv)
     if args.plot:
         plot(args.plot, args.out)

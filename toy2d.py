@@ -38,7 +38,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from metrics import WORLD, HelpFormatter, fail, number, or_fail, platt, rejected, say, warn
+from metrics import WORLD, HelpFormatter, fail, file_name, number, or_fail, platt, rejected, say, warn
 
 METHODS = ("gan", "wgan_clip", "wgan_gp", "unrolled", "mdgan")
 # Defaults of one objective, found by trying on seed 0. A WGAN's Adam goes without its first moment. MD-GAN has two
@@ -144,7 +144,7 @@ def parse_args(argv=None, warns=True):
     )
     p.add_argument("--reject", choices=("none", "drs"), default="none", help="drs: keep points by D (see metrics.py)")
     p.add_argument("--drs-percentile", type=number(float, 0, 100), default=60.0, help="higher keeps fewer")
-    p.add_argument("--run-dir", help="default: runs/toy2d-DATA-METHOD-sSEED-TIME")
+    p.add_argument("--run-dir", type=file_name, help="default: runs/toy2d-DATA-METHOD-sSEED-TIME")
     p.add_argument("--table", action="store_true", help="every method on ring and grid, --seeds runs each; Markdown")
     p.add_argument("--quick", action="store_true", help="with --table: a quarter of the steps, a few minutes")
 

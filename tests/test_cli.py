@@ -192,6 +192,18 @@ def test_the_shipped_network_of_cifar10(no_training, tmp_path):
     assert not list(tmp_path.iterdir()) and (metrics.JUDGES / "cifar10.pt").stat().st_size < 350 * 1024
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_two_copied_files_say_that_their_scale_is_their_own(monkeypatch, tmp_path, there):
+    """Without tests/judges beside metrics.py a network is trained, and its FIDs are not those of the record."""
+    said = []
+    monkeypatch.setattr(metrics, "train_classifier", lambda *a, **k: metrics.Classifier(1, 10))
+    monkeypatch.setattr(metrics, "JUDGES", tmp_path if there else tmp_path / "tests" / "judges")
+    (x, y), test = digits("train"), tuple(t[:100] for t in digits("test"))
+    metrics.classifier("digits", (x[:500], y[:500]), test, say=said.append)
+    own_scale = [line for line in said if "on a scale of this machine's own" in line]
+    assert len(own_scale) == (0 if there else 1)
+
+
 def test_a_shipped_network_is_of_its_pictures_and_not_of_a_name(monkeypatch):
     """A folder called digits, or other MNIST files under --data-dir, have a network of their own."""
     trained = []

@@ -245,8 +245,9 @@ def test_a_picture_beside_the_classes_is_named(tmp_path, capsys):
 def test_many_classes_take_linear_time(tmp_path, monkeypatch):
     """names.index would take 90 million steps here."""
     found = {f"{i:05}/{j}.png": (1, 1) for i in range(10_000) for j in range(2)}
+    x = {"train": torch.zeros(18_000, 3, 8, 8, dtype=torch.uint8)}
     monkeypatch.setattr(metrics, "list_images", lambda root: (found, metrics.Counter()))
-    monkeypatch.setattr(metrics, "read_images", lambda root, size, split, files: (None, np.arange(len(files[split]))))
+    monkeypatch.setattr(metrics, "read_images", lambda root, size, split, files: (x[split], np.arange(len(x[split]))))
     start = metrics.time.process_time()
     _, y, names = load(tmp_path)
     assert metrics.time.process_time() - start < 2 and len(names) == 10_000 and len(y) == 18_000
@@ -804,3 +805,43 @@ def test_mnist_files_cut_short_within_their_header_count_as_missing(tmp_path, da
     raw.mkdir(parents=True)
     (raw / "train-images-idx3-ubyte.gz").write_bytes(data)
     assert metrics.unpacked_mnist(raw, train=True) is None
+
+
+# what users of other collections met
+
+
+def test_drives_that_number_no_file(tmp_path, monkeypatch):
+    """sshfs on Windows and some WebDAV drives give every file and folder the number 0: all looked like one file."""
+    paint_all(tmp_path / "a", 3)
+    paint_all(tmp_path / "b", 2)
+    (tmp_path / "link.bmp").symlink_to(tmp_path / "a" / "000.bmp")
+    (tmp_path / "around").symlink_to(tmp_path)
+    found = paths(tmp_path)
+    numbered = os.stat
+
+    def unnumbered(path, *a, **k):
+        facts = numbered(path, *a, **k)
+        return os.stat_result([facts.st_mode, 0, *facts[2:]])
+
+    monkeypatch.setattr(os, "stat", unnumbered)
+    assert paths(tmp_path) == found == ["a/000.bmp", "a/001.bmp", "a/002.bmp", "b/000.bmp", "b/001.bmp"]
+
+
+def test_a_run_within_the_pictures_is_no_picture(tmp_path):
+    """--run-dir photos/run: a resume would train on the run's own sheets and curves."""
+    paint_all(tmp_path / "photos", 3)
+    paint_all(tmp_path / "photos" / "run" / "samples", 2, ".png")
+    paint(tmp_path / "photos" / "run" / "curves.png")
+    (tmp_path / "photos" / "run" / "args.json").write_text("{}")
+    images, left_out = metrics.list_images(tmp_path / "photos")
+    assert sorted(images) == ["000.bmp", "001.bmp", "002.bmp"] and left_out == {"folder of a run": 1}
+    assert len(paths(tmp_path / "photos" / "run")) == 3  # who names it by --data-dir wants it
+
+
+@pytest.mark.parametrize("suffix", [".png", ".webp"])
+def test_a_picture_with_a_damaged_description_is_read_as_it_lies(tmp_path, suffix):
+    """Its EXIF block has no TIFF header. Pillow opens the picture, and fails to turn it."""
+    path = tmp_path / f"x{suffix}"
+    Image.new("RGB", (8, 8), RED).save(path, exif=b"\x00\x08\x00\x02\x01\x12\x00\x03abcdef", lossless=True)
+    x, _ = metrics.read_image(path)
+    assert x.shape == (3, 8, 8) and x[:, 0, 0].tolist() == list(RED)

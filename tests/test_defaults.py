@@ -102,13 +102,17 @@ def test_the_papers_settings():
 
 @EACH
 def test_the_side_is_what_suits_the_data_set(module):
-    sides = {name: flags(module, "--dataset", name)["image_size"] for name in module.CHANNELS}
+    sides = {}
+    for name in module.CHANNELS:
+        sides[name] = flags(module, "--dataset", name, "--data-dir", "data")["image_size"]
     grey = 32 if module is cdcgan else 28  # its networks double from 4
     small = {"digits": grey, "mnist": grey, "fashion": grey, "stacked_mnist": grey}
     assert sides == {**small, "cifar10": 32, "celeba": 64, "folder": 64}
-    assert flags(module, "--arch", "mlp", "--dataset", "folder")["image_size"] == 28
-    assert flags(module, "--paper", "--dataset", "folder")["image_size"] == 32
-    assert flags(module, "--paper", "--dataset", "folder", "--image-size", "64")["image_size"] == 64
+    assert flags(module, "--arch", "mlp", "--dataset", "folder", "--data-dir", "data")["image_size"] == 28
+    assert flags(module, "--paper", "--dataset", "folder", "--data-dir", "data")["image_size"] == 32
+    assert (
+        flags(module, "--paper", "--dataset", "folder", "--data-dir", "data", "--image-size", "64")["image_size"] == 64
+    )
 
 
 @EACH
@@ -116,7 +120,7 @@ def test_the_size_of_z_is_what_suits_the_images(module):
     def size(*argv):
         return flags(module, *argv)["latent_dim"]
 
-    assert size("--paper") == size("--dataset", "folder") == 100
+    assert size("--paper") == size("--dataset", "folder", "--data-dir", "photos") == 100
     of_mlp = 50 if module is bigan else 100  # as in the paper of bigan.py
     assert size("--arch", "mlp", "--dataset", "mnist") == size("--paper", "--arch", "mlp") == of_mlp
     assert size("--dataset", "mnist") == size() == 16 and size("--latent-dim", "7", "--paper") == 7
@@ -271,11 +275,11 @@ def test_r1_adds_half_of_gamma_times_the_gradient(monkeypatch):
         ("--dataset mnist", False),
         ("--dataset mnist --image-size 64", False),
         ("--dataset cifar10", True),
-        ("--dataset folder", True),
-        ("--dataset folder --image-size 32", True),
+        ("--dataset folder --data-dir photos", True),
+        ("--dataset folder --data-dir photos --image-size 32", True),
         ("--dataset cifar10 --image-size 64", True),
-        ("--dataset folder --image-size 16", False),
-        ("--dataset folder --arch mlp", False),
+        ("--dataset folder --data-dir photos --image-size 16", False),
+        ("--dataset folder --data-dir photos --arch mlp", False),
         ("--dataset stacked_mnist --image-size 32", False),  # its channels are three grey digits
     ],
 )

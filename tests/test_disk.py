@@ -466,6 +466,7 @@ def test_a_row_cut_by_a_crash_is_dropped(tmp_path):
 def test_what_is_no_log_is_one_line_and_stays(tmp_path, capsys, content):
     s = study(tmp_path / "a", resume=str(tmp_path / "a" / "last.pt"))
     (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "args.json").write_text(json.dumps(BEFORE))
     (tmp_path / "a" / "log.csv").write_bytes(content)
     assert "--run-dir" in one_line(capsys, lambda: s.start(5, 1000, 10))
     assert (tmp_path / "a" / "log.csv").read_bytes() == content
@@ -475,6 +476,7 @@ def test_scores_that_a_spreadsheet_saved_still_tell_the_best(tmp_path, monkeypat
     monkeypatch.setattr(metrics, "step_of", lambda path: 200)
     s = study(tmp_path / "a", resume=str(tmp_path / "a" / "last.pt"))
     (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "args.json").write_text(json.dumps(BEFORE))
     (tmp_path / "a" / "best.pt").write_bytes(b"")
     (tmp_path / "a" / "scores.csv").write_bytes(b"\xef\xbb\xbfstep;fid_train\r\n100;9,5\r\n200;7,5\r\n300;\r\n")
     s.start(300, 1000, 10)
@@ -486,6 +488,7 @@ def test_a_best_that_is_ahead_of_a_resume_stays_until_the_next_score(tmp_path, m
     monkeypatch.setattr(metrics, "step_of", lambda path: 200)
     s = study(tmp_path / "a", resume=str(tmp_path / "a" / "last.pt"))
     (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "args.json").write_text(json.dumps(BEFORE))
     (tmp_path / "a" / "best.pt").write_bytes(b"weights")
     (tmp_path / "a" / "scores.csv").write_text("step,fid_train,features\n100,9.5,net\n200,7.5,net\n")
     s.start(150, 1000, 10)
@@ -914,3 +917,99 @@ def test_a_network_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypa
     monkeypatch.setattr(torch, "load", refuse)
     assert metrics.read_network([tmp_path / "a.pt"], "key", None, said.append) == (None, {})
     assert said == [f"{tmp_path / 'a.pt'} cannot be read (PermissionError)"]
+
+
+# a checkpoint away from its run, and what one run leaves to others
+
+BEFORE = {"script": "wgan_gp", "dataset": "digits", "image_size": 8, "seed": 0}
+
+
+@pytest.mark.parametrize("other", [{"script": "dcgan"}, {"dataset": "mnist"}, {"image_size": 32}, {"seed": 1}, None])
+def test_a_resume_leaves_alone_what_is_not_of_its_run(tmp_path, capsys, other):
+    """A last.pt that was copied among downloads: scores.json, args.json and samples there are not the run's."""
+    s = study(tmp_path, resume=str(tmp_path / "gan.pt"))
+    files = {"gan.pt": b"", "scores.json": b"{}", "log.csv": b"step\n900\n", "notes.txt": b"mine"}
+    if other:
+        files["args.json"] = json.dumps(BEFORE | other).encode()
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    line = one_line(capsys, lambda: s.start(4, 1000, 10))
+    assert f"{tmp_path} is not the folder of the run of {tmp_path / 'gan.pt'}: name one by --run-dir" in line
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files
+
+
+def test_a_resume_goes_on_in_its_own_folder_and_beside_a_lone_checkpoint(tmp_path):
+    for name, before in (("a", json.dumps(BEFORE)), ("b", None)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "last.pt").write_bytes(b"")
+        if before:
+            (tmp_path / name / "args.json").write_text(before)
+        study(tmp_path / name, resume=str(tmp_path / name / "last.pt")).start(4, 1000, 10)
+        assert json.loads((tmp_path / name / "args.json").read_text())["script"] == "wgan_gp"
+
+
+def test_a_checkpoint_that_the_disk_refuses_once_costs_a_warning(tmp_path, monkeypatch, capsys, few_digits):
+    """A virus scanner may hold last.pt for a moment, and space may be found. The next checkpoint is the next try."""
+    import wgan_gp
+
+    replace = os.replace
+    tries = []
+
+    def refuse_the_second(source, target):
+        if str(target).endswith("last.pt"):
+            tries.append(target)
+            if len(tries) == 2:
+                raise PermissionError(errno.EACCES, "Access is denied")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse_the_second)
+    wgan_gp.main([*TINY, str(tmp_path / "run"), "--checkpoint-every", "1"])
+    assert len(tries) == 5  # after each of four updates, and at the end
+    assert capsys.readouterr().err.count(f"{tmp_path / 'run/last.pt'} cannot be written (PermissionError") == 1
+    assert torch.load(tmp_path / "run/last.pt", weights_only=True)["step"] == 4
+
+
+def test_a_run_that_ended_leaves_its_folder_to_others(tmp_path, monkeypatch, few_digits):
+    """A notebook lives on after an error, whose traceback keeps the run's objects, and so the lock, alive."""
+    import wgan_gp
+
+    studies = []
+    start = metrics.Study.start
+
+    def watched(self, *a):
+        start(self, *a)
+        studies.append(self)
+        assert not taken(tmp_path / "run/args.json")
+
+    monkeypatch.setattr(metrics.Study, "start", watched)
+    wgan_gp.main([*TINY, str(tmp_path / "run")])
+    wgan_gp.main(["--resume", str(tmp_path / "run/last.pt"), "--steps", "8"])
+    assert len(studies) == 2 and taken(tmp_path / "run/args.json")
+
+
+def taken(path):
+    """Whether another process gets the lock on a file."""
+    code = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'r+b'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    return subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True).returncode == 0
+
+
+def test_a_data_folder_that_may_not_be_seen_stops_no_generating(tmp_path, monkeypatch, capsys, few_digits):
+    """A checkpoint of another user on a shared machine: to ask whether their folder exists raises PermissionError."""
+    import wgan_gp
+
+    wgan_gp.main([*TINY, str(tmp_path / "a")])
+    saved = torch.load(tmp_path / "a/last.pt", weights_only=True)
+    saved["args"] |= {"dataset": "folder", "data_dir": "/home/alice/photos"}
+    resume = ["--resume", str(tmp_path / "b.pt")]
+    torch.save(saved, resume[1])
+    ask = os.stat
+
+    def forbidden(path, *a, **k):
+        if "alice" in str(path):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return ask(path, *a, **k)
+
+    monkeypatch.setattr(os, "stat", forbidden)
+    assert wgan_gp.parse_args([*resume, "--generate", "1"]).data_dir == "data"
+    line = one_line(capsys, lambda: wgan_gp.parse_args(resume))
+    assert "were in /home/alice/photos, which is gone: give --data-dir" in line

@@ -769,6 +769,7 @@ def test_a_set_of_torchvision_that_names_no_classes(monkeypatch, tmp_path):
     data = SimpleNamespace(data=np.zeros((4, 16, 16), np.uint8), targets=[0, 2, 1, 2])
     monkeypatch.setattr(torchvision.datasets, "USPS", lambda root, train, download: data, raising=False)
     monkeypatch.setitem(metrics.TORCHVISION, "usps", ("USPS", "usps"))
+    monkeypatch.setitem(metrics.CHANNELS, "usps", 1)
     x, y, names = metrics.load_data("usps", str(tmp_path), 16, "train")
     assert x.shape == (4, 1, 16, 16) and y.tolist() == [0, 2, 1, 2] and names == ["0", "1", "2"]
 
@@ -865,3 +866,30 @@ def test_celeba_without_files_or_gdown_is_one_line(tmp_path, capsys, monkeypatch
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.count("\n") == 1 and str(tmp_path / "celeba") in err and "gdown" in err
     assert list(tmp_path.iterdir()) == []
+
+
+# names of files
+
+
+def test_a_folder_of_images_has_to_be_named(capsys):
+    """Without --data-dir it would be all pictures below ./data, those of other sets among them."""
+    with pytest.raises(SystemExit):
+        dcgan.parse_args(["--dataset", "folder"])
+    assert "--dataset folder needs --data-dir, the folder of the images" in capsys.readouterr().err
+    assert dcgan.parse_args(["--dataset", "folder", "--data-dir", "data"]).data_dir == "data"
+
+
+def test_a_tilde_is_the_users_folder(monkeypatch, tmp_path):
+    """A shell leaves the one of --run-dir=~/x as it is: a folder named ~ was made."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    args = dcgan.parse_args(["--run-dir=~/x", "--data-dir=~/y", "--dataset", "folder"])
+    assert (args.run_dir, args.data_dir) == (f"{tmp_path}/x", f"{tmp_path}/y")
+
+
+def test_load_refuses_the_checkpoint_of_another_script(tmp_path, capsys):
+    """The G of some scripts are alike, so it would load in silence."""
+    torch.save(dict(script="mdgan", args={}, step=1, classes={}, seconds=0, rng={}), tmp_path / "x.pt")
+    with pytest.raises(SystemExit):
+        dcgan.load(tmp_path / "x.pt")
+    assert f"{tmp_path / 'x.pt'} is a checkpoint of mdgan.py" in capsys.readouterr().err

@@ -1493,7 +1493,7 @@ def test_the_random_state_of_an_accelerator_is_saved_and_restored(device, tmp_pa
     held = torch.tensor([1, 2, 3], dtype=torch.uint8)
     monkeypatch.setattr(device_module, "get_rng_state", lambda: held)
     args = types.SimpleNamespace(device=device, data_dir="data", seed=0)
-    study = types.SimpleNamespace(args=args, folder=tmp_path, classes={}, seconds=lambda: 5.0)
+    study = types.SimpleNamespace(args=args, folder=tmp_path, classes={}, seconds=lambda: 5.0, total=7)
     wgan_gp.save("last.pt", 7, {}, study)
 
     given = []
