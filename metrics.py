@@ -821,8 +821,11 @@ def unpacked_mnist(folder, train):
                 return None
         if len(data) < 4:  # cut short within its header
             return None
-        shape = np.frombuffer(data, ">i4", data[3], 4)  # the fourth byte is the number of dimensions
-        arrays.append(np.frombuffer(data, np.uint8, offset=4 + 4 * len(shape)).reshape(shape).copy())
+        try:
+            shape = np.frombuffer(data, ">i4", data[3], 4)  # the fourth byte is the number of dimensions
+            arrays.append(np.frombuffer(data, np.uint8, offset=4 + 4 * len(shape)).reshape(shape).copy())
+        except ValueError as e:
+            raise ValueError(f"{files[0]} is damaged: {e}") from None
     return arrays
 
 

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import socket
 import struct
 import subprocess
@@ -845,3 +846,12 @@ def test_a_picture_with_a_damaged_description_is_read_as_it_lies(tmp_path, suffi
     Image.new("RGB", (8, 8), RED).save(path, exif=b"\x00\x08\x00\x02\x01\x12\x00\x03abcdef", lossless=True)
     x, _ = metrics.read_image(path)
     assert x.shape == (3, 8, 8) and x[:, 0, 0].tolist() == list(RED)
+
+
+def test_a_damaged_file_of_mnist_is_named(tmp_path):
+    """Not gzipped, and with fewer pictures than its header says."""
+    header = bytes([0, 0, 8, 3]) + b"".join(n.to_bytes(4, "big") for n in (9, 28, 28))
+    path = tmp_path / "train-images-idx3-ubyte"
+    path.write_bytes(header + bytes(8 * 28 * 28))
+    with pytest.raises(ValueError, match=re.escape(f"{path} is damaged: cannot reshape")):
+        metrics.unpacked_mnist(tmp_path, train=True)
