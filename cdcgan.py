@@ -75,8 +75,8 @@ PAPER = dict(batch_size=128, lr_g=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999, ema=0
 PAPER |= dict(d_norm="batch", r1=0.0, penalty_share=1.0, lr_decay="none")
 MLP = dict(lr_d=5e-4)  # --arch mlp sets these
 # Colour images of 32 pixels or more set these, without --arch mlp: those of dcgan.py, tried on three kinds of faces.
-COLOUR = dict(batch_size=16, lr_g=1e-3, lr_d=1e-3, lr_decay="none", r1=2.0, ema=0.995, ngf=32, ndf=32)
-SMALL_COLOUR = dict(lr_decay="linear", r1=1.0)  # below 64 pixels: tried on CIFAR-10
+COLOUR = dict(batch_size=16, lr_g=1e-3, lr_d=1e-3, r1=2.0, ema=0.995, ngf=32, ndf=32)
+SMALL_COLOUR = dict(r1=1.0)  # below 64 pixels: tried on CIFAR-10
 
 
 def parse_args(argv=None):
