@@ -84,7 +84,7 @@ PAPER = dict(batch_size=32, lr_g=1e-3, lr_d=2e-4, beta1=0.5, beta2=0.999, ema=0.
 PAPER |= dict(r1=0.0, penalty_share=1.0, lr_decay="none", ngf=16, ndf=16)
 MLP = dict(lr_g=2e-3, lr_d=5e-4, r1=0.02)  # --arch mlp sets these
 # Colour images of 32 pixels or more set these, without --arch mlp: those of dcgan.py, tried on faces.
-COLOUR = dict(batch_size=16, lr_g=1e-3, lr_d=1e-3, lr_decay="none", r1=2.0, ema=0.995, ngf=32, ndf=32)
+COLOUR = dict(batch_size=16, lr_g=1e-3, lr_d=1e-3, r1=2.0, ema=0.995, ngf=32, ndf=32)
 
 
 def parse_args(argv=None):

@@ -79,7 +79,7 @@ PAPER |= dict(clip=0.01, optimizer="rmsprop", lr_decay="none")
 MLP = dict(lr_d=5e-4, d_norm="none")  # --arch mlp sets these
 # Colour images of 32 pixels or more set these, without --arch mlp: tried on three kinds of faces. G's rate is the lower
 # one: at 1e-3 it gets ahead of the critic, which then tells nothing apart.
-COLOUR = dict(batch_size=16, lr_g=3e-4, lr_d=1e-3, ema=0.995, ngf=32, ndf=32)
+COLOUR = dict(batch_size=16, lr_g=3e-4, lr_d=1e-3, lr_decay="none", ema=0.995, ngf=32, ndf=32)
 
 
 def parse_args(argv=None):
