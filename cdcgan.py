@@ -74,7 +74,8 @@ from metrics import (
 PAPER = dict(batch_size=128, lr_g=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999, ema=0.999, ngf=128, ndf=64)
 PAPER |= dict(d_norm="batch", r1=0.0, penalty_share=1.0, lr_decay="none")
 MLP = dict(lr_d=5e-4)  # --arch mlp sets these
-# Colour images of 32 pixels or more set these, without --arch mlp: those of dcgan.py, tried on three kinds of faces.
+# Colour images of 32 pixels or more set these, but not with --arch mlp: those of dcgan.py, tried on three kinds of
+# faces.
 COLOUR = dict(batch_size=16, lr_g=1e-3, lr_d=1e-3, r1=2.0, ema=0.995, ngf=32, ndf=32)
 SMALL_COLOUR = dict(r1=1.0)  # below 64 pixels: tried on CIFAR-10
 
@@ -308,7 +309,7 @@ def train(args):
     ema = averaged(G)
     opt_g = adam(G, args.lr_g, args)
     opt_d = adam(D, args.lr_d, args)
-    seed_noise(args.seed)  # torchrun, a process for each GPU: other noise in each from here on
+    seed_noise(args.seed)  # under torchrun each process draws its own noise from here on
 
     def amp():
         """With --amp the layers inside run in bfloat16, a float of 16 bits. Without it this does nothing.
@@ -423,7 +424,8 @@ def train(args):
     def load_networks(path):
         return restore(path, {"ema": ema, "D": D})
 
-    study.finish(i, load_networks)  # the last pictures; then last.pt and best.pt are loaded in turn and scored
+    # The last pictures. Then last.pt and best.pt are loaded in turn and scored; D too, for --reject.
+    study.finish(i, load_networks)
 
 
 def load(path):
@@ -432,7 +434,7 @@ def load(path):
     It maps z (B, G.latent_dim) and labels y (B,), 0 for the first class, to images (B, C, S, S) in [-1, 1]. The classes
     are in args.json. Ends the program if the file is no checkpoint."""
     checkpoint = read_checkpoint(path)
-    # A flag that was added after the file was written has its default.
+    # Flags that did not exist yet when the file was written take their default.
     args = argparse.Namespace(**{**vars(parse_args([])), **checkpoint["args"]})
     G = averaged(Generator(args, CHANNELS[args.dataset], len(checkpoint["classes"])))
     G.load_state_dict(checkpoint["ema"])

@@ -19,8 +19,8 @@ saturates, ns does not. A relativistic D only has to rate a real image above a f
 The second line of D's objective is a penalty, which keeps f from changing too fast. By default r1 = 1 and gp = r2 = 0,
 so it is about real images alone. grad is the gradient with respect to the pixels of the image, not to the weights. At
 real images the penalty is called R1, with the weight r1/2, and at fake ones R2, with r2/2 (Mescheder et al. 2018,
-1801.04406). gp is one weight for both, added to these. It pulls the gradient to 0, where the penalty of WGAN-GP pulls
-its norm to 1. The relativistic loss with R1 and R2 is that of Huang et al. 2024, 2501.05441.
+1801.04406). gp is one weight, added to both. All three pull the gradient to 0, where the penalty of WGAN-GP pulls its
+norm to 1. The relativistic loss with R1 and R2 is that of Huang et al. 2024, 2501.05441.
 
     python dcgan.py                                      digits rendered at start-up, no download
     python dcgan.py --dataset mnist --epochs 200
@@ -33,8 +33,8 @@ between generated and real images, here in the features of a small network that 
 digits against other real ones have 1.3. tests/gallery/README.md has the protocol.
 
 The defaults differ from the paper. D has R1, on a quarter of each batch, in place of batch norm. The rates are ten
-times as high and fall to 0. Batch, betas and average differ too. --paper undoes this, and --help lists what it sets.
-Colour images have settings of their own (COLOUR below).
+times as high and fall to 0. The batch, Adam's betas and `ema`, the average of G's weights, differ too. --paper undoes
+this, and --help lists what it sets. Colour images have settings of their own (COLOUR below).
 
 With --paper D has batch norm in all blocks but the first, as in the paper. In the first block it would subtract the
 average brightness of a batch, so D could not see that all fakes are too grey, and G would keep a grey background
@@ -93,8 +93,8 @@ from metrics import (
 PAPER = dict(batch_size=128, lr_g=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999, ema=0.999, ngf=32, ndf=32)
 PAPER |= dict(d_norm="batch", r1=0.0, penalty_share=1.0, lr_decay="none")
 MLP = dict(lr_g=2e-3, lr_d=5e-4)  # --arch mlp sets these
-# Colour images of 32 pixels or more set these, without --arch mlp: the best of a search on faces. The rates fall, as
-# they do by default: at constant ones D comes to tell nothing apart after 20,000 updates.
+# Colour images of 32 pixels or more set these, but not with --arch mlp: the best of a search on faces. The rates fall,
+# as they do by default: at constant ones D comes to tell nothing apart after 20,000 updates.
 COLOUR = dict(batch_size=16, lr_g=1e-3, lr_d=1e-3, r1=2.0, ema=0.995, ngf=32, ndf=32)
 SMALL_COLOUR = dict(lr_g=2e-3, lr_d=2e-3, r1=1.0)  # below 64 pixels: tried on CIFAR-10
 
@@ -109,7 +109,10 @@ def parse_args(argv=None):
         help="see the formulas at the top of dcgan.py",
     )
     p.add_argument(
-        "--gp", type=number(float, 0), default=0.0, help="weight of ||grad f||^2 on real and fake images, added to R1's"
+        "--gp",
+        type=number(float, 0),
+        default=0.0,
+        help="weight of ||grad f||^2 on real and fake images, added to those of R1 and R2",
     )
     p.add_argument(
         "--r1",
@@ -184,7 +187,7 @@ class Generator(nn.Module):
             layers += [nn.ConvTranspose2d(args.latent_dim, n_in, 4, 1, 0, bias=False)]  # (B, n_in, 4, 4)
             layers += [nn.BatchNorm2d(n_in), nn.ReLU()]
             for i in range(n - 1):  # twice the side, half the channels
-                # A kernel of 4 doubles the side. For 28 the first layer has a kernel of 3, which takes 4 to 7.
+                # A kernel of 4 doubles the side. For 28 the first of these has a kernel of 3, which takes 4 to 7.
                 kernel = 3 if S == 28 and i == 0 else 4
                 n_out = n_in // 2
                 layers += [*grow(args.upsample, n_in, n_out, kernel), nn.BatchNorm2d(n_out), nn.ReLU()]
@@ -219,7 +222,7 @@ class Discriminator(nn.Module):
             layers = []
             n_in = channels
             for i in range(n):  # half the side, twice the channels; the first makes ndf channels
-                # A kernel of 4 halves the side. For 28 the last layer has a kernel of 3, which takes 7 to 4.
+                # A kernel of 4 halves the side. For 28 the last of these has a kernel of 3, which takes 7 to 4.
                 kernel = 3 if S == 28 and i == n - 1 else 4
                 n_out = args.ndf * 2**i
                 has_norm = args.d_norm == "batch" and (i > 0 or args.norm_first)
@@ -333,7 +336,7 @@ def train(args):
     ema = averaged(G)
     opt_g = adam(G, args.lr_g, args)
     opt_d = adam(D, args.lr_d, args)
-    seed_noise(args.seed)  # torchrun, a process for each GPU: other noise in each from here on
+    seed_noise(args.seed)  # under torchrun each process draws its own noise from here on
 
     def amp():
         """With --amp the layers inside run in bfloat16, a float of 16 bits. Without it this does nothing.
@@ -381,7 +384,7 @@ def train(args):
         for _ in range(args.g_steps):
             with amp():
                 x_fake = G(sample_z(args, B, device))  # a fresh z
-                # relativistic: G's loss needs the logits of real images too, of D's last batch
+                # relativistic: G's loss needs the logits of real images too, of the last batch of the loop above
                 new_logit_real = D(x_real) if args.loss == "relativistic" else None
                 new_logit_fake = D(x_fake)
             g_loss = generator_loss(new_logit_fake, args.loss, new_logit_real)
@@ -454,7 +457,8 @@ def train(args):
     def load_networks(path):
         return restore(path, {"ema": ema, "D": D})
 
-    study.finish(i, load_networks)  # the last pictures; then last.pt and best.pt are loaded in turn and scored
+    # The last pictures. Then last.pt and best.pt are loaded in turn and scored; D too, for --reject.
+    study.finish(i, load_networks)
 
 
 def load(path):
@@ -462,7 +466,7 @@ def load(path):
 
     It maps z (B, G.latent_dim) to images (B, C, S, S) in [-1, 1]. Ends the program if the file is no checkpoint."""
     checkpoint = read_checkpoint(path)
-    # A flag that was added after the file was written has its default.
+    # Flags that did not exist yet when the file was written take their default.
     args = argparse.Namespace(**{**vars(parse_args([])), **checkpoint["args"]})
     G = averaged(Generator(args, CHANNELS[args.dataset]))
     G.load_state_dict(checkpoint["ema"])

@@ -75,7 +75,8 @@ from metrics import (
 PAPER = dict(batch_size=32, lr_g=5e-4, lr_d=5e-4, beta1=0.5, beta2=0.999, ema=0.999, ngf=16, ndf=16)
 PAPER |= dict(r1=0.0, penalty_share=1.0, lr_decay="none")
 MLP = dict(lr_g=2e-3, lr_d=5e-4)  # --arch mlp sets these
-# Colour images of 32 pixels or more set these, without --arch mlp: tried on faces. At twice these rates training fails.
+# Colour images of 32 pixels or more set these, but not with --arch mlp: tried on faces. At twice these rates training
+# fails.
 COLOUR = dict(batch_size=16, lr_g=1e-3, lr_d=1e-3, ema=0.995, ngf=32, ndf=32)
 
 
@@ -143,7 +144,7 @@ class Generator(nn.Module):
             layers += [nn.ConvTranspose2d(args.latent_dim, n_in, 4, 1, 0, bias=False)]  # (B, n_in, 4, 4)
             layers += [nn.BatchNorm2d(n_in), nn.ReLU()]
             for i in range(n - 1):  # twice the side, half the channels
-                # A kernel of 4 doubles the side. For 28 the first layer has a kernel of 3, which takes 4 to 7.
+                # A kernel of 4 doubles the side. For 28 the first of these has a kernel of 3, which takes 4 to 7.
                 kernel = 3 if S == 28 and i == 0 else 4
                 n_out = n_in // 2
                 layers += [nn.ConvTranspose2d(n_in, n_out, kernel, 2, 1, bias=False), nn.BatchNorm2d(n_out), nn.ReLU()]
@@ -177,7 +178,7 @@ class Discriminator(nn.Module):
             layers = []
             n_in = channels
             for i in range(n):  # half the side, twice the channels; the first makes ndf channels
-                # A kernel of 4 halves the side. For 28 the last layer has a kernel of 3, which takes 7 to 4.
+                # A kernel of 4 halves the side. For 28 the last of these has a kernel of 3, which takes 7 to 4.
                 kernel = 3 if S == 28 and i == n - 1 else 4
                 n_out = args.ndf * 2**i
                 layers += [nn.Conv2d(n_in, n_out, kernel, 2, 1), nn.LeakyReLU(negative_slope=0.2)]
@@ -337,7 +338,7 @@ def train(args):
     ema = averaged(G)
     opt_g = adam(G, args.lr_g, args)
     opt_d = adam(D, args.lr_d, args)
-    seed_noise(args.seed)  # torchrun, a process for each GPU: other noise in each from here on
+    seed_noise(args.seed)  # under torchrun each process draws its own noise from here on
 
     def amp():
         """With --amp the layers inside run in bfloat16, a float of 16 bits. Without it this does nothing.
@@ -446,7 +447,8 @@ def train(args):
     def load_networks(path):
         return restore(path, {"ema": ema, "D": D})
 
-    study.finish(i, load_networks)  # the last pictures; then last.pt and best.pt are loaded in turn and scored
+    # The last pictures. Then last.pt and best.pt are loaded in turn and scored; D too, for --reject.
+    study.finish(i, load_networks)
 
 
 def load(path):
@@ -454,7 +456,7 @@ def load(path):
 
     It maps z (B, G.latent_dim) to images (B, C, S, S) in [-1, 1]. Ends the program if the file is no checkpoint."""
     checkpoint = read_checkpoint(path)
-    # A flag that was added after the file was written has its default.
+    # Flags that did not exist yet when the file was written take their default.
     args = argparse.Namespace(**{**vars(parse_args([])), **checkpoint["args"]})
     G = averaged(Generator(args, CHANNELS[args.dataset]))
     G.load_state_dict(checkpoint["ema"])

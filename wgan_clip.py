@@ -77,8 +77,8 @@ from metrics import (
 PAPER = dict(batch_size=64, d_steps=5, lr_g=5e-5, lr_d=5e-5, beta1=0.5, beta2=0.999, ema=0.999, ngf=32, ndf=32)
 PAPER |= dict(clip=0.01, optimizer="rmsprop", lr_decay="none")
 MLP = dict(lr_d=5e-4, d_norm="none")  # --arch mlp sets these
-# Colour images of 32 pixels or more set these, without --arch mlp: tried on three kinds of faces. G's rate is the lower
-# one: at 1e-3 it gets ahead of the critic, which then tells nothing apart.
+# Colour images of 32 pixels or more set these, but not with --arch mlp: tried on three kinds of faces. G's rate is the
+# lower one: at 1e-3 it gets ahead of the critic, which then tells nothing apart.
 COLOUR = dict(batch_size=16, lr_g=3e-4, lr_d=1e-3, lr_decay="none", ema=0.995, ngf=32, ndf=32)
 
 
@@ -152,7 +152,7 @@ class Generator(nn.Module):
             layers += [*norm(args.g_norm, n_out), nn.ReLU()]
             n_in = n_out
             for i in range(n - 1):  # twice the side, half the channels
-                # A kernel of 4 doubles the side. For 28 the first layer has a kernel of 3, which takes 4 to 7.
+                # A kernel of 4 doubles the side. For 28 the first of these has a kernel of 3, which takes 4 to 7.
                 kernel = 3 if S == 28 and i == 0 else 4
                 n_out = n_in // 2
                 layers += [*grow(args.upsample, n_in, n_out, kernel, bias), *norm(args.g_norm, n_out), nn.ReLU()]
@@ -195,7 +195,7 @@ class Discriminator(nn.Module):
             n = doublings(S)
             layers = []
             for i in range(n):  # half the side, twice the channels; the first makes ndf channels
-                # A kernel of 4 halves the side. For 28 the last layer has a kernel of 3, which takes 7 to 4.
+                # A kernel of 4 halves the side. For 28 the last of these has a kernel of 3, which takes 7 to 4.
                 kernel = 3 if S == 28 and i == n - 1 else 4
                 kind = args.d_norm if i > 0 else "none"
                 n_out = args.ndf * 2**i
@@ -323,7 +323,7 @@ def train(args):
     ema = averaged(G)
     opt_g = make_optimizer(G, args.lr_g, args)
     opt_d = make_optimizer(D, args.lr_d, args)
-    seed_noise(args.seed)  # torchrun, a process for each GPU: other noise in each from here on
+    seed_noise(args.seed)  # under torchrun each process draws its own noise from here on
 
     def amp():
         """With --amp the layers inside run in bfloat16, a float of 16 bits. Without it this does nothing.
@@ -434,7 +434,8 @@ def train(args):
     def load_networks(path):
         return restore(path, {"ema": ema, "D": D})
 
-    study.finish(i, load_networks)  # the last pictures; then last.pt and best.pt are loaded in turn and scored
+    # The last pictures. Then last.pt and best.pt are loaded in turn and scored; D too, for --reject.
+    study.finish(i, load_networks)
 
 
 def load(path):
@@ -443,7 +444,7 @@ def load(path):
     It maps z (B, G.latent_dim), and with --conditional labels y (B,), to images (B, C, S, S) in [-1, 1]. Ends the
     program if the file is no checkpoint."""
     checkpoint = read_checkpoint(path)
-    # A flag that was added after the file was written has its default.
+    # Flags that did not exist yet when the file was written take their default.
     args = argparse.Namespace(**{**vars(parse_args([])), **checkpoint["args"]})
     G = averaged(Generator(args, CHANNELS[args.dataset], len(checkpoint["classes"])))
     G.load_state_dict(checkpoint["ema"])

@@ -1,7 +1,7 @@
 """WGAN-GP: a critic scores images, G learns to score high, and a penalty keeps the critic's gradient norm near 1.
 
 Gulrajani, Ahmed, Arjovsky, Dumoulin and Courville, "Improved Training of Wasserstein GANs", arXiv 1704.00028, eq. (3).
-D, class Discriminator, is the critic: its score is any real number, not a probability.
+D, class Discriminator, is the critic: its score D(x) is any real number, not a probability.
 
     critic     min_D  E[D(G(z))] - E[D(x)] + lambda E[(||grad D(x_hat)||_2 - 1)^2]
     generator  min_G  -E[D(G(z))]
@@ -10,16 +10,16 @@ D, class Discriminator, is the critic: its score is any real number, not a proba
 
 grad is with respect to the pixels of x_hat, not to the weights. Without a limit on its norm the critic could multiply
 all its scores by 1000, and its loss would fall with nothing learned. If the norm is at most 1 everywhere (a 1-Lipschitz
-critic), the largest E[D(x)] - E[D(G(z))] is the Wasserstein distance: how far images have to be moved, on average, to
-turn the generated distribution into the real one.
+critic), the largest E[D(x)] - E[D(G(z))] is the Wasserstein distance: how far images have to be moved, on average and
+by the cheapest plan, to turn the generated distribution into the real one.
 
-The penalty is a soft form of this limit. It punishes norms below 1 too, because the best critic's gradient has norm 1
-on the lines between those fake and real points that the cheapest transport pairs (section 2.3). Which these are nobody
-knows, so x_hat lies between random pairs, as in the paper.
+The penalty is a soft form of this limit. The cheapest plan pairs each fake image with a real one. On the line between
+the two the best critic's gradient has norm 1, so norms below 1 are punished too (section 2.3). Which images the plan
+pairs nobody knows, so x_hat lies between random pairs, as in the paper.
 
     python wgan_gp.py                                    digits rendered at start-up, no download
     python wgan_gp.py --dataset mnist --epochs 6         real digits, six passes over them: 5,622 updates
-    python wgan_gp.py --dataset folder --data-dir photos --flip --steps 2000
+    python wgan_gp.py --dataset folder --data-dir photos --flip --steps 10000
     python wgan_gp.py --dataset mnist --paper            the paper's settings, not the best ones
 
 `--dataset mnist --steps 5600` takes six minutes of one CPU core, half of that with --amp where the CPU has bfloat16. It
@@ -84,7 +84,7 @@ from metrics import (
 PAPER = dict(batch_size=64, d_steps=5, lr_g=1e-4, lr_d=1e-4, beta1=0.5, ema=0.999, ngf=32, ndf=32)
 PAPER |= dict(penalty_share=1.0, lr_decay="none")
 MLP = dict(lr_g=2e-3, lr_d=5e-4)  # --arch mlp sets these
-# Colour images of 32 pixels or more set these, without --arch mlp: the best of a search on faces. The penalty is
+# Colour images of 32 pixels or more set these, but not with --arch mlp: the best of a search on faces. The penalty is
 # on the whole batch there, and D's rate is higher than G's.
 COLOUR = dict(batch_size=16, lr_g=1e-3, lr_d=2e-3, ema=0.995, ngf=32, ndf=32, penalty_share=1.0)
 
@@ -143,7 +143,7 @@ class Generator(nn.Module):
             layers += [nn.ConvTranspose2d(args.latent_dim, n_in, 4, 1, 0, bias=False)]  # (B, n_in, 4, 4)
             layers += [nn.BatchNorm2d(n_in), nn.ReLU()]
             for i in range(n - 1):  # twice the side, half the channels
-                # A kernel of 4 doubles the side. For 28 the first layer has a kernel of 3, which takes 4 to 7.
+                # A kernel of 4 doubles the side. For 28 the first of these has a kernel of 3, which takes 4 to 7.
                 kernel = 3 if S == 28 and i == 0 else 4
                 n_out = n_in // 2
                 layers += [nn.ConvTranspose2d(n_in, n_out, kernel, 2, 1, bias=False), nn.BatchNorm2d(n_out), nn.ReLU()]
@@ -177,7 +177,7 @@ class Discriminator(nn.Module):
             layers = []
             n_in = channels
             for i in range(n):  # half the side, twice the channels; the first makes ndf channels
-                # A kernel of 4 halves the side. For 28 the last layer has a kernel of 3, which takes 7 to 4.
+                # A kernel of 4 halves the side. For 28 the last of these has a kernel of 3, which takes 7 to 4.
                 kernel = 3 if S == 28 and i == n - 1 else 4
                 n_out = args.ndf * 2**i
                 layers += [nn.Conv2d(n_in, n_out, kernel, 2, 1), nn.LeakyReLU(negative_slope=0.2)]
@@ -263,7 +263,7 @@ def train(args):
     ema = averaged(G)
     opt_g = adam(G, args.lr_g, args)
     opt_d = adam(D, args.lr_d, args)
-    seed_noise(args.seed)  # torchrun, a process for each GPU: other noise in each from here on
+    seed_noise(args.seed)  # under torchrun each process draws its own noise from here on
 
     def amp():
         """With --amp the layers inside run in bfloat16, a float of 16 bits. Without it this does nothing.
@@ -288,7 +288,8 @@ def train(args):
                 # One call for both, as D has no batch norm.
                 score_real, score_fake = D(torch.cat([x_real, x_fake])).chunk(2)
                 penalty, grad_norm = gradient_penalty(D, x_real[:n], x_fake[:n])
-            d_loss = discriminator_loss(score_real, score_fake) + args.gp_weight * penalty
+            penalty = args.gp_weight * penalty
+            d_loss = discriminator_loss(score_real, score_fake) + penalty
             opt_d.zero_grad(set_to_none=True)
             d_loss.backward()
             average_gradients(D)  # under torchrun, over the GPUs
@@ -308,7 +309,7 @@ def train(args):
         return {
             "d_loss": d_loss,
             "g_loss": g_loss,
-            "penalty": args.gp_weight * penalty,  # weighted, as in d_loss
+            "penalty": penalty,  # weighted, as in d_loss
             "w_dist": score_real.mean() - score_fake.mean(),
             "grad_norm": grad_norm,  # mean over the x_hat: near 1 once w_dist is small
             "d_acc": pair_accuracy(score_real, score_fake),
@@ -370,7 +371,8 @@ def train(args):
     def load_networks(path):
         return restore(path, {"ema": ema, "D": D})
 
-    study.finish(i, load_networks)  # the last pictures; then last.pt and best.pt are loaded in turn and scored
+    # The last pictures. Then last.pt and best.pt are loaded in turn and scored; D too, for --reject.
+    study.finish(i, load_networks)
 
 
 def load(path):
@@ -378,7 +380,7 @@ def load(path):
 
     It maps z (B, G.latent_dim) to images (B, C, S, S) in [-1, 1]. Ends the program if the file is no checkpoint."""
     checkpoint = read_checkpoint(path)
-    # A flag that was added after the file was written has its default.
+    # Flags that did not exist yet when the file was written take their default.
     args = argparse.Namespace(**{**vars(parse_args([])), **checkpoint["args"]})
     G = averaged(Generator(args, CHANNELS[args.dataset]))
     G.load_state_dict(checkpoint["ema"])
