@@ -5,7 +5,10 @@ idea at the same time: "Adversarially Learned Inference", arXiv 1606.00704. f is
 
     discriminator          min_D    E[softplus(-f(x, E(x)))] + E[softplus(f(G(z), z))] + r1/2 E[||grad f(x, E(x))||^2]
     generator and encoder  min_G,E  E[softplus(f(x, E(x)))] + E[softplus(-f(G(z), z))], the labels swapped
-    where                  z ~ N(0, I) or U[-1, 1]; the term with r1 is not in the paper
+    where                  z ~ N(0, I) or U[-1, 1]
+
+The term with r1 is not in the paper. Its grad is with respect to both parts of the pair, the image and the code, and
+does not go through E.
 
     python bigan.py                                      digits rendered at start-up, no download
     python bigan.py --dataset mnist --epochs 200
@@ -21,10 +24,10 @@ neighbour on the layer before E(x) gets 97 % of MNIST's test labels right, as ma
 by another schedule: 200 epochs at a constant rate, then 200 in which it falls exponentially to 1 %, and an L2 penalty
 of 2.5e-5 on the weights.
 
-G is never given a code of E, nor E an image of G. Yet against the best D both are at their optimum when each undoes
-the other. E's last layer has the range of the prior: linear for N(0, I), tanh for U[-1, 1]. Otherwise D could tell the
-pairs apart by z alone. D has no batch norm. G and E are in train mode for D's pairs, and are used in eval mode with
-averaged weights. Colour images have settings of their own (COLOUR).
+G is never given a code of E, nor E an image of G. Yet against the best D, where G and E are at their optimum, each
+undoes the other. E's last layer has the range of the prior: linear for N(0, I), tanh for U[-1, 1]. Otherwise D could
+tell the pairs apart by z alone. D has no batch norm. G and E are in train mode for D's pairs, and are used in eval mode
+with averaged weights. Colour images have settings of their own (COLOUR).
 """
 
 # `uv run bigan.py` reads this block, installs the packages and runs the file. Without uv it is a comment.

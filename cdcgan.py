@@ -1,8 +1,9 @@
 """Conditional DCGAN: G is told which class to make, and D is told which class it should be looking at.
 
-Mirza and Osindero, "Conditional Generative Adversarial Nets", arXiv 1411.1784, eq. (2). f is D's logit. The label, as a
-one-hot vector, goes through a first layer of its own, and is then joined to z in G and to the image in D. (With --arch
-mlp it is joined as it is.)
+Mirza and Osindero, "Conditional Generative Adversarial Nets", arXiv 1411.1784, eq. (2), with the non-saturating loss
+for G. f is D's logit. The label, as a one-hot vector, goes through a first layer of its own, and is joined to the
+features that z in G, and the image in D, have after their first layer. (With --arch mlp it is joined to z and to the
+pixels as it is.) The term with r1, R1, is not in the paper. Its grad is with respect to x.
 
     discriminator  min_D  E[softplus(-f(x, y))] + E[softplus(f(G(z, y), y))] + r1/2 E||grad f(x, y)||^2
     generator      min_G  E[softplus(-f(G(z, y), y))]
@@ -22,7 +23,8 @@ is the share of samples that the scores' classifier takes for the label asked fo
 the label, and then G ignores it too.
 
 Where D has batch norm (--paper), real and fake go through it in separate batches. While training, G's batch norm uses
-the current batch. The images to look at come from `ema`, a copy of G with averaged weights, in eval mode.
+the current batch. The images to look at come from `ema`, a copy of G with averaged weights and G's running statistics,
+in eval mode.
 """
 
 # `uv run cdcgan.py` reads this block, installs the packages and runs the file. Without uv it is a comment.
@@ -339,7 +341,7 @@ def train(args):
             # The penalty is costly, so it is taken on n images only: the first n, as the batch is shuffled.
             n = math.ceil(args.penalty_share * B)
             if args.d_norm == "batch":
-                n = max(n, 2)  # with --arch mlp one image has no batch statistics
+                n = max(n, 2)  # batch norm of one image would normalize it by itself
             penalty = torch.zeros((), device=device)
             with amp():
                 if args.r1 > 0:

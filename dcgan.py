@@ -13,8 +13,8 @@ any real number, and p = sigmoid(f(x)). With softplus(t) = log(1 + e^t), softplu
                    min_G  E[softplus(f(x) - f(G(z)))]    (Jolicoeur-Martineau 2018, 1807.00734)
     where          z ~ N(0, I), or each number of it from U[-1, 1] (--prior)
 
-ns and minimax have the same aim. But while D is sure of its fakes, the gradient of minimax vanishes: that loss
-saturates, ns does not. A relativistic D only has to rate a real image above a fake one.
+ns and minimax have the same equilibrium. But while D is sure that fakes are fake, the gradient of minimax vanishes:
+that loss saturates, ns does not. A relativistic D only has to rate a real image above a fake one.
 
 The second line of D's objective is a penalty, which keeps f from changing too fast. By default r1 = 1 and gp = r2 = 0,
 so it is about real images alone. grad is the gradient with respect to the pixels of the image, not to the weights. At
@@ -41,7 +41,7 @@ average brightness of a batch, so D could not see that all fakes are too grey, a
 (--norm-first shows it). With batch norm real and fake images go through D as separate batches.
 
 With and without --paper: while training, G's batch norm uses the current batch. The images to look at come from `ema`,
-a copy of G with averaged weights, in eval mode.
+a copy of G with averaged weights and G's running statistics, in eval mode.
 """
 
 # `uv run dcgan.py` reads this block, installs the packages and runs the file. Without uv it is a comment.
@@ -94,7 +94,7 @@ PAPER = dict(batch_size=128, lr_g=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999, ema=0
 PAPER |= dict(d_norm="batch", r1=0.0, penalty_share=1.0, lr_decay="none")
 MLP = dict(lr_g=2e-3, lr_d=5e-4)  # --arch mlp sets these
 # Colour images of 32 pixels or more set these, but not with --arch mlp: the best of a search on faces. The rates fall,
-# as they do by default: at constant ones D comes to tell nothing apart after 20,000 updates.
+# as they do by default: at constant ones D comes to tell nothing apart after some 22,000 updates.
 COLOUR = dict(batch_size=16, lr_g=1e-3, lr_d=1e-3, r1=2.0, ema=0.995, ngf=32, ndf=32)
 SMALL_COLOUR = dict(lr_g=2e-3, lr_d=2e-3, r1=1.0)  # below 64 pixels: tried on CIFAR-10
 

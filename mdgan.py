@@ -1,8 +1,9 @@
 """MD-GAN: D maps an image to a point, real ones to where a fixed mixture of Gaussians is likely, fake ones elsewhere.
 
 Eghbal-zadeh, Zellinger and Widmer 2019, "Mixture Density Generative Adversarial Networks", arXiv 1811.00152. lk is the
-likelihood of d + 1 Gaussians on the corners of a regular simplex, lambda its maximum, u(x) = log lambda - log lk(D(x)).
-In the formulas D(x) is a point. The class Discriminator goes on to D's score, -u(x).
+likelihood of a mixture of d + 1 Gaussians, lk(e) = 1/(d + 1) sum_i N(e; mu_i, sigma^2 I), with the mu_i on the corners
+of a regular simplex. lambda is its maximum, and u(x) = log lambda - log lk(D(x)), which is never below 0. In the
+formulas D(x) is a point. The class Discriminator goes on to D's score, -u(x).
 
     discriminator  max_D  E[log lk(D(x))] + E[log(lambda - lk(D(G(z))))]
                    i.e.   min_D  E[u(x)] - E[log(1 - exp(-u(G(z))))], plus r1/2 E||grad u(x)||^2, which the paper lacks
@@ -24,7 +25,7 @@ lie. The published loss of G has the derivative 1 / (exp(u) - 1) in u, which is 
 score -u is no logit: --reject naive means nothing here.
 
 D has no batch norm. While training, G's batch norm uses the current batch. The images to look at come from `ema`, a
-copy of G with averaged weights, in eval mode.
+copy of G with averaged weights and G's running statistics, in eval mode.
 """
 
 # `uv run mdgan.py` reads this block, installs the packages and runs the file. Without uv it is a comment.

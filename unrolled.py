@@ -28,9 +28,10 @@ The steps ahead are thrown away: D and its optimizer stay as they are, bit for b
 D moves first. (In the authors' demo both move at once.) Then G looks ahead from the new D, on D's last images and a
 fresh z. So with --k 0 and the same flags it trains as dcgan.py does. Some defaults differ.
 
-D has no batch norm, because its statistics would have to be unrolled too. While training, G's batch norm uses the
-current batch. The images to look at come from `ema`, a copy of G with averaged weights, in eval mode. Under torchrun
-each rank looks ahead on its own rows of the batch. Colour images have settings of their own (COLOUR).
+D has no batch norm: the steps ahead would write into its running statistics, and D would not stay as it is. While
+training, G's batch norm uses the current batch. The images to look at come from `ema`, a copy of G with averaged
+weights and G's running statistics, in eval mode. Under torchrun each rank looks ahead on its own rows of the batch.
+Colour images have settings of their own (COLOUR).
 """
 
 # `uv run unrolled.py` reads this block, installs the packages and runs the file. Without uv it is a comment.

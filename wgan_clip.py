@@ -20,14 +20,15 @@ digits against other real ones have 1.3. tests/gallery/README.md has the protoco
 The column `clipped` of log.csv is the share of weights that lie at -c or c after an update. Near 1 D can only choose
 signs. At c = .05 one update of D for each of G is enough; the paper, at .01, makes five.
 
-Without batch norm (--d-norm none) clipping bounds D's gradient, and w_dist, which is E[D(x)] - E[D(G(z))], estimates a
-multiple of the Wasserstein distance. With batch norm, the default here and that of the authors' code, it does not:
-batch norm undoes the scale of the weights before it, and real and fake go through D in separate batches, each with its
-own statistics. Then w_dist only says whether D tells them apart.
+Without batch norm (--d-norm none) clipping bounds D's gradient by some K, which depends on c and on the layers. Then
+E[D(x)] - E[D(G(z))], which is logged as w_dist, is at most K times the Wasserstein distance. With batch norm, the
+default here and that of the authors' code, it is not: batch norm undoes the scale of the weights before it, and real
+and fake go through D in separate batches, each with its own statistics. Then w_dist only says whether D tells them
+apart.
 
 As in the authors' code all of D's parameters are clipped, batch norm's too. While training, G's batch norm uses the
-current batch. The images to look at come from `ema`, a copy of G with averaged weights, in eval mode. Colour images
-have settings of their own (COLOUR).
+current batch. The images to look at come from `ema`, a copy of G with averaged weights and G's running statistics, in
+eval mode. Colour images have settings of their own (COLOUR).
 """
 
 # `uv run wgan_clip.py` reads this block, installs the packages and runs the file. Without uv it is a comment.

@@ -31,9 +31,9 @@ The defaults differ from the paper: one update of the critic for one of G, the p
 higher rates that fall to 0. --paper undoes this, and --help lists what it sets. The networks, the size of the images
 and of z, and the average are ours with --paper too. Colour images have settings of their own (COLOUR).
 
-With batch norm the critic's score of an image would depend on the whole batch, and the gradient at one image would
-mean nothing. So the critic has none. While training, G's batch norm uses the current batch. The images to look at come
-from `ema`, a copy of G with averaged weights, in eval mode.
+With batch norm the critic's score of an image would depend on the whole batch, and the gradient at one image would mean
+nothing. So the critic has none. While training, G's batch norm uses the current batch. The images to look at come from
+`ema`, a copy of G with averaged weights and G's running statistics, in eval mode.
 """
 
 # `uv run wgan_gp.py` reads this block, installs the packages and runs the file. Without uv it is a comment.
