@@ -83,7 +83,7 @@ PAPER |= dict(r1=0.0, penalty_share=1.0, lr_decay="none")
 MLP = dict(latent_dim=50, lr_d=5e-4)  # --arch mlp sets these
 # Colour images of 32 pixels or more set these, but not with --arch mlp: those of dcgan.py, tried on three kinds of
 # faces.
-COLOUR = dict(batch_size=16, lr_g=1e-3, lr_d=1e-3, lr_decay="none", r1=2.0, ema=0.995, ngf=32, ndf=32)
+COLOUR = dict(batch_size=16, lr_g=1e-3, lr_d=1e-3, r1=2.0, ema=0.995, ngf=32, ndf=32)
 
 
 def parse_args(argv=None):
