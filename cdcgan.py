@@ -873,8 +873,8 @@ def due(i, every, args):
 def save(name, i, state, study):
     """Writes a checkpoint into the run's folder: one dict of plain types and tensors. Only rank 0 writes.
 
-    Ends the program if a weight is NaN or infinite, before the last good file is overwritten. A disk that refuses ends
-    it after the last update; before, the training goes on, and the file of before stays."""
+    Ends the program if a weight is NaN or infinite, before the last good file is overwritten. A disk that refuses costs
+    a warning, as the file of before stays and the next save may succeed. After the last update it ends the program."""
     for part in state.values():
         if isinstance(part, nn.Module) and not all(p.isfinite().all() for p in part.parameters()):
             not_finite("a weight", i, study.folder)
@@ -893,9 +893,8 @@ def save(name, i, state, study):
     if study.args.device != "cpu":
         checkpoint["rng"][study.args.device] = torch.get_device_module(study.args.device).get_rng_state()
     refused = or_warn if i < study.total else or_fail
-    with refused(
-        f"{study.folder / name} cannot be written", (OSError, RuntimeError)
-    ):  # torch.save: either, on a full disk
+    # On a full disk torch.save raises RuntimeError, others OSError.
+    with refused(f"{study.folder / name} cannot be written", (OSError, RuntimeError)):
         replace_file(study.folder / name, lambda file: torch.save(checkpoint, file))
 
 

@@ -2447,7 +2447,11 @@ class Stop:
             self.signal = from_rank_0(self.signal)
         self.put_back()
         if self.signal is not None:
-            say(f"stopped at step {i}: go on with --resume {study.folder / 'last.pt'}")
+            last = study.folder / "last.pt"
+            if step_of(last) == i:
+                say(f"stopped at step {i}: go on with --resume {last}")
+            else:  # the disk has refused it
+                say(f"stopped at step {i}, which is not saved")
             raise SystemExit(128 + self.signal)
 
     @classmethod

@@ -969,6 +969,26 @@ def test_a_checkpoint_that_the_disk_refuses_once_costs_a_warning(tmp_path, monke
     assert torch.load(tmp_path / "run/last.pt", weights_only=True)["step"] == 4
 
 
+def test_a_last_checkpoint_that_the_disk_refuses_is_not_called_saved(tmp_path, monkeypatch, capsys, few_digits):
+    """After Ctrl-C, too, long before the last update: the run must not say that it can go on from there."""
+    import wgan_gp
+
+    log = metrics.Study.log
+
+    def interrupted(self, i):
+        log(self, i)
+        monkeypatch.setattr(os, "fsync", no_space)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(metrics.Study, "log", interrupted)
+    flags = [*TINY, str(tmp_path / "run"), "--log-every", "1", "--steps", "400"]
+    with pytest.raises(SystemExit) as stop:
+        wgan_gp.main(flags)
+    out = capsys.readouterr()
+    assert stop.value.code == 130 and "last.pt cannot be written" in out.err
+    assert "which is not saved" in out.out and "go on with" not in out.out
+
+
 def test_a_run_that_ended_leaves_its_folder_to_others(tmp_path, monkeypatch, few_digits):
     """A notebook lives on after an error, whose traceback keeps the run's objects, and so the lock, alive."""
     import wgan_gp
