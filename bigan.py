@@ -5,7 +5,7 @@ idea at the same time: "Adversarially Learned Inference", arXiv 1606.00704. f is
 
     discriminator          min_D    E[softplus(-f(x, E(x)))] + E[softplus(f(G(z), z))] + r1/2 E[||grad f(x, E(x))||^2]
     generator and encoder  min_G,E  E[softplus(f(x, E(x)))] + E[softplus(-f(G(z), z))], the labels swapped
-    where                  z ~ N(0, I) or U[-1, 1]
+    where                  z ~ N(0, I), or each number of it from U[-1, 1] (--prior)
 
 The term with r1 is not in the paper. Its grad is with respect to both parts of the pair, the image and the code, and
 does not go through E.
@@ -26,8 +26,11 @@ of 2.5e-5 on the weights.
 
 G is never given a code of E, nor E an image of G. Yet against the best D, where G and E are at their optimum, each
 undoes the other. E's last layer has the range of the prior: linear for N(0, I), tanh for U[-1, 1]. Otherwise D could
-tell the pairs apart by z alone. D has no batch norm. G and E are in train mode for D's pairs, and are used in eval mode
-with averaged weights. Colour images have settings of their own (COLOUR).
+tell the pairs apart by z alone.
+
+D has no batch norm. While training, the batch norm of G and of E uses the current batch. The images and codes to look
+at come from `ema` and `ema_e`, copies with averaged weights and running statistics, in eval mode. Colour images have
+settings of their own (COLOUR).
 """
 
 # `uv run bigan.py` reads this block, installs the packages and runs the file. Without uv it is a comment.
@@ -89,7 +92,12 @@ COLOUR = dict(batch_size=16, lr_g=1e-3, lr_d=1e-3, r1=2.0, ema=0.995, ngf=32, nd
 def parse_args(argv=None):
     """The flags, as a namespace. The defaults come from a search on MNIST (tests/gallery/search.md)."""
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
-    p.add_argument("--r1", type=number(float, 0), default=1.0, help="gamma of R1 on real pairs; the paper has none")
+    p.add_argument(
+        "--r1",
+        type=number(float, 0),
+        default=1.0,
+        help="gamma of R1: half of it is the weight of ||grad f||^2 at real pairs; not in the paper",
+    )
     p.add_argument(
         "--penalty-share",
         type=number(float, 0.01, 1),
@@ -203,8 +211,7 @@ class Encoder(nn.Module):
         self.apply(dcgan_init)
 
     def forward(self, x):
-        # Under --amp the layers return bfloat16, and the losses want float32.
-        return self.head(self.body(x)).to(x.dtype)
+        return self.head(self.body(x)).to(x.dtype)  # under --amp the layers return bfloat16; the prior's z is float32
 
 
 class Discriminator(nn.Module):
@@ -266,21 +273,23 @@ def dcgan_init(module):
 
 
 def discriminator_loss(logit_real, logit_fake):
-    """E[softplus(-f(x, E(x)))] + E[softplus(f(G(z), z))] for logits (B,): cross-entropy at D = sigmoid(f)."""
+    """E[softplus(-f(x, E(x)))] + E[softplus(f(G(z), z))] for logits (B,): cross-entropy, with p = sigmoid(f)."""
     return F.softplus(-logit_real).mean() + F.softplus(logit_fake).mean()
 
 
 def generator_loss(logit_real, logit_fake):
-    """G's and E's, non-saturating: the labels swapped. Only the real pairs reach E, and only the fake ones G."""
+    """E[softplus(f(x, E(x)))] + E[softplus(-f(G(z), z))] for logits (B,): the labels swapped, non-saturating.
+
+    Only the real pairs reach E, and only the fake ones G."""
     return F.softplus(logit_real).mean() + F.softplus(-logit_fake).mean()
 
 
 def squared_gradient(D, x, z):
     """E[||grad f(x, z)||^2] for images x (B, C, H, W) and codes z (B, latent_dim).
 
-    The sum over a pair's numbers, the mean over pairs. gamma/2 of it on real pairs (x, E(x)) is R1: Mescheder et al.
+    The sum over a pair's numbers, the mean over pairs. r1/2 of it on real pairs (x, E(x)) is R1: Mescheder et al.
     2018, 1801.04406, eq. (9)."""
-    x = x.detach().requires_grad_(True)
+    x = x.detach().requires_grad_(True)  # cut off from what made them; recorded from here on
     z = z.detach().requires_grad_(True)
     # A logit depends on its own pair alone. So the gradient of the sum of all logits has in row i the gradient of
     # logit i.
@@ -328,7 +337,7 @@ def train(args):
         B = x.shape[1]  # images in a batch
         for x_uint8 in x:
             x_real = from_uint8(x_uint8)
-            with torch.no_grad(), amp():  # D's backward ends at the pairs
+            with torch.no_grad(), amp():  # D's update needs no gradient through G and E
                 x_both, z_both = pairs(x_real)
             with amp():
                 # One call for both, as D has no batch norm.
@@ -458,7 +467,8 @@ def load(path):
 def load_encoder(path):
     """The averaged encoder of a checkpoint: E = load_encoder("runs/NAME/best.pt"); z = E(x), images x in [-1, 1]."""
     checkpoint = read_checkpoint(path)
-    args = argparse.Namespace(**checkpoint["args"])
+    # Flags that did not exist yet when the file was written take their default.
+    args = argparse.Namespace(**{**vars(parse_args([])), **checkpoint["args"]})
     E = averaged(Encoder(args, CHANNELS[args.dataset]))
     E.load_state_dict(checkpoint["ema_e"])
     return E

@@ -7,7 +7,7 @@ pixels as it is.) The term with r1, R1, is not in the paper. Its grad is with re
 
     discriminator  min_D  E[softplus(-f(x, y))] + E[softplus(f(G(z, y), y))] + r1/2 E||grad f(x, y)||^2
     generator      min_G  E[softplus(-f(G(z, y), y))]
-    where          x, y from the data; z ~ N(0, I) or U[-1, 1]
+    where          x, y from the data; z ~ N(0, I), or each number of it from U[-1, 1] (--prior)
 
     python cdcgan.py                                     digits rendered at start-up, no download
     python cdcgan.py --dataset mnist --epochs 200
@@ -24,7 +24,7 @@ the label, and then G ignores it too.
 
 Where D has batch norm (--paper), real and fake go through it in separate batches. While training, G's batch norm uses
 the current batch. The images to look at come from `ema`, a copy of G with averaged weights and G's running statistics,
-in eval mode.
+in eval mode. Colour images have settings of their own (COLOUR).
 """
 
 # `uv run cdcgan.py` reads this block, installs the packages and runs the file. Without uv it is a comment.
@@ -87,17 +87,22 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
     p.add_argument("--d-ignores-label", action="store_true", help="D(x) in place of D(x, y)")
     p.add_argument(
-        "--d-norm",
-        choices=("batch", "none"),
-        default="none",
-        help="normalization in D, with --arch dcgan; use none with R1",
+        "--r1",
+        type=number(float, 0),
+        default=0.01,
+        help="gamma of R1: half of it is the weight of ||grad f||^2 at real images; not in the paper",
     )
-    p.add_argument("--r1", type=number(float, 0), default=0.01, help="gamma of R1 on real images, not in the paper")
     p.add_argument(
         "--penalty-share",
         type=number(float, 0.01, 1),
         default=0.25,
         help="part of each batch that the penalty is taken on",
+    )
+    p.add_argument(
+        "--d-norm",
+        choices=("batch", "none"),
+        default="none",
+        help="of D, with --arch dcgan; batch: in all blocks but the first",
     )
     p.add_argument("--batch-size", type=number(int, 2), default=64, help="real images in each update, over all GPUs")
     p.add_argument("--d-steps", "--n-critic", type=number(int, 1, 1000), default=1, help="updates of D per iteration")
@@ -128,7 +133,7 @@ def parse_args(argv=None):
         args.d_norm = "none"
         warn("with --paper a penalty sets --d-norm none: it is about one image, and batch norm mixes a batch")
     if args.r1 and args.d_norm == "batch":
-        warn("--r1 with --d-norm batch: the penalty is about one image, and batch norm mixes them in D(x)")
+        warn("the penalty is about one image at a time, and --d-norm batch mixes the images of a batch in D(x, y)")
     if not args.r1 and "penalty_share" in given:
         warn("--penalty-share has no effect without --r1")
     return args
@@ -184,7 +189,10 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Image (B, channels, S, S), labels y (B,) -> logit (B,), larger for more like a real image of that class."""
+    """Image (B, channels, S, S), labels y (B,) -> logit (B,), larger for more like a real image of that class.
+
+    By default, for 32 pixels: 32 maps of 16x16, one half from x and one from y; 32 of 8x8, 64 of 4x4, then the logit.
+    Without batch norm after it a layer has a bias."""
 
     def __init__(self, args, channels, classes):
         super().__init__()
@@ -203,7 +211,7 @@ class Discriminator(nn.Module):
             # The course's second layer doubles the channels, ours does not.
             n_out = 4 * args.ndf if args.paper else 2 * args.ndf
             layers = []
-            for _ in range(doublings(S) - 1):  # half the side, twice the channels
+            for _ in range(doublings(S) - 1):  # half the side; from the second of these on, twice the channels
                 layers += [nn.Conv2d(n_in, n_out, 4, 2, 1, bias=args.d_norm == "none")]
                 if args.d_norm == "batch":
                     layers += [nn.BatchNorm2d(n_out)]
@@ -271,21 +279,21 @@ def dcgan_init(module):
 
 
 def discriminator_loss(logit_real, logit_fake):
-    """E[softplus(-f(x, y))] + E[softplus(f(G(z, y), y))] for logits (B,): cross-entropy where D = sigmoid(f)."""
+    """E[softplus(-f(x, y))] + E[softplus(f(G(z, y), y))] for logits (B,): cross-entropy, with p = sigmoid(f)."""
     return F.softplus(-logit_real).mean() + F.softplus(logit_fake).mean()
 
 
 def generator_loss(logit_fake):
-    """E[-log D(G(z, y), y)] for logits (B,)."""
+    """E[softplus(-f(G(z, y), y))] for logits (B,), which is E[-log p]."""
     return F.softplus(-logit_fake).mean()
 
 
 def squared_gradient(D, x, y):
     """E[||grad f(x, y)||^2] for images x (B, C, H, W) and labels y (B,).
 
-    The gradient is with respect to x. The sum over an image's numbers, the mean over images. gamma/2 of it on real
+    The gradient is with respect to x. The sum over an image's numbers, the mean over images. r1/2 of it on real
     images is R1: Mescheder et al. 2018, 1801.04406, eq. (9)."""
-    x = x.detach().requires_grad_(True)
+    x = x.detach().requires_grad_(True)  # cut off from what made it; recorded from here on
     # Without batch norm a logit depends on its own image alone. So the gradient of the sum of all logits has in row i
     # the gradient of logit i. With batch norm row i also has what image i does to the other logits.
     # create_graph: the backward of d_loss must differentiate this gradient again, with respect to D's weights.
@@ -331,12 +339,12 @@ def train(args):
         for x_uint8, labels in zip(x, y):
             x_real = from_uint8(x_uint8)
             with torch.no_grad(), amp():  # D's update needs no gradient through G
-                x_fake = G(sample_z(args, B, device), labels)
+                x_fake = G(sample_z(args, B, device), labels)  # z (B, latent_dim), normal or uniform
             with amp():
                 if args.d_norm == "batch":  # each with the statistics of its own batch
                     logit_real = D(x_real, labels)
                     logit_fake = D(x_fake, labels)
-                else:  # one call for both
+                else:  # one call for both, as D has no batch norm
                     logit_real, logit_fake = D(torch.cat([x_real, x_fake]), labels.repeat(2)).chunk(2)
             # The penalty is costly, so it is taken on n images only: the first n, as the batch is shuffled.
             n = math.ceil(args.penalty_share * B)

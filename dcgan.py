@@ -33,8 +33,9 @@ between generated and real images, here in the features of a small network that 
 digits against other real ones have 1.3. tests/gallery/README.md has the protocol.
 
 The defaults differ from the paper. D has R1, on a quarter of each batch, in place of batch norm. The rates are ten
-times as high and fall to 0. The batch, Adam's betas and `ema`, the average of G's weights, differ too. --paper undoes
-this, and --help lists what it sets. Colour images have settings of their own (COLOUR below).
+times as high and fall to 0. The batch and Adam's betas differ too. --paper undoes this, and --help lists what it sets.
+The widths, the size of the images and `ema`, the average of G's weights, are ours with --paper too. Colour images have
+settings of their own (COLOUR).
 
 With --paper D has batch norm in all blocks but the first, as in the paper. In the first block it would subtract the
 average brightness of a batch, so D could not see that all fakes are too grey, and G would keep a grey background
@@ -314,7 +315,7 @@ def squared_gradient(D, x):
     """E[||grad f(x)||^2] for images x (B, C, H, W): the sum over an image's numbers, the mean over images.
 
     r1/2 of it on real images is R1, r2/2 on fake ones R2: Mescheder et al. 2018, 1801.04406, eq. (9) and (10)."""
-    x = x.detach().requires_grad_(True)
+    x = x.detach().requires_grad_(True)  # cut off from what made it; recorded from here on
     # Without batch norm a logit depends on its own image alone. So the gradient of the sum of all logits has in row i
     # the gradient of logit i. With batch norm row i also has what image i does to the other logits.
     # create_graph: the backward of d_loss must differentiate this gradient again, with respect to D's weights.
@@ -358,17 +359,17 @@ def train(args):
         for x_uint8 in x:
             x_real = from_uint8(x_uint8)
             with torch.no_grad(), amp():  # D's update needs no gradient through G
-                x_fake = G(sample_z(args, B, device))
+                x_fake = G(sample_z(args, B, device))  # z (B, latent_dim), normal or uniform
             with amp():
                 if args.d_norm == "batch":  # each with the statistics of its own batch
                     logit_real = D(x_real)
                     logit_fake = D(x_fake)
-                else:  # one call for both
+                else:  # one call for both, as D has no batch norm
                     logit_real, logit_fake = D(torch.cat([x_real, x_fake])).chunk(2)
             # The penalty is costly, so it is taken on n images only: the first n, as the batch is shuffled.
             n = math.ceil(args.penalty_share * B)
             if args.d_norm == "batch":
-                n = max(n, 2)  # with --arch mlp one image has no batch statistics
+                n = max(n, 2)  # batch norm of one image would normalize it by itself
             penalty = torch.zeros((), device=device)
             with amp():
                 if weight_real > 0:

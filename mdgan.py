@@ -7,8 +7,9 @@ formulas D(x) is a point. The class Discriminator goes on to D's score, -u(x).
 
     discriminator  max_D  E[log lk(D(x))] + E[log(lambda - lk(D(G(z))))]
                    i.e.   min_D  E[u(x)] - E[log(1 - exp(-u(G(z))))], plus r1/2 E||grad u(x)||^2, which the paper lacks
-    generator      min_G  E[u(G(z))], non-saturating, not in the paper; or E[log(1 - exp(-u(G(z))))], the paper's
-    where          z ~ N(0, I) or U[-1, 1]
+    generator      min_G  E[u(G(z))]                     --loss ns, non-saturating, not in the paper
+                   min_G  E[log(1 - exp(-u(G(z))))]      --loss saturating, the paper's
+    where          z ~ N(0, I), or each number of it from U[-1, 1] (--prior)
 
     python mdgan.py                                      digits rendered at start-up, no download
     python mdgan.py --dataset mnist --epochs 200
@@ -25,7 +26,8 @@ lie. The published loss of G has the derivative 1 / (exp(u) - 1) in u, which is 
 score -u is no logit: --reject naive means nothing here.
 
 D has no batch norm. While training, G's batch norm uses the current batch. The images to look at come from `ema`, a
-copy of G with averaged weights and G's running statistics, in eval mode.
+copy of G with averaged weights and G's running statistics, in eval mode. Colour images have settings of their own
+(COLOUR).
 """
 
 # `uv run mdgan.py` reads this block, installs the packages and runs the file. Without uv it is a comment.
@@ -94,7 +96,12 @@ def parse_args(argv=None):
         "--embedding-dim", type=number(int, 1, 512), default=9, help="d, for d + 1 Gaussians; the authors: 9"
     )
     p.add_argument("--loss", choices=("ns", "saturating"), default="ns", help="G's: non-saturating, or the paper's")
-    p.add_argument("--r1", type=number(float, 0), default=10.0, help="gamma of R1 on real images; not in the paper")
+    p.add_argument(
+        "--r1",
+        type=number(float, 0),
+        default=10.0,
+        help="gamma of R1: half of it is the weight of ||grad u||^2 at real images; not in the paper",
+    )
     p.add_argument(
         "--penalty-share",
         type=number(float, 0.01, 1),
@@ -316,8 +323,8 @@ def log1mexp(u):
 def squared_gradient(D, x):
     """E[||grad u(x)||^2] for images x (B, C, H, W): the sum over an image's numbers, the mean over images.
 
-    gamma/2 of it on real images is R1: Mescheder et al. 2018, 1801.04406, eq. (9)."""
-    x = x.detach().requires_grad_(True)
+    r1/2 of it on real images is R1: Mescheder et al. 2018, 1801.04406, eq. (9)."""
+    x = x.detach().requires_grad_(True)  # cut off from what made it; recorded from here on
     # A score depends on its own image alone. So the gradient of the sum of all scores has in row i the gradient of
     # score i.
     # create_graph: the backward of d_loss must differentiate this gradient again, with respect to D's weights.
@@ -357,7 +364,7 @@ def train(args):
         for x_uint8 in x:
             x_real = from_uint8(x_uint8)
             with torch.no_grad(), amp():  # D's update needs no gradient through G
-                x_fake = G(sample_z(args, B, device))
+                x_fake = G(sample_z(args, B, device))  # z (B, latent_dim), normal or uniform
             with amp():
                 # One call for both, as D has no batch norm.
                 score_real, score_fake = D(torch.cat([x_real, x_fake])).chunk(2)

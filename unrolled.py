@@ -5,9 +5,11 @@ f_0 is D's logit f. f_j is f_(j-1) after one step of D down L(f_(j-1)), all on o
 gradient descent at --inner-lr, the default, or as D's own Adam would go on (--inner adam). So f_k depends on G.
 
     discriminator  min_D  L(f_0) + r1/2 E||grad f_0(x)||^2
-    generator      min_G  E[softplus(-f_k(G(z)))], non-saturating; or -L(f_k), the game of the paper
-    where          L(f) = E[softplus(-f(x))] + E[softplus(f(G(z)))]
-                   z ~ N(0, I) or U[-1, 1]
+    generator      min_G  E[softplus(-f_k(G(z)))]        --loss ns, non-saturating
+                   min_G  -L(f_k)                        --loss minimax, the game of the paper
+    where          grad is with respect to the pixels of x; the paper has no such penalty
+                   L(f) = E[softplus(-f(x))] + E[softplus(f(G(z)))]
+                   z ~ N(0, I), or each number of it from U[-1, 1] (--prior)
 
     python unrolled.py                                   digits rendered at start-up, no download
     python unrolled.py --dataset mnist --epochs 200
@@ -102,7 +104,12 @@ def parse_args(argv=None):
     )
     p.add_argument("--inner-lr", type=number(float, 0), default=0.001, help="rate of --inner sgd")
     p.add_argument("--loss", choices=("ns", "minimax"), default="ns", help="G's: non-saturating, or the paper's game")
-    p.add_argument("--r1", type=number(float, 0), default=0.05, help="gamma of R1 in D's own steps; not in the paper")
+    p.add_argument(
+        "--r1",
+        type=number(float, 0),
+        default=0.05,
+        help="gamma of R1, in D's own steps: half of it is the weight of ||grad f||^2 at real images; not in the paper",
+    )
     p.add_argument(
         "--penalty-share",
         type=number(float, 0.01, 1),
@@ -232,14 +239,14 @@ def dcgan_init(module):
 
 
 def discriminator_loss(logit_real, logit_fake):
-    """E[softplus(-f(x))] + E[softplus(f(G(z)))] for logits (B,): the cross-entropy of sigmoid(f)."""
+    """E[softplus(-f(x))] + E[softplus(f(G(z)))] for logits (B,): the cross-entropies of real and of fake images."""
     return F.softplus(-logit_real).mean() + F.softplus(logit_fake).mean()
 
 
 def generator_loss(logit_fake, kind="ns", logit_real=None):
-    """G's loss, for the logits (B,) of the D after k steps ahead. ns: E[-log D(G(z))].
+    """G's loss, for the logits (B,) of the D after k steps ahead. ns: E[softplus(-f_k(G(z)))].
 
-    minimax: minus D's loss. Its term on real images depends on G too, through the steps ahead."""
+    minimax: -L(f_k), minus D's loss. Its term on real images depends on G too, through the steps ahead."""
     if kind == "ns":
         return F.softplus(-logit_fake).mean()
     if kind == "minimax":
@@ -250,8 +257,8 @@ def generator_loss(logit_fake, kind="ns", logit_real=None):
 def squared_gradient(D, x):
     """E[||grad f(x)||^2] for images x (B, C, H, W): the sum over an image's numbers, the mean over images.
 
-    gamma/2 of it on real images is R1: Mescheder et al. 2018, 1801.04406, eq. (9)."""
-    x = x.detach().requires_grad_(True)
+    r1/2 of it on real images is R1: Mescheder et al. 2018, 1801.04406, eq. (9)."""
+    x = x.detach().requires_grad_(True)  # cut off from what made it; recorded from here on
     # A logit depends on its own image alone. So the gradient of the sum of all logits has in row i the gradient of
     # logit i.
     # create_graph: the backward of d_loss must differentiate this gradient again, with respect to D's weights.
@@ -259,12 +266,12 @@ def squared_gradient(D, x):
     return grad.flatten(1).square().sum(1).mean()
 
 
-def look_ahead(D, opt, x_real, x_fake, k, inner="adam", inner_lr=0.05):
+def look_ahead(D, opt, x_real, x_fake, k, inner="sgd", inner_lr=0.001):
     """D's parameters {name: tensor} after k more steps on one batch, as differentiable functions of x_fake.
 
     They are functions of D's own parameters too. Neither D nor its optimizer `opt` changes. sgd: gradient descent at
     the rate inner_lr, eq. (7). adam, as in the authors' demo: as torch.optim.Adam would go on, from the moments, the
-    count and the rate that `opt` has after one step or more. step() passes --inner and --inner-lr."""
+    count and the rate that `opt` has after one step or more."""
     params = dict(D.named_parameters())
     if k and inner == "adam":  # before D's first step there are no moments, which k = 0 does not need
         group = opt.param_groups[0]
@@ -332,7 +339,7 @@ def train(args):
         for x_uint8 in x:
             x_real = from_uint8(x_uint8)
             with torch.no_grad(), amp():  # D's update needs no gradient through G
-                x_fake = G(sample_z(args, B, device))
+                x_fake = G(sample_z(args, B, device))  # z (B, latent_dim), normal or uniform
             with amp():
                 # One call for both, as D has no batch norm.
                 logit_real, logit_fake = D(torch.cat([x_real, x_fake])).chunk(2)

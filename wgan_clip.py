@@ -1,11 +1,11 @@
-"""WGAN: a critic scores images, G climbs that score, and clipping the critic's weights keeps scores from growing.
+"""WGAN: a critic scores images, G learns to score high, and clipping the critic's weights keeps scores from growing.
 
-Arjovsky, Chintala and Bottou, "Wasserstein GAN", arXiv 1701.07875, algorithm 1. D is the critic, the paper's f: it
-gives a score without bounds, not a probability.
+Arjovsky, Chintala and Bottou, "Wasserstein GAN", arXiv 1701.07875, algorithm 1. D, class
+Discriminator, is the critic, the paper's f: its score D(x) is any real number, not a probability.
 
     critic     min_D  E[D(G(z))] - E[D(x)], then every weight of D is clipped to [-c, c]
     generator  min_G  -E[D(G(z))]
-    where      z ~ N(0, I) or U[-1, 1]; with --conditional D(x, y) and G(z, y)
+    where      z ~ N(0, I), or each number of it from U[-1, 1] (--prior); with --conditional D(x, y) and G(z, y)
 
     python wgan_clip.py                                  digits rendered at start-up, no download
     python wgan_clip.py --dataset mnist --epochs 200
@@ -18,7 +18,12 @@ between generated and real images, here in the features of a small network that 
 digits against other real ones have 1.3. tests/gallery/README.md has the protocol.
 
 The column `clipped` of log.csv is the share of weights that lie at -c or c after an update. Near 1 D can only choose
-signs. At c = .05 one update of D for each of G is enough; the paper, at .01, makes five.
+signs.
+
+The defaults differ from the paper: Adam in place of RMSprop, c = .05 in place of .01, one update of the critic for one
+of G in place of five, and higher rates that fall to 0 (not on colour images). --paper undoes this, and --help lists
+what it sets. The networks, the 32 pixels, the size of z and the average are ours with --paper too. Colour images have
+settings of their own (COLOUR).
 
 Without batch norm (--d-norm none) clipping bounds D's gradient by some K, which depends on c and on the layers. Then
 E[D(x)] - E[D(G(z))], which is logged as w_dist, is at most K times the Wasserstein distance. With batch norm, the
@@ -28,7 +33,7 @@ apart.
 
 As in the authors' code all of D's parameters are clipped, batch norm's too. While training, G's batch norm uses the
 current batch. The images to look at come from `ema`, a copy of G with averaged weights and G's running statistics, in
-eval mode. Colour images have settings of their own (COLOUR).
+eval mode.
 """
 
 # `uv run wgan_clip.py` reads this block, installs the packages and runs the file. Without uv it is a comment.
@@ -96,8 +101,10 @@ def parse_args(argv=None):
         help="size of G's embedding of the label. Default: number of classes",
     )
     p.add_argument("--d-ignores-label", action="store_true", help="with --conditional: D(x) in place of D(x, y)")
-    p.add_argument("--d-norm", choices=("batch", "none"), default="batch", help="normalization in D")
-    p.add_argument("--g-norm", choices=("batch", "layer", "none"), default="batch", help="normalization in G")
+    p.add_argument(
+        "--d-norm", choices=("batch", "none"), default="batch", help="of D; batch: in all blocks but the first"
+    )
+    p.add_argument("--g-norm", choices=("batch", "layer", "none"), default="batch", help="of G")
     p.add_argument("--d-dropout", type=number(float, 0, 0.95), default=0.0, help="share of D's activations set to 0")
     p.add_argument("--batch-size", type=number(int, 2), default=64, help="real images in each update, over all GPUs")
     p.add_argument("--d-steps", "--n-critic", type=number(int, 1, 1000), default=1, help="updates of D per iteration")
@@ -181,6 +188,7 @@ class Discriminator(nn.Module):
     """Image (B, channels, S, S) -> score (B,), any real number, larger for more real.
 
     By default, for 28 pixels: 16 maps of 14x14, 32 of 7x7, 64 of 4x4, then the score.
+    Without batch norm after it a layer has a bias, but for the last convolution, as in DCGAN's code.
     With --conditional also labels y (B,). They become a plane for each class: that of the label is all ones."""
 
     def __init__(self, args, channels, classes):
@@ -198,9 +206,11 @@ class Discriminator(nn.Module):
             for i in range(n):  # half the side, twice the channels; the first makes ndf channels
                 # A kernel of 4 halves the side. For 28 the last of these has a kernel of 3, which takes 7 to 4.
                 kernel = 3 if S == 28 and i == n - 1 else 4
-                kind = args.d_norm if i > 0 else "none"
                 n_out = args.ndf * 2**i
-                layers += [nn.Conv2d(n_in, n_out, kernel, 2, 1, bias=kind == "none"), *norm(kind, n_out)]
+                has_norm = args.d_norm == "batch" and i > 0
+                layers += [nn.Conv2d(n_in, n_out, kernel, 2, 1, bias=not has_norm)]
+                if has_norm:
+                    layers += [nn.BatchNorm2d(n_out)]
                 layers += [nn.LeakyReLU(negative_slope=0.2)]
                 if args.d_dropout:
                     layers += [Dropout(args.d_dropout)]
@@ -210,8 +220,10 @@ class Discriminator(nn.Module):
             layers = [nn.Flatten()]
             n_in *= S * S
             for i, n_out in enumerate((1024, 512, 256)):
-                kind = args.d_norm if i > 0 else "none"
-                layers += [nn.Linear(n_in, n_out, bias=kind == "none"), *norm(kind, n_out, maps=False)]
+                has_norm = args.d_norm == "batch" and i > 0
+                layers += [nn.Linear(n_in, n_out, bias=not has_norm)]
+                if has_norm:
+                    layers += [nn.BatchNorm1d(n_out)]
                 layers += [nn.LeakyReLU(negative_slope=0.2)]
                 if args.d_dropout:
                     layers += [Dropout(args.d_dropout)]
@@ -280,7 +292,7 @@ def dcgan_init(module):
 
 
 def discriminator_loss(score_real, score_fake):
-    """E[D(G(z))] - E[D(x)] for scores (B,). Its negative is w_dist in the log."""
+    """E[D(G(z))] - E[D(x)] for scores (B,). Its negative is logged as w_dist."""
     return score_fake.mean() - score_real.mean()
 
 
@@ -301,7 +313,7 @@ def clip_weights(D, c):
 
 
 def make_optimizer(net, lr, args):
-    """RMSprop or Adam. On CUDA the rate is a tensor on the device, so that a captured step sees it change."""
+    """RMSprop or Adam. In both the rate is a tensor on CUDA, which set_rate fills (see adam)."""
     if args.optimizer == "adam":
         return adam(net, lr, args)
     cuda = next(net.parameters()).is_cuda
@@ -344,12 +356,12 @@ def train(args):
         for x_uint8, labels in zip(x, y):
             x_real = from_uint8(x_uint8)
             with torch.no_grad(), amp():  # D's update needs no gradient through G
-                x_fake = G(sample_z(args, B, device), labels)
+                x_fake = G(sample_z(args, B, device), labels)  # z (B, latent_dim), normal or uniform
             with amp():
-                if args.d_norm == "batch":
+                if args.d_norm == "batch":  # each with the statistics of its own batch
                     score_real = D(x_real, labels)
                     score_fake = D(x_fake, labels)
-                else:  # one call for both
+                else:  # one call for both, as D has no batch norm
                     score_real, score_fake = D(torch.cat([x_real, x_fake]), labels.repeat(2)).chunk(2)
             d_loss = discriminator_loss(score_real, score_fake)
             opt_d.zero_grad(set_to_none=True)

@@ -240,10 +240,10 @@ def gradient_penalty(D, x_real, x_fake):
     penalty, for each pixel."""
     eps = torch.rand(len(x_real), 1, 1, 1, device=x_real.device, dtype=x_real.dtype)
     x_hat = torch.lerp(x_fake, x_real, eps)  # eps x_real + (1 - eps) x_fake
-    x_hat = x_hat.detach().requires_grad_(True)  # detached, so that nothing goes back into G; recorded from here on
+    x_hat = x_hat.detach().requires_grad_(True)  # cut off from what made it; recorded from here on
     # A score depends on its own image alone. So the gradient of the sum of all scores has in row i the gradient of
     # score i.
-    # create_graph: the backward of d_loss must differentiate this gradient again, with respect to the critic's weights.
+    # create_graph: the backward of d_loss must differentiate this gradient again, with respect to D's weights.
     (grad,) = torch.autograd.grad(D(x_hat).sum(), x_hat, create_graph=True)
     norm = (grad.flatten(1).square().sum(1) + 1e-12).sqrt()  # 1e-12: at 0 the derivative of sqrt is infinite
     return (norm - 1).square().mean(), norm.mean()
@@ -282,11 +282,12 @@ def train(args):
             x_real = from_uint8(x_uint8)
             with torch.no_grad(), amp():  # D's update needs no gradient through G
                 x_fake = G(sample_z(args, B, device))  # z (B, latent_dim), normal or uniform
-            # The penalty is costly, so it is taken on n images only: the first n, as the batch is shuffled.
-            n = math.ceil(args.penalty_share * B)
             with amp():
                 # One call for both, as D has no batch norm.
                 score_real, score_fake = D(torch.cat([x_real, x_fake])).chunk(2)
+            # The penalty is costly, so it is taken on n images only: the first n, as the batch is shuffled.
+            n = math.ceil(args.penalty_share * B)
+            with amp():
                 penalty, grad_norm = gradient_penalty(D, x_real[:n], x_fake[:n])
             penalty = args.gp_weight * penalty
             d_loss = discriminator_loss(score_real, score_fake) + penalty

@@ -205,7 +205,7 @@ def test_adam_ahead_is_torchs_adam(before, lr, betas, dtype):
     game = Ahead(before, 0.05, betas)
     game.opt.param_groups[0]["lr"] = lr
     x_fake = game.G(game.z).detach()
-    ahead = unrolled.look_ahead(game.D, game.opt, game.x_real, x_fake, 10)
+    ahead = unrolled.look_ahead(game.D, game.opt, game.x_real, x_fake, 10, "adam")
     D = played(game.D, game.opt, game.x_real, x_fake, 10, "adam", None, "ns")[1]
     tolerance = 1e-6 if dtype == torch.float32 else 1e-10
     for (name, p), (_, old) in zip(D.named_parameters(), game.D.named_parameters()):
@@ -238,7 +238,7 @@ def test_steps_ahead_are_those_that_training_would_take(before, betas, dtype, k,
     opt.param_groups[0]["lr"] = lr
     x_real, x_fake = torch.randn(6, 2), torch.randn(6, 2)
     start = [p.detach().clone() for p in D.parameters()]
-    ahead = unrolled.look_ahead(D, opt, x_real, x_fake, k)
+    ahead = unrolled.look_ahead(D, opt, x_real, x_fake, k, "adam")
     for _ in range(k):
         opt.zero_grad()
         unrolled.discriminator_loss(D(x_real), D(x_fake)).backward()
@@ -268,7 +268,7 @@ def test_no_steps_ahead_are_ds_own_weights():
         assert list(params) == [n for n, _ in game.D.named_parameters()]
         assert all(params[n] is p for n, p in game.D.named_parameters())
     fresh = torch.optim.Adam(game.D.parameters())  # no moments are asked for
-    assert unrolled.look_ahead(game.D, fresh, game.x_real, game.G(game.z), 0)
+    assert unrolled.look_ahead(game.D, fresh, game.x_real, game.G(game.z), 0, "adam")
     assert unrolled.look_ahead(game.D, fresh, game.x_real, game.G(game.z), 2, "sgd")
 
 
