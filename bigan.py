@@ -64,6 +64,7 @@ from metrics import (
     fail,
     file_name,
     from_rank_0,
+    leave_ranks,
     load_data,
     not_finite,
     number,
@@ -306,10 +307,9 @@ def train(args):
     device = start(args)
     batches = Batches(args, device)
     torch.manual_seed(args.seed)
-    # channels_last: the same shapes, stored pixel by pixel, which makes convolutions faster
-    G = Generator(args, batches.channels).to(device, memory_format=torch.channels_last)
-    D = Discriminator(args, batches.channels).to(device, memory_format=torch.channels_last)
-    E = Encoder(args, batches.channels).to(device, memory_format=torch.channels_last)
+    G = placed(Generator(args, batches.channels), device)
+    D = placed(Discriminator(args, batches.channels), device)
+    E = placed(Encoder(args, batches.channels), device)
     ema = averaged(G)
     ema_e = averaged(E)
     G_and_E = nn.ModuleDict({"G": G, "E": E})
@@ -536,7 +536,7 @@ def add_run_flags(p):
     )
     p.add_argument("--amp", action=argparse.BooleanOptionalAction, default=False, help="run the layers in bfloat16")
     p.add_argument(
-        "--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: cuda, else mps, else cpu"
+        "--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: cuda, else cpu; mps: untested"
     )
     p.add_argument(
         "--graph",
@@ -671,7 +671,7 @@ def resolve_device(args):
     where the batch does not split over the processes."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if args.device == "auto":
-        args.device = next(name for name in available if available[name])
+        args.device = "cuda" if available["cuda"] else "cpu"  # nobody has run these scripts on mps, a Mac's GPU
     if not available[args.device]:
         fail(f"--device {args.device}: this PyTorch finds no such device")
     if WORLD > 1 and args.device == "mps":
@@ -788,6 +788,15 @@ def from_uint8(x):
 def to_uint8(x):
     """float -1..1 -> uint8 0..255. Scores see the same rounded pixels as a PNG file holds."""
     return ((x + 1) * 127.5).round().clamp(0, 255).byte()
+
+
+def placed(net, device):
+    """The network on the device, in channels_last: the same shapes, stored pixel by pixel. Convolutions are faster so.
+
+    Not on a Mac's GPU: there PyTorch 2.11 to 2.13 gets the gradients of batch norm wrong in this order (its issue
+    175189)."""
+    order = torch.contiguous_format if device.type == "mps" else torch.channels_last
+    return net.to(device, memory_format=order)
 
 
 def adam(net, lr, args):
@@ -975,6 +984,7 @@ TOO_LITTLE_MEMORY = "this machine has too little memory: give a smaller --image-
 def main(argv=None):
     try:
         train(parse_args(argv))
+        leave_ranks()
     except KeyboardInterrupt:  # before or after the loop, during which Stop catches it
         raise SystemExit(130) from None  # 128 + SIGINT, as shells expect
     except OSError as e:  # a disk that refuses, a name that is too long
@@ -984,14 +994,13 @@ def main(argv=None):
     except MemoryError:
         fail(TOO_LITTLE_MEMORY)
     except RuntimeError as e:
-        if "DefaultCPUAllocator" not in str(e):  # by this name PyTorch says that memory is short
+        # By these words PyTorch says that memory is short on a CPU and on a Mac's GPU.
+        if "DefaultCPUAllocator" not in str(e) and "MPS backend out of memory" not in str(e):
             raise
         fail(TOO_LITTLE_MEMORY)
     finally:
         Stop.put_back()
         release_folders()
-        if WORLD > 1 and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

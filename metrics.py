@@ -81,6 +81,7 @@ def checked(least, *tables):
 
     ValueError: no such table, fewer than `least` rows, NaN, or a number above 1e50."""
     tables = [t if torch.is_tensor(t) else of_numbers(t) for t in tables]
+    tables = [t.cpu() if t.is_mps else t for t in tables]  # a Mac's GPU has no float64
     for t in tables:
         if t.is_complex() or t.dim() != 2 or t.shape[1] != tables[0].shape[1]:
             raise ValueError(f"tables (N, d) of one width d are needed, not {[tuple(np.shape(t)) for t in tables]}")
@@ -421,6 +422,10 @@ def open_standard_streams():
 
 open_standard_streams()
 
+WINDOWS = os.name == "nt"
+if WINDOWS:
+    os.system("")  # from here on its older console obeys control codes, such as that which clears a line
+
 
 def one_line(text):
     """The text on one line. Control characters, such as ESC in a file's name, are escaped, so that no terminal obeys
@@ -524,12 +529,12 @@ def warn_once(text):
 def progress(batches, total, what):
     """The batches. On rank 0 a line on stderr says how far they are: kept fresh on a terminal, every 10 s elsewhere."""
     live = is_terminal(sys.stderr)
-    start = said = time.monotonic()  # time.time() jumps where somebody sets the clock
+    start = said = time.perf_counter()  # time.time() jumps where somebody sets the clock
     done = 0
     for batch in batches:
         yield batch
         done += len(batch)
-        now = time.monotonic()
+        now = time.perf_counter()
         if RANK == 0 and now - said > (0.5 if live else 10):
             text = one_line(f"{what}: {done} of {total}, {(now - start) / done * (total - done):.0f} s to go")
             if live:  # no longer than a line of the terminal, as it could not be cleared
@@ -597,6 +602,13 @@ def from_rank_0(value=None):
     return box[0]
 
 
+def leave_ranks():
+    """Under torchrun: leaves the other ranks, when all of them do. After an error it is not called: it would wait for
+    the others, and they for this rank. torchrun ends them as soon as this process has ended."""
+    if WORLD > 1 and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def write_whole(path, write):
     """replace_file(path, write). Ends the program with one line where the disk refuses."""
     with or_fail(f"{path} cannot be written"):
@@ -614,6 +626,12 @@ def replace_file(path, write, apart=""):
             write(file)
             file.flush()
             os.fsync(file.fileno())
+        for wait in (0.1, 0.3, 1.0) if WINDOWS else ():
+            try:
+                os.replace(temporary, path)
+                return
+            except PermissionError:  # a virus scanner or an indexer has the old file open, for a moment
+                time.sleep(wait)
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -660,6 +678,11 @@ def read_csv(path):
         return []
     header = rows[0]
     return [dict(itertools.zip_longest(header, row[: len(header)], fillvalue="")) for row in rows[1:]]
+
+
+def is_used(folder):
+    """Whether anything lies in the folder, but for what file managers put there by themselves."""
+    return any(path.name not in (".DS_Store", "desktop.ini", "Thumbs.db") for path in Path(folder).glob("*"))
 
 
 def cache_folders(folder):
@@ -843,7 +866,10 @@ def list_images(root):
     once, under a path without links if it has one. Hidden files and folders (a leading dot) and the folders of runs are
     left out."""
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    above = {file_identity(parent, os.stat(parent)) for parent in root.resolve().parents}
+    above = set()
+    for parent in root.resolve().parents:
+        with contextlib.suppress(OSError):  # the root of a network drive may be out of bounds
+            above.add(file_identity(parent, os.stat(parent)))
     seen = set()
     best_name = {}  # file: (by a link?, path)
     size_and_date = {}  # file: (bytes, date)
@@ -1228,7 +1254,7 @@ def train_classifier(x, y, classes, device, epochs=None, say=print):
         torch.default_generator.manual_seed(0)
         net = Classifier(x.shape[1], classes).to(device, memory_format=torch.channels_last)
     rng = torch.Generator().manual_seed(0)
-    start = time.monotonic()
+    start = time.perf_counter()
     size = min(100, len(x))
     opt = torch.optim.AdamW(net.parameters(), 1e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 4e-3, total_steps=epochs * (len(x) // size))
@@ -1243,7 +1269,7 @@ def train_classifier(x, y, classes, device, epochs=None, say=print):
             opt.step()
             schedule.step()
         if (epoch + 1) % max(1, epochs // 3) == 0:
-            say(f"the scores' network: epoch {epoch + 1} of {epochs}, {time.monotonic() - start:.0f} s")
+            say(f"the scores' network: epoch {epoch + 1} of {epochs}, {time.perf_counter() - start:.0f} s")
     return net.half().float().eval()
 
 
@@ -1304,7 +1330,7 @@ def train_rotation_net(x, device, epochs=None, say=print):
         torch.default_generator.manual_seed(0)
         net = RotationNet(x.shape[1], x.shape[-1]).to(device, memory_format=torch.channels_last)
     rng = torch.Generator().manual_seed(0)
-    start = time.monotonic()
+    start = time.perf_counter()
     opt = torch.optim.AdamW(net.parameters(), 1e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 3e-3, total_steps=steps, cycle_momentum=False)
     net.train()
@@ -1321,7 +1347,7 @@ def train_rotation_net(x, device, epochs=None, say=print):
         opt.step()
         schedule.step()
         if (step + 1) % max(1, steps // 4) == 0:
-            say(f"the scores' network: step {step + 1} of {steps}, {time.monotonic() - start:.0f} s")
+            say(f"the scores' network: step {step + 1} of {steps}, {time.perf_counter() - start:.0f} s")
     net = net.half().float().eval()
     net.find_axes(some(x, 10_000))
     net.axes.copy_(net.axes.half())
@@ -1964,7 +1990,7 @@ class Study:
         What an abandoned branch logged past i is dropped. Ends the program where the folder cannot be used."""
         self.total = total
         self.per_epoch = per_epoch
-        self.start_time = time.monotonic() - self.seconds_before
+        self.start_time = time.perf_counter() - self.seconds_before
         self.scored_at = None
         self.best_fid = math.inf
         self.scored_by = None  # the network of the last scores
@@ -1982,7 +2008,7 @@ class Study:
         goes_on = bool(args.resume) and Path(args.resume).resolve().parent == self.folder.resolve()
         if goes_on and not self.is_folder_of_this_run():
             fail(f"{self.folder} is not the folder of the run of {args.resume}: name one by --run-dir")
-        if not goes_on and any(self.folder.glob("*")):
+        if not goes_on and is_used(self.folder):
             way_out = "--resume its last.pt" if (self.folder / "last.pt").exists() else "delete it: it has no last.pt"
             fail(f"--run-dir {self.folder} is in use: name another, or {way_out}")
         if args.tensorboard:
@@ -2065,7 +2091,7 @@ class Study:
 
     def mark(self, i):
         """From here on speed is measured, so that scoring and drawing do not count."""
-        self.marked = (time.monotonic(), i)
+        self.marked = (time.perf_counter(), i)
 
     def keep_code(self, i):
         """Copies the script and metrics.py into the folder. A resume with changed code adds the changed file, under a
@@ -2106,7 +2132,7 @@ class Study:
         if RANK:
             return
         since, update = self.marked
-        speed = (i - update) / max(time.monotonic() - since, 1e-9)
+        speed = (i - update) / max(time.perf_counter() - since, 1e-9)
         row = {
             "step": i,
             "epoch": i / self.per_epoch,
@@ -2128,7 +2154,7 @@ class Study:
         self.mark(i)
 
     def seconds(self):
-        return time.monotonic() - self.start_time
+        return time.perf_counter() - self.start_time
 
     def to_board(self, row=None, sheet=None, i=None):
         """A row, or a sheet at step i, to TensorBoard. Once its file cannot be written it takes nothing more."""
@@ -2374,7 +2400,7 @@ class Study:
             return
         args = self.args
         out = Path(args.generate_to or self.folder / "generated")
-        if any(out.glob("*")):
+        if is_used(out):
             fail(f"--generate-to {out} is in use")
         line = ""
         if args.reject == "none":
@@ -2422,8 +2448,8 @@ class Stop:
         self.asked = 0
         if threading.current_thread() is not threading.main_thread():
             return  # only that one may listen
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            signum = getattr(signal, name, None)  # Windows has no SIGHUP
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
+            signum = getattr(signal, name, None)  # Windows has no SIGHUP, and others no SIGBREAK
             if signum and signal.getsignal(signum) != signal.SIG_IGN:  # nohup ignores it
                 self.before[signum] = signal.signal(signum, self.catch)
 
@@ -2452,6 +2478,7 @@ class Stop:
                 say(f"stopped at step {i}: go on with --resume {last}")
             else:  # the disk has refused it
                 say(f"stopped at step {i}, which is not saved")
+            leave_ranks()
             raise SystemExit(128 + self.signal)
 
     @classmethod
@@ -2626,7 +2653,8 @@ def reconstruction_figures(folder, load, encode, decode, x_train):
     z = encode(x)
     made = decode(z)
     parts = x_train.split(1000)
-    distance = torch.cat([torch.cdist(made.flatten(1).float(), part.flatten(1).float()) for part in parts], 1)
+    with exact():
+        distance = torch.cat([torch.cdist(made.flatten(1).float(), part.flatten(1).float()) for part in parts], 1)
     nearest = x_train[distance.argmin(1)]
     with or_warn("no reconstructions.png"):
         save_sheet(torch.cat([x, made, nearest]), folder / "reconstructions.png", len(x))
