@@ -2,9 +2,11 @@
 the two counts the replays, since without a capture it would compare eager with eager. No data is needed."""
 
 import functools
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -85,6 +87,25 @@ def test_captured_equals_eager(replayed, w, more):
         assert [float(v) for v in a.values()] == pytest.approx([float(v) for v in b.values()], rel=1e-3, abs=1e-4)
 
 
+@pytest.mark.parametrize(
+    "name, more",
+    [
+        ("dcgan", "--d-norm batch --upsample nearest"),
+        ("dcgan", "--loss relativistic --r2 1 --upsample bilinear"),
+        ("dcgan", "--loss minimax --r1 0 --gp 0.5"),
+        ("cdcgan", "--d-ignores-label"),
+        ("conditional", "--d-norm none --d-dropout 0.3"),
+        ("wgan_clip", "--g-norm layer --optimizer rmsprop"),
+        ("unrolled", "--inner adam --k 3 --loss minimax"),
+        ("mdgan", "--loss saturating --mixture published"),
+        ("bigan", "--prior uniform"),
+    ],
+)
+def test_captured_equals_eager_with_a_methods_own_flags(replayed, name, more):
+    case = CASES[name]
+    close(*both(replayed, case.main, 8, *case.tiny, *CUDA, *more.split(), "--steps", "8"))
+
+
 def test_the_graph_is_the_default(replayed, w):
     assert replayed(w.main, *FLAGS, "--steps", "8", "--run-dir", "a") == 8 - 3
 
@@ -134,6 +155,15 @@ def test_resume_under_graphs(replayed, w):
     resumed = ["--resume", "half/last.pt", "--steps", "12", "--device", "cuda", "--graph"]
     assert replayed(w.main, *resumed) == 6 - 3
     close(tensors("half/last.pt"), tensors("whole/last.pt"))
+
+
+def test_a_run_on_a_gpu_is_scored(w, monkeypatch):
+    """By a real network, which a run trains on its 300 digits: G is on the GPU, the scores are made on the CPU."""
+    monkeypatch.setattr(metrics, "FEWEST", 50)
+    w.main([*FLAGS, "--steps", "8", "--run-dir", "a"])
+    scores = json.loads(Path("a/scores.json").read_text())["last.pt"]
+    assert scores["n_fake"] == scores["n_real"] == 300
+    assert scores["fid"] > 10 * scores["floor"] and 0 <= scores["coverage"] <= 1
 
 
 def test_scores_and_reloads_leave_the_graph_as_it_is(replayed, w, monkeypatch):
@@ -209,10 +239,12 @@ def test_checkpoints_move_between_cpu_and_cuda(w):
     assert next(w.load("cuda/last.pt").parameters()).device.type == "cpu"
 
 
+@EVERY
 def test_amp_under_graphs_equals_amp_eager(replayed, w):
-    graph, eager = both(replayed, w.main, 8, *FLAGS, "--amp", "--steps", "8")
+    flags = [*w.tiny, *CUDA, "--steps", "8"]
+    graph, eager = both(replayed, w.main, 8, *flags, "--amp")
     close(graph, eager, atol=1e-3)
-    w.main([*FLAGS, "--steps", "8", "--run-dir", "exact"])
+    w.main([*flags, "--run-dir", "exact"])
     exact = tensors("exact/last.pt")
     assert any(not torch.equal(p, q) for p, q in zip(leaves(graph["D"]), leaves(exact["D"])))
 
