@@ -626,17 +626,22 @@ def replace_file(path, write, apart=""):
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        for wait in (0.1, 0.3, 1.0) if WINDOWS else ():
-            try:
-                os.replace(temporary, path)
-                return
-            except PermissionError:  # a virus scanner or an indexer has the old file open, for a moment
-                time.sleep(wait)
-        os.replace(temporary, path)
+        put_in_place(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
+
+
+def put_in_place(temporary, path):
+    """os.replace(). Windows refuses it while a virus scanner or an indexer reads the old file: there it tries again."""
+    if WINDOWS:
+        for seconds in (0.1, 0.3, 1.0):
+            try:
+                return os.replace(temporary, path)
+            except PermissionError:
+                time.sleep(seconds)
+    os.replace(temporary, path)
 
 
 def save_tensors(value, file):
@@ -3143,31 +3148,56 @@ def cached(net, images, keep_features, folder, what):
     return sample
 
 
+# What a score is called, its name in the JSON object, its format, and what stands beside it.
+SCORE_LINES = (
+    ("FID", "fid", ".4g", "floor {floor:.4g}: real images against others, n {floor_n}"),
+    ("FID, training", "fid_train", ".4g", "against training images"),
+    ("KID", "kid", ".4g", "+- {kid_std:.4g}"),
+    ("Inception Score", "inception_score", ".2f", "+- {inception_score_std:.2f}"),
+    ("Mode Score", "mode_score", ".2f", ""),
+    ("precision", "precision", ".3f", "k 3"),
+    ("recall", "recall", ".3f", "k 3"),
+    ("density", "density", ".3f", "k 5"),
+    ("coverage", "coverage", ".3f", "k 5"),
+    ("classes", "classes", "d", "of {class_min:.1%} to {class_max:.1%}"),
+    ("modes", "modes", "d", "of 1000, KL {modes_kl:.3f} to the uniform distribution"),
+)
+
+
 def scores_text(s, fake, real):
-    """The scores for a reader."""
-    rows = [
-        ("FID", "fid", ".4g", "floor {floor:.4g}: real images against others, n {floor_n}" if "floor" in s else ""),
-        ("FID, training", "fid_train", ".4g", "against training images"),
-        ("KID", "kid", ".4g", "+- {kid_std:.4g}"),
-        ("Inception Score", "inception_score", ".2f", "+- {inception_score_std:.2f}"),
-        ("Mode Score", "mode_score", ".2f", ""),
-        ("precision", "precision", ".3f", "k 3"),
-        ("recall", "recall", ".3f", "k 3"),
-        ("density", "density", ".3f", "k 5"),
-        ("coverage", "coverage", ".3f", "k 5"),
-        ("classes", "classes", "d", "of {class_min:.1%} to {class_max:.1%}"),
-        ("modes", "modes", "d", "of 1000, KL {modes_kl:.3f} to the uniform distribution"),
-    ]
+    """The scores of one set of fakes, for a reader."""
     what = "labels" if s["labelled"] else "quarter turns"
     accuracy = f", {s['accuracy']:.2%} of its test set's {what} right" if s["accuracy"] else ""
     lines = [f"features {s['features']}{accuracy}, n {s['n_real']} + {s['n_fake']}"]
     lines += [f"fake     {fake}", f"real     {real}"]
-    for name, key, form, more in rows:
+    for name, key, form, more in SCORE_LINES:
         if key in s:
             form = ".1f" if key.startswith("fid") and s[key] >= 1 else form  # FIDs span 1e-6 to 1e3
             lines.append(f"{name:16} {format(s[key], form):>10}  {more.format(**s)}".rstrip())
     if not s["labelled"]:
         lines.append("no labels        so no Inception Score, no Mode Score and no classes")
+    return "\n".join(lines)
+
+
+def over_seeds(results):
+    """{score: (mean, sample standard deviation)} over several sets of fakes, such as those of three seeds."""
+    together = {}
+    for _, key, _, _ in SCORE_LINES:
+        values = [s[key] for s in results if key in s]
+        if len(values) == len(results):
+            together[key] = (float(np.mean(values)), float(np.std(values, ddof=1)))
+    return together
+
+
+def over_seeds_text(together, n):
+    """The same for a reader."""
+    lines = [f"mean and standard deviation over {n} sets of fakes"]
+    for name, key, form, _ in SCORE_LINES:
+        if key in together:
+            mean, deviation = together[key]
+            if form == "d" or (key.startswith("fid") and mean >= 1):
+                form = ".1f"
+            lines.append(f"{name:16} {format(mean, form):>10}  +- {format(deviation, form)}")
     return "\n".join(lines)
 
 
@@ -3194,7 +3224,9 @@ def command(argv):
     p.add_argument(
         "--fake",
         type=file_name,
-        help="a folder of images, or uint8 (N, C, H, W) or (N, H, W, C) as .npy, .npz, .pt, .pth",
+        nargs="+",
+        help="a folder of images, or uint8 (N, C, H, W) or (N, H, W, C) as .npy, .npz, .pt, .pth; of several, such as "
+        "those of three seeds, mean and standard deviation too",
     )
     p.add_argument("--features", choices=("classifier", "inception"), default="classifier", help="the feature network")
     p.add_argument("--weights", type=file_name, help=f"file of --features inception: {INCEPTION.rsplit('/', 1)[1]}")
@@ -3228,11 +3260,30 @@ def command(argv):
         raise ValueError("--weights goes with --features inception")
     if args.features == "inception" and args.classifier:
         raise ValueError("--classifier goes with --features classifier")
-    score_images(args)
+    results = []
+    for path in args.fake:
+        scores, text = score_images(args, path)
+        results.append(scores)
+        if not args.json:
+            put(sys.stdout, f"{text}\n")
+    if len(results) == 1:
+        if args.json:
+            put(sys.stdout, f"{json.dumps(results[0], indent=1)}\n")
+        return
+    if len({s["n_fake"] for s in results}) > 1:
+        warn("warning: the sets of fakes are scored at different numbers of images, on which FID depends: give --n")
+    together = over_seeds(results)
+    if args.json:
+        mean = {key: pair[0] for key, pair in together.items()}
+        deviation = {key: pair[1] for key, pair in together.items()}
+        each = [{"path": str(path), **scores} for path, scores in zip(args.fake, results)]
+        put(sys.stdout, f"{json.dumps({'fakes': each, 'mean': mean, 'std': deviation}, indent=1)}\n")
+    else:
+        put(sys.stdout, f"\n{over_seeds_text(together, len(results))}\n")
 
 
-def score_images(args):
-    """Scores of --fake against --real, printed.
+def score_images(args, fake_path):
+    """Scores of one set of fakes against --real: a dict, and its text for a reader.
 
     The floor is the FID between two sets of real images. No generator can beat it by much. For a data set these are
     training and test images. If one of the two has fewer than n images, floor_n is their number.
@@ -3249,7 +3300,7 @@ def score_images(args):
         trained_on = args.real
     by_classifier = args.features == "classifier"
     channels = CHANNELS[trained_on] if by_classifier and trained_on else 3
-    fake = Images(args.fake, channels)
+    fake = Images(fake_path, channels)
 
     @functools.cache
     def data(name, split):
@@ -3333,7 +3384,7 @@ def score_images(args):
         warn(f"warning: {n} images of each kind: FID is too large, and compares at this n only")
     elif n < 1000:
         warn(f"warning: {n} images of each kind are few: compare at this n only")
-    put(sys.stdout, f"{json.dumps(scores, indent=1) if args.json else scores_text(scores, fake, real)}\n")
+    return scores, scores_text(scores, fake, real)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ SCORES = ["fid", "fid_train", "coverage", "inception_score", "mode_score", "clas
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "cuda: needs a CUDA GPU; python -m pytest -m cuda runs these alone")
+    config.addinivalue_line("markers", "cuda: needs a CUDA GPU; python -m pytest tests/test_cuda.py runs these alone")
 
 
 def pytest_collection_modifyitems(items):

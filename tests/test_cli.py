@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -734,6 +735,33 @@ def test_folder_npy_and_pt_score_alike_and_real_scores_at_the_floor(data_dir, tm
     assert s["features"] == JUDGES["digits"] and s["kid_std"] > 0
     line = run(capsys, "--real", "digits", "--fake", tmp_path / "x.pt", "--data-dir", data_dir)
     assert s["features"] in line and f"{s['fid']:.1f}" in line and "floor" in line and "n 400 + 400" in line
+
+
+def test_several_sets_of_fakes_have_a_mean_and_a_standard_deviation(data_dir, tmp_path, capsys):
+    """Three seeds in one command. Each is scored as it would be alone."""
+    x, _ = digits("train")
+    paths = [tmp_path / f"{i}.npy" for i in range(3)]
+    for i, path in enumerate(paths):
+        np.save(path, x[400 * i : 400 * i + 400].numpy())
+    flags = ["--real", "digits", "--data-dir", data_dir, "--scores", "fid", "dc"]
+    alone = [json.loads(run(capsys, *flags, "--json", "--fake", path)) for path in paths]
+    s = json.loads(run(capsys, *flags, "--json", "--fake", *paths))
+    assert s["fakes"] == [{"path": str(path), **scores} for path, scores in zip(paths, alone)]
+    assert len({scores["fid"] for scores in alone}) == 3
+    for key in ("fid", "fid_train", "coverage"):
+        values = [scores[key] for scores in alone]
+        assert s["mean"][key] == pytest.approx(statistics.mean(values))
+        assert s["std"][key] == pytest.approx(statistics.stdev(values))
+    text = run(capsys, *flags, "--fake", *paths)
+    assert all(text.count(str(path)) == 1 for path in paths)
+    last = text.split("over 3 sets of fakes")[1]
+    form = ".1f" if s["mean"]["fid"] >= 1 else ".4g"
+    assert f"{s['mean']['fid']:{form}}  +- {s['std']['fid']:{form}}" in last
+    assert f"{s['mean']['coverage']:.3f}  +- {s['std']['coverage']:.3f}" in last
+
+    np.save(paths[2], x[:300].numpy())
+    metrics.main([str(part) for part in [*flags, "--fake", *paths]])
+    assert "different numbers of images" in capsys.readouterr().err
 
 
 def test_the_training_images_can_be_the_reference(data_dir, tmp_path, capsys):

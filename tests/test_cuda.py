@@ -1,4 +1,4 @@
-"""On a CUDA GPU: python -m pytest -m cuda. Captured equals eager, through resumes and reloads; each test that compares
+"""On a CUDA GPU: python -m pytest tests/test_cuda.py. Captured equals eager, through resumes and reloads; each test that compares
 the two counts the replays, since without a capture it would compare eager with eager. No data is needed."""
 
 import functools
