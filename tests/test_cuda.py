@@ -1,5 +1,6 @@
-"""On a CUDA GPU: python -m pytest tests/test_cuda.py. Captured equals eager, through resumes and reloads; each test that compares
-the two counts the replays, since without a capture it would compare eager with eager. No data is needed."""
+"""On a CUDA GPU: python -m pytest tests/test_cuda.py. Captured equals eager, through resumes and reloads. Each test
+that compares the two counts the replays, since without a capture it would compare eager with eager. No data is
+needed."""
 
 import functools
 import json
