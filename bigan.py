@@ -14,12 +14,12 @@ does not go through E.
     python bigan.py --dataset mnist --epochs 200
     python bigan.py --dataset mnist --paper --arch mlp --prior uniform --epochs 400 --lr-decay linear
 
-`--dataset mnist --steps 2600` takes six minutes of one CPU core, half of that with --amp where the CPU has bfloat16. It
-ends at an FID[classifier] of 12.6 +- 2.1, the mean and the standard deviation over seeds 0 to 2. FID is a distance
-between generated and real images, here in the features of a small network that reads digits: lower is better, and real
-digits against other real ones have 1.3. tests/gallery/README.md has the protocol.
+`--dataset mnist --steps 2600` takes two to six minutes of one CPU core. It ends at an FID[classifier] of 12.6 +- 2.1,
+the mean and the standard deviation over seeds 0 to 2. FID is a distance between generated and real images, here in the
+features of a small network that reads digits: lower is better, and real digits against other real ones have 1.3.
+tests/gallery/README.md has the protocol.
 
---resume FILE --probe prints what classifiers read from E. After the last command with --epochs 80, the nearest
+--resume FILE --probe prints what classifiers read from E. After the last command with --epochs 80 --amp, the nearest
 neighbour on the layer before E(x) gets 97 % of MNIST's test labels right, as many as on pixels. The paper has 97.39 %
 by another schedule: 200 epochs at a constant rate, then 200 in which it falls exponentially to 1 %, and an L2 penalty
 of 2.5e-5 on the weights.

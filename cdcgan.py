@@ -13,10 +13,10 @@ pixels as it is.) The term with r1, R1, is not in the paper. Its grad is with re
     python cdcgan.py --dataset mnist --epochs 200
     python cdcgan.py --dataset mnist --paper             a course's convolutional networks, not the best settings
 
-`--dataset mnist --steps 3100` takes six minutes of one CPU core, half of that with --amp where the CPU has bfloat16. It
-ends at an FID[classifier] of 4.7 +- 0.4, the mean and the standard deviation over seeds 0 to 2. 98 % of the labels are
-right. FID is a distance between generated and real images, here in the features of a small network that reads digits:
-lower is better, and real digits against other real ones have 1.3. tests/gallery/README.md has the protocol.
+`--dataset mnist --steps 3100` takes two to six minutes of one CPU core. It ends at an FID[classifier] of 4.7 +- 0.4,
+the mean and the standard deviation over seeds 0 to 2. 98 % of the labels are right. FID is a distance between generated
+and real images, here in the features of a small network that reads digits: lower is better, and real digits against
+other real ones have 1.3. tests/gallery/README.md has the protocol.
 
 Every sheet of samples has a row for each label, of the first 20, and a column for each z. label_accuracy in scores.csv
 is the share of samples that the scores' classifier takes for the label asked for. With --d-ignores-label D is not told

@@ -27,10 +27,10 @@ norm to 1. The relativistic loss with R1 and R2 is that of Huang et al. 2024, 25
     python dcgan.py --dataset folder --data-dir photos --flip --steps 11000
     python dcgan.py --dataset mnist --paper              the paper's settings, not the best ones
 
-`--dataset mnist --steps 6000` takes six minutes of one CPU core, half of that with --amp where the CPU has bfloat16. It
-ends at an FID[classifier] of 9.0 +- 0.5, the mean and the standard deviation over seeds 0 to 2. FID is a distance
-between generated and real images, here in the features of a small network that reads digits: lower is better, and real
-digits against other real ones have 1.3. tests/gallery/README.md has the protocol.
+`--dataset mnist --steps 6000` takes two to six minutes of one CPU core. It ends at an FID[classifier] of 9.0 +- 0.5,
+the mean and the standard deviation over seeds 0 to 2. FID is a distance between generated and real images, here in the
+features of a small network that reads digits: lower is better, and real digits against other real ones have 1.3.
+tests/gallery/README.md has the protocol.
 
 The defaults differ from the paper. D has R1, on a quarter of each batch, in place of batch norm. The rates are ten
 times as high and fall to 0. The batch and Adam's betas differ too. --paper undoes this, and --help lists what it sets.

@@ -16,10 +16,10 @@ formulas D(x) is a point. The class Discriminator goes on to D's score, -u(x).
     python mdgan.py --dataset folder --data-dir photos --flip --steps 12000
     python mdgan.py --dataset mnist --paper --mixture published --loss saturating    mixture and loss as published
 
-`--dataset mnist --steps 5300` takes six minutes of one CPU core, half of that with --amp where the CPU has bfloat16. It
-ends at an FID[classifier] of 8.2 +- 0.5, the mean and the standard deviation over seeds 0 to 2. FID is a distance
-between generated and real images, here in the features of a small network that reads digits: lower is better, and real
-digits against other real ones have 1.3. tests/gallery/README.md has the protocol.
+`--dataset mnist --steps 5300` takes two to six minutes of one CPU core. It ends at an FID[classifier] of 8.2 +- 0.5,
+the mean and the standard deviation over seeds 0 to 2. FID is a distance between generated and real images, here in the
+features of a small network that reads digits: lower is better, and real digits against other real ones have 1.3.
+tests/gallery/README.md has the protocol.
 
 With the published constants and d = 9 the ten Gaussians melt into one blob; a run's first lines say where its clusters
 lie. The published loss of G has the derivative 1 / (exp(u) - 1) in u, which is next to none where D is sure. The

@@ -16,10 +16,10 @@ gradient descent at --inner-lr, the default, or as D's own Adam would go on (--i
     python unrolled.py --dataset mnist --paper           five steps ahead by Adam, as in the authors' demo
     python unrolled.py --dataset mnist --paper --loss minimax      and its loss
 
-`--dataset mnist --steps 5100` takes six minutes of one CPU core, half of that with --amp where the CPU has bfloat16. It
-ends at an FID[classifier] of 21.6 +- 4.6, the mean and the standard deviation over seeds 0 to 2. FID is a distance
-between generated and real images, here in the features of a small network that reads digits: lower is better, and real
-digits against other real ones have 1.3. tests/gallery/README.md has the protocol.
+`--dataset mnist --steps 5100` takes two to six minutes of one CPU core. It ends at an FID[classifier] of 21.6 +- 4.6,
+the mean and the standard deviation over seeds 0 to 2. FID is a distance between generated and real images, here in the
+features of a small network that reads digits: lower is better, and real digits against other real ones have 1.3.
+tests/gallery/README.md has the protocol.
 
 The default looks one short step of gradient descent ahead. What that gains over --k 0 has not been measured. Looking
 further costs more, and was not searched on MNIST. It is for games that collapse, such as that of toy2d.py --protocol

@@ -12,10 +12,10 @@ Discriminator, is the critic, the paper's f: its score D(x) is any real number, 
     python wgan_clip.py --conditional --dataset folder --data-dir photos --flip --steps 5000
     python wgan_clip.py --dataset mnist --paper          the paper's settings, not the best ones
 
-`--dataset mnist --steps 5400` takes six minutes of one CPU core, half of that with --amp where the CPU has bfloat16. It
-ends at an FID[classifier] of 65.8 +- 5.9, the mean and the standard deviation over seeds 0 to 2. FID is a distance
-between generated and real images, here in the features of a small network that reads digits: lower is better, and real
-digits against other real ones have 1.3. tests/gallery/README.md has the protocol.
+`--dataset mnist --steps 5400` takes two to six minutes of one CPU core. It ends at an FID[classifier] of 65.8 +- 5.9,
+the mean and the standard deviation over seeds 0 to 2. FID is a distance between generated and real images, here in the
+features of a small network that reads digits: lower is better, and real digits against other real ones have 1.3.
+tests/gallery/README.md has the protocol.
 
 The column `clipped` of log.csv is the share of weights that lie at -c or c after an update. Near 1 D can only choose
 signs.

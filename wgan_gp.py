@@ -22,10 +22,10 @@ pairs nobody knows, so x_hat lies between random pairs, as in the paper.
     python wgan_gp.py --dataset folder --data-dir photos --flip --steps 10000
     python wgan_gp.py --dataset mnist --paper            the paper's settings, not the best ones
 
-`--dataset mnist --steps 5600` takes six minutes of one CPU core, half of that with --amp where the CPU has bfloat16. It
-ends at an FID[classifier] of 10.9 +- 0.6, the mean and the standard deviation over seeds 0 to 2. FID is a distance
-between generated and real images, here in the features of a small network that reads digits: lower is better, and real
-digits against other real ones have 1.3. tests/gallery/README.md has the protocol.
+`--dataset mnist --steps 5600` takes two to six minutes of one CPU core. It ends at an FID[classifier] of 10.9 +- 0.6,
+the mean and the standard deviation over seeds 0 to 2. FID is a distance between generated and real images, here in the
+features of a small network that reads digits: lower is better, and real digits against other real ones have 1.3.
+tests/gallery/README.md has the protocol.
 
 The defaults differ from the paper: one update of the critic for one of G, the penalty on a quarter of each batch, and
 higher rates that fall to 0. --paper undoes this, and --help lists what it sets. The networks, the size of the images
