@@ -5,8 +5,9 @@
     python tests/lite0.py --dataset cifar10 --data-dir data runs/NAME/last.pt
 
 One line for each checkpoint of a script and each folder of PNG files: FID, coverage, precision and recall of 2,500
-samples against 2,500 training images. The first line is the floor: 2,500 other training images. The samples of a
-checkpoint are of fresh z with a seed of their own, and of labels in the data's own shares.
+samples against 2,500 training images; with --split test against test images, and of as many samples if these are fewer.
+The first line is the floor: other training images. The samples of a checkpoint are of fresh z with a seed of their own,
+and of labels in the data's own shares.
 
 The features are the last maps (1280 channels), averaged over the picture. The network wants more than 64 pixels, so the
 images are enlarged to 128 by bicubic interpolation. Its inputs are (x - 127) / 128 for x in 0..255, as its weights were
@@ -53,9 +54,11 @@ def features(net, x):
 
 
 def samples(path, labels):
-    """2,500 images uint8 of a checkpoint, or of a folder of PNG files; labels (2500,) are for a conditional script."""
+    """Images uint8, one for each label (n,), of a checkpoint or of a folder of PNG files.
+
+    The labels themselves are for a conditional script."""
     if Path(path).is_dir():
-        files = sorted(Path(path).rglob("*.png"))[:N]
+        files = sorted(Path(path).rglob("*.png"))[: len(labels)]
         return torch.stack([torch.from_numpy(np.array(Image.open(f).convert("RGB"))).permute(2, 0, 1) for f in files])
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     script = importlib.import_module(checkpoint["script"])
@@ -84,14 +87,22 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--dataset", default="folder", help="what the samples are held against, as --dataset of the scripts")
     p.add_argument("--data-dir", default="data")
+    p.add_argument(
+        "--split", choices=("train", "test"), default="train", help="the images that samples are held against"
+    )
     p.add_argument("fakes", nargs="+", help="checkpoints of the scripts, and folders of PNG files")
     args = p.parse_args()
     size = 32 if args.dataset == "cifar10" else 64
     x, y, _ = metrics.load_data(args.dataset, args.data_dir, size, "train")
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    if args.split == "test":
+        real = metrics.load_data(args.dataset, args.data_dir, size, "test")[0]
+        real = metrics.some(real, min(N, len(real)))
+    else:
+        real = x[order[:N]]
+    other = order[N : N + len(real)]
     net = network()
-    real = features(net, x[order[:N]])
-    other = order[N : 2 * N]
+    real = features(net, real)
     line("other real images", real, features(net, x[other]))
     for path in args.fakes:
         line(path, real, features(net, samples(path, y[other])))

@@ -14,7 +14,7 @@ def test_a_folder_is_read_in_order_as_three_channels(tmp_path):
     colour = np.stack([grey, grey + 50, grey + 100], axis=2)
     Image.fromarray(colour).save(tmp_path / "b.png")
     Image.fromarray(grey).save(tmp_path / "a.png")
-    x = lite0.samples(tmp_path, None)
+    x = lite0.samples(tmp_path, torch.zeros(2))
     assert x.dtype == torch.uint8
     assert x[0].tolist() == [grey.tolist()] * 3
     assert x[1, :, 1, 2].tolist() == [6, 56, 106]
@@ -62,3 +62,24 @@ def test_enlarged_edges_stay_within_the_range():
     x = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
     x[..., 32:] = 255
     assert lite0.features(Net(), x)[0, 0] == pytest.approx(1 / 256, abs=0.01)  # half of it -127/128, half 1
+
+
+@pytest.mark.parametrize("split, n_test, n", [("train", 3, 4), ("test", 3, 3), ("test", 9, 4)])
+def test_samples_are_held_against_the_split_that_is_asked_for(split, n_test, n, monkeypatch):
+    """Training images are the numbers from 0, test images those from 100. As many fakes as real images, and as many
+    others for the floor, which are never among the real ones."""
+    data = {"train": torch.arange(20).view(-1, 1, 1, 1), "test": 100 + torch.arange(n_test).view(-1, 1, 1, 1)}
+    monkeypatch.setattr(lite0.metrics, "load_data", lambda dataset, folder, size, split: (data[split], data[split], []))
+    monkeypatch.setattr(lite0, "N", 4)
+    monkeypatch.setattr(lite0, "network", lambda: None)
+    monkeypatch.setattr(lite0, "features", lambda net, x: x.flatten().tolist())
+    monkeypatch.setattr(lite0, "samples", lambda path, labels: 1000 + torch.arange(len(labels)))
+    lines = {}
+    monkeypatch.setattr(lite0, "line", lambda name, real, fake: lines.update({name: (real, fake)}))
+    monkeypatch.setattr("sys.argv", ["lite0.py", "--split", split, "last.pt"])
+    lite0.main()
+    real, other = lines["other real images"]
+    assert len(set(real)) == len(set(other)) == n
+    assert set(real) <= set(data[split].flatten().tolist())
+    assert set(other) <= set(range(20)) - set(real)
+    assert lines["last.pt"] == (real, [1000, 1001, 1002, 1003][:n])
