@@ -327,7 +327,7 @@ def test_16_bits_are_turned_upright(tmp_path):
 
 
 def test_what_is_transparent_in_16_bits_is_white(tmp_path):
-    Image.fromarray(RAMP).save(tmp_path / "a.png", transparency=int(RAMP[2, 3]))
+    png_16(tmp_path / "a.png", RAMP[:, :, None], 0, chunk(b"tRNS", RAMP[2, 3:4].astype(">u2").tobytes()))
     wanted = (RAMP / 257).round()
     wanted[2, 3] = 255
     assert np.array_equal(read(tmp_path / "a.png"), [wanted] * 3)

@@ -83,7 +83,7 @@ WITHOUT_EFFECT = [
     (cdcgan, "--arch mlp --d-norm batch", "--d-norm"),
     (cdcgan, "--r1 0 --penalty-share .5", "--penalty-share"),
     (cdcgan, "--paper --r1 1", "batch norm"),  # R1 through batch norm: an effect, but not R1's
-    (cdcgan, "--d-norm batch", "batch norm"),
+    (cdcgan, "--d-norm batch", "--d-norm batch mixes"),
     (dcgan, "--d-norm batch", "--d-norm batch"),
 ]
 
