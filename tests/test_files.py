@@ -127,6 +127,16 @@ def test_uv_reads_the_packages_of_requirements_txt(path):
     assert metadata["requires-python"] == ">=3.11"
 
 
+def test_the_oldest_packages_are_those_of_requirements_txt():
+    """torch>=2.11 in the one is torch==2.11.0 in the other."""
+    floors = dict(line.split(">=") for line in (ROOT / "requirements.txt").read_text().splitlines())
+    lines = (ROOT / "tests/oldest.txt").read_text().splitlines()
+    oldest = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert oldest.keys() == floors.keys()
+    for name, floor in floors.items():
+        assert oldest[name].split(".") == [*floor.split("."), "0", "0"][:3]
+
+
 def test_the_linter_has_no_waivers_for_layout_and_comes_before_the_tests():
     settings = tomllib.loads((ROOT / ".ruff.toml").read_text())
     assert settings["line-length"] == 120
