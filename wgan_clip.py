@@ -782,12 +782,12 @@ def to_uint8(x):
 
 
 def placed(net, device):
-    """The network on the device, in channels_last: the same shapes, stored pixel by pixel. Convolutions are faster so.
+    """The network on the device, in channels_last: the same shapes, stored pixel by pixel, for faster convolutions.
 
-    Not on a Mac's GPU: there PyTorch 2.11 to 2.13 gets the gradients of batch norm wrong in this order (its issue
+    Not on a Mac's GPU: there PyTorch 2.11 to 2.13 computes wrong gradients of batch norm in this layout (its issue
     175189)."""
-    order = torch.contiguous_format if device.type == "mps" else torch.channels_last
-    return net.to(device, memory_format=order)
+    layout = torch.contiguous_format if device.type == "mps" else torch.channels_last
+    return net.to(device, memory_format=layout)
 
 
 def adam(net, lr, args):
