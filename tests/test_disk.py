@@ -982,8 +982,12 @@ def test_a_last_checkpoint_that_the_disk_refuses_is_not_called_saved(tmp_path, m
 
     monkeypatch.setattr(metrics.Study, "log", interrupted)
     flags = [*TINY, str(tmp_path / "run"), "--log-every", "1", "--steps", "400"]
-    with pytest.raises(SystemExit) as stop:
-        wgan_gp.main(flags)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores Ctrl-C
+    try:
+        with pytest.raises(SystemExit) as stop:
+            wgan_gp.main(flags)
+    finally:
+        signal.signal(signal.SIGINT, handler)
     out = capsys.readouterr()
     assert stop.value.code == 130 and "last.pt cannot be written" in out.err
     assert "which is not saved" in out.out and "go on with" not in out.out
