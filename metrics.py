@@ -1466,6 +1466,9 @@ def classifier(dataset, train, test, folder=None, device="cpu", epochs=None, say
     if trained:
         if dataset in ("digits", "mnist", "cifar10") and not JUDGES.is_dir():
             say(f"{JUDGES} is not there: scores of {dataset} are on a scale of this machine's own")
+        elif dataset == "digits" and side == 32:
+            # Pillow brings FreeType, and another version of it renders some pixels in another way.
+            say("these are not the numerals of tests/judges (another Pillow?): scores are on a scale of their own")
         say(f"training the network that scores: {task} of {dataset}, {len(x)} images; up to three minutes, once")
         if labelled:
             net = train_classifier(x, y, classes, torch.device(device), epochs, say)

@@ -48,6 +48,15 @@ def digits(split):
     return metrics.load_data("digits", "data", 28, split)[:2]
 
 
+def skip_where_numerals_differ():
+    """Pillow brings FreeType, and with the version of Pillow 10.1 some pixels of the numerals are others."""
+    if (
+        metrics.image_key(*digits("train"))
+        not in torch.load(metrics.JUDGES / "digits.pt", weights_only=True)["pictures"]
+    ):
+        pytest.skip("this Pillow renders other numerals than those of the shipped network")
+
+
 def known(folder, x, y, name="small"):
     """The shipped network of digits as that of the data set `name` of these pictures: the tests train none."""
     saved = torch.load(metrics.JUDGES / "digits.pt", weights_only=True)
@@ -161,6 +170,8 @@ def no_training(monkeypatch):
 )
 def test_the_shipped_networks_are_one_scale_at_28_and_32(name, no_training, tmp_path):
     """Every machine has this hash; the same pictures have the same scores at both sides, to the last bit."""
+    if name == "digits":
+        skip_where_numerals_differ()
     path = metrics.JUDGES / f"{name}.pt"
     assert path.stat().st_size < 350 * 1024
     weights = torch.load(path, weights_only=True)["net"]
@@ -193,16 +204,17 @@ def test_the_shipped_network_of_cifar10(no_training, tmp_path):
     assert not list(tmp_path.iterdir()) and (metrics.JUDGES / "cifar10.pt").stat().st_size < 350 * 1024
 
 
-@pytest.mark.parametrize("there", [True, False])
-def test_two_copied_files_say_that_their_scale_is_their_own(monkeypatch, tmp_path, there):
-    """Without tests/judges beside metrics.py a network is trained, and its FIDs are not those of the record."""
+@pytest.mark.parametrize("there, why", [(True, "these are not the numerals of"), (False, "is not there")])
+def test_a_network_of_ones_own_says_that_its_scale_is_its_own(monkeypatch, tmp_path, there, why):
+    """Without tests/judges beside metrics.py a network is trained, and its FIDs are not those of the record. So it is
+    where Pillow renders numerals in another way: with 10.1 it does."""
     said = []
     monkeypatch.setattr(metrics, "train_classifier", lambda *a, **k: metrics.Classifier(1, 10))
     monkeypatch.setattr(metrics, "JUDGES", tmp_path if there else tmp_path / "tests" / "judges")
     (x, y), test = digits("train"), tuple(t[:100] for t in digits("test"))
     metrics.classifier("digits", (x[:500], y[:500]), test, say=said.append)
-    own_scale = [line for line in said if "on a scale of this machine's own" in line]
-    assert len(own_scale) == (0 if there else 1)
+    own_scale = [line for line in said if "on a scale of" in line]
+    assert len(own_scale) == 1 and why in own_scale[0]
 
 
 def test_a_shipped_network_is_of_its_pictures_and_not_of_a_name(monkeypatch):
@@ -719,6 +731,7 @@ def data_dir(tmp_path_factory):
 
 
 def test_folder_npy_and_pt_score_alike_and_real_scores_at_the_floor(data_dir, tmp_path, capsys):
+    skip_where_numerals_differ()
     x, _ = digits("train")
     x = x[5000:5400]
     save(tmp_path / "png", x)
@@ -849,6 +862,7 @@ def test_fewer_than_50_pictures_are_no_score_and_nothing_is_trained_for_them(tmp
         assert "12 + 12" in error(capsys, "--n", 12, "--real", "digits", "--fake", tmp_path / "many.pt")
         assert len(list(tmp_path.iterdir())) == 2
     else:
+        skip_where_numerals_differ()
         s = json.loads(run(capsys, "--data-dir", tmp_path, "--json", "--real", "digits", "--fake", tmp_path / "few.pt"))
         assert s["n_real"] == 50 and s["fid"] > 0.01
 
