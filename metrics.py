@@ -685,9 +685,9 @@ def read_csv(path):
     return [dict(itertools.zip_longest(header, row[: len(header)], fillvalue="")) for row in rows[1:]]
 
 
-def is_used(folder):
-    """Whether anything lies in the folder, but for what file managers put there by themselves."""
-    return any(path.name not in (".DS_Store", "desktop.ini", "Thumbs.db") for path in Path(folder).glob("*"))
+def contents(folder):
+    """What lies in a folder, [] if there is none, but for what file managers put there by themselves."""
+    return [path for path in Path(folder).glob("*") if path.name not in (".DS_Store", "desktop.ini", "Thumbs.db")]
 
 
 def cache_folders(folder):
@@ -2016,7 +2016,7 @@ class Study:
         goes_on = bool(args.resume) and Path(args.resume).resolve().parent == self.folder.resolve()
         if goes_on and not self.is_folder_of_this_run():
             fail(f"{self.folder} is not the folder of the run of {args.resume}: name one by --run-dir")
-        if not goes_on and is_used(self.folder):
+        if not goes_on and contents(self.folder):
             way_out = "--resume its last.pt" if (self.folder / "last.pt").exists() else "delete it: it has no last.pt"
             fail(f"--run-dir {self.folder} is in use: name another, or {way_out}")
         if args.tensorboard:
@@ -2056,7 +2056,7 @@ class Study:
         try:
             before = read_json(self.folder / "args.json")
         except FileNotFoundError:
-            return list(self.folder.iterdir()) == [self.folder / Path(self.args.resume).name]
+            return contents(self.folder) == [self.folder / Path(self.args.resume).name]
         except (OSError, ValueError):
             return False
         same = all(before.get(name) == vars(self.args)[name] for name in ("dataset", "image_size", "seed"))
@@ -2408,7 +2408,7 @@ class Study:
             return
         args = self.args
         out = Path(args.generate_to or self.folder / "generated")
-        if is_used(out):
+        if contents(out):
             fail(f"--generate-to {out} is in use")
         line = ""
         if args.reject == "none":

@@ -38,7 +38,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from metrics import WORLD, HelpFormatter, fail, file_name, is_used, number, or_fail, platt, rejected, say, warn
+from metrics import WORLD, HelpFormatter, contents, fail, file_name, number, or_fail, platt, rejected, say, warn
 
 METHODS = ("gan", "wgan_clip", "wgan_gp", "unrolled", "mdgan")
 # Defaults of one objective, found by trying on seed 0. A WGAN's Adam goes without its first moment. MD-GAN has two
@@ -679,7 +679,7 @@ def command(argv):
     out = Path(args.run_dir or Path("runs") / name)
     with or_fail(f"--run-dir {out}"):
         out.mkdir(parents=True, exist_ok=True)
-    if is_used(out):
+    if contents(out):
         fail(f"--run-dir {out} is in use")
     (out / "args.json").write_text(json.dumps(vars(args), indent=1))
     say(f"{out}: {args.seeds} runs of {args.steps} G updates on {args.device}")

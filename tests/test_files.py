@@ -310,6 +310,8 @@ def test_load_knows_the_size_of_z_and_the_default_of_a_flag_that_the_file_lacks(
     del saved["args"][lacking]
     torch.save(saved, "b.pt")
     same(dict(w.load("b.pt").state_dict()), dict(saved["ema"]))
+    if w.name == "bigan":
+        same(dict(w.load_encoder("b.pt").state_dict()), dict(saved["ema_e"]))
 
 
 def test_load_of_what_is_no_checkpoint_is_one_line(small, capsys):

@@ -1,12 +1,13 @@
 """What Windows, a Mac and several GPUs ask for, as far as a CPU under Linux can show it."""
 
 import os
+import shutil
 import signal
 import types
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, checkpoint
 from test_disk import one_line
 
 import metrics
@@ -128,10 +129,9 @@ def test_elsewhere_a_refusal_is_one_at_once(tmp_path, busy):
 @pytest.mark.parametrize("name", [".DS_Store", "desktop.ini", "Thumbs.db"])
 def test_a_folder_with_only_a_file_managers_notes_is_empty(name, tmp_path, capsys):
     (tmp_path / name).touch()
-    assert not metrics.is_used(tmp_path)
-    assert not metrics.is_used(tmp_path / "none")
+    assert metrics.contents(tmp_path) == metrics.contents(tmp_path / "none") == []
     (tmp_path / "mine.txt").touch()
-    assert metrics.is_used(tmp_path)
+    assert metrics.contents(tmp_path) == [tmp_path / "mine.txt"]
     line = one_line(capsys, lambda: toy2d.main(["--run-dir", str(tmp_path), "--steps", "1"]))
     assert "is in use" in line
 
@@ -142,6 +142,12 @@ def test_a_run_starts_in_a_folder_that_finder_has_opened(w, small, tmp_path):
     (folder / ".DS_Store").touch()
     w.main([*w.tiny, "--steps", "2", "--run-dir", str(folder)])
     assert (folder / "last.pt").exists()
+    copied = tmp_path / "copied"  # a checkpoint alone in a folder may go on there
+    copied.mkdir()
+    (copied / ".DS_Store").touch()
+    shutil.copy(folder / "last.pt", copied)
+    w.main(["--resume", str(copied / "last.pt"), "--steps", "4"])
+    assert checkpoint(copied / "last.pt")["step"] == 4
 
 
 def test_ctrl_break_of_windows_saves_too(monkeypatch):
