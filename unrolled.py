@@ -85,10 +85,10 @@ from metrics import (
 # --paper sets these. k, Adam, beta1 and the rate of G are those of the authors' demonstration, the rest is ours. The
 # paper's loss needs --loss minimax.
 PAPER = dict(batch_size=32, lr_g=1e-3, lr_d=2e-4, beta1=0.5, beta2=0.999, ema=0.999, k=5, inner="adam")
-PAPER |= dict(r1=0.0, penalty_share=1.0, lr_decay="none", ngf=16, ndf=16)
+PAPER |= dict(r1=0.0, penalty_share=1.0, lr_decay="none", ngf=16, ndf=16, upsample="deconv")
 MLP = dict(lr_g=2e-3, lr_d=5e-4, r1=0.02)  # --arch mlp sets these
 # Colour images of 32 pixels or more set these, but not with --arch mlp: those of dcgan.py, tried on faces.
-COLOUR = dict(batch_size=16, lr_g=1e-3, lr_d=1e-3, r1=2.0, ema=0.995, ngf=32, ndf=32)
+COLOUR = dict(batch_size=16, lr_g=1e-3, lr_d=1e-3, r1=2.0, ema=0.995, ngf=32, ndf=32, upsample="nearest")
 
 
 def parse_args(argv=None):
@@ -166,9 +166,9 @@ class Generator(nn.Module):
                 # A kernel of 4 doubles the side. For 28 the first of these has a kernel of 3, which takes 4 to 7.
                 kernel = 3 if S == 28 and i == 0 else 4
                 n_out = n_in // 2
-                layers += [nn.ConvTranspose2d(n_in, n_out, kernel, 2, 1, bias=False), nn.BatchNorm2d(n_out), nn.ReLU()]
+                layers += [*grow(args, n_in, n_out, kernel), nn.BatchNorm2d(n_out), nn.ReLU()]
                 n_in = n_out
-            layers += [nn.ConvTranspose2d(n_in, channels, 4, 2, 1, bias=False), nn.Tanh()]  # (B, channels, S, S)
+            layers += [*grow(args, n_in, channels), nn.Tanh()]  # (B, channels, S, S)
         else:
             layers = []
             n_in = args.latent_dim
@@ -215,6 +215,18 @@ class Discriminator(nn.Module):
 
     def forward(self, x):
         return self.net(x).to(x.dtype)  # under --amp the layers return bfloat16, and the losses want float32
+
+
+def grow(args, n_in, n_out, kernel=4, bias=False):
+    """Layers that double the side of a map. With a kernel of 3 they take a side of 4 to 7.
+
+    deconv is a transposed convolution. Neighbouring pixels of its output use different entries of the kernel, which can
+    leave a checkerboard (Odena et al. 2016). nearest and bilinear resize the map; the convolution after that makes all
+    pixels with the same weights."""
+    if args.upsample == "deconv" or kernel == 3:  # 4 to 7 is no doubling: always a transposed convolution
+        return [nn.ConvTranspose2d(n_in, n_out, kernel, 2, 1, bias=bias)]
+    k = args.upsample_kernel
+    return [nn.Upsample(scale_factor=2, mode=args.upsample), nn.Conv2d(n_in, n_out, k, padding=k // 2, bias=bias)]
 
 
 def doublings(side):
@@ -461,7 +473,7 @@ SCRIPT = Path(__file__)
 # they are about this machine or this call. FIXED cannot change: networks, z, the order of the data or the optimizer's
 # state would no longer fit. Both lists hold the flags of all seven scripts.
 FIXED = """dataset image_size holdout flip batch_size d_steps g_steps seed paper arch ngf ndf latent_dim
-    prior upsample d_norm g_norm d_dropout norm_first conditional d_ignores_label label_embedding_dim
+    prior upsample upsample_kernel d_norm g_norm d_dropout norm_first conditional d_ignores_label label_embedding_dim
     mixture embedding_dim optimizer init""".split()
 NOT_KEPT = "device graph run_dir resume generate generate_to label probe".split()
 
@@ -487,6 +499,15 @@ def add_run_flags(p):
     p.add_argument("--flip", action="store_true", help="mirror images at random: for faces, not for digits")
     p.add_argument("--holdout", type=count, default=0, help="training images that D never sees, for --reject drs")
     p.add_argument("--arch", choices=("dcgan", "mlp"), default="dcgan", help="convolutional or fully connected")
+    p.add_argument(
+        "--upsample",
+        choices=("deconv", "nearest", "bilinear"),
+        default="deconv",
+        help="how a convolutional G grows a map: by a transposed convolution, or by a resize and a convolution",
+    )
+    p.add_argument(
+        "--upsample-kernel", type=number(int, 3, 5), choices=(3, 5), default=3, help="of the convolution after a resize"
+    )
     p.add_argument(
         "--latent-dim",
         type=number(int, 1, 65536),
@@ -571,7 +592,8 @@ def resolve(p, argv, paper, mlp, colour=None, small_colour=None, grey_side=28):
     saved = {}
     if given.get("resume"):
         checkpoint = read_checkpoint(given["resume"])
-        saved = {name: value for name, value in checkpoint["args"].items() if name in defaults and name not in NOT_KEPT}
+        # A flag that is newer than the checkpoint has its default.
+        saved = {name: checkpoint["args"].get(name, defaults[name]) for name in defaults if name not in NOT_KEPT}
         if "epochs" in given:
             saved["steps"] = None  # new epochs replace the old steps
         # Made on another machine, or by another user: that folder is not here, or may not be read. (Path.exists() would
@@ -617,9 +639,11 @@ def resolve(p, argv, paper, mlp, colour=None, small_colour=None, grey_side=28):
         warn("--drs-percentile has no effect without --reject drs")
     if args.reject == "drs" and args.holdout < 2:
         fail("--reject drs needs images that D never saw: train with --holdout 1000, say")
-    for name in ("ngf", "ndf", "upsample", "init"):
+    for name in ("ngf", "ndf", "upsample", "upsample_kernel", "init"):
         if args.arch == "mlp" and name in given:
-            warn(f"--{name} has no effect on --arch mlp")
+            warn(f"--{name.replace('_', '-')} has no effect on --arch mlp")
+    if args.arch == "dcgan" and args.upsample == "deconv" and "upsample_kernel" in given:
+        warn("--upsample-kernel has no effect on --upsample deconv")
     if args.arch == "dcgan":
         doublings(args.image_size)  # ends the program here if there is no network of that size
     resolve_device(args)

@@ -314,6 +314,20 @@ def test_load_knows_the_size_of_z_and_the_default_of_a_flag_that_the_file_lacks(
         same(dict(w.load_encoder("b.pt").state_dict()), dict(saved["ema_e"]))
 
 
+@EVERY
+def test_a_resume_takes_the_default_of_a_flag_that_the_file_lacks(w, small):
+    """And not what colour images or --paper set today: the run was made without it."""
+    w.main([*w.tiny, "--steps", "1", "--run-dir", "a"])
+    saved = checkpoint("a/last.pt")
+    saved["args"] |= {"dataset": "cifar10", "image_size": 32, "arch": "dcgan"}
+    del saved["args"]["upsample"], saved["args"]["lr_decay"]
+    torch.save(saved, "b.pt")
+    args = w.parse_args(["--resume", "b.pt"])
+    assert (args.upsample, args.lr_decay) == ("deconv", "linear")
+    assert (args.ngf, args.batch_size) == (saved["args"]["ngf"], saved["args"]["batch_size"])
+    assert w.parse_args(["--resume", "b.pt", "--amp"]).amp
+
+
 def test_load_of_what_is_no_checkpoint_is_one_line(small, capsys):
     Path("x.pt").write_bytes(b"PK")
     torch.save({"step": 3}, "y.pt")

@@ -162,6 +162,8 @@ def test_a_side_that_does_not_double_from_4_is_one_line(module, side, capsys):
 def test_report_a_sections_a_to_c(module, how):
     """At 64x64, 16 wide: (a) ConvTranspose2d(in, out, 4, 2, 1); (b), (c) Upsample, Conv2d(in, out, 5, padding=2)."""
     flags = ["--paper", "--image-size", 64, "--ngf", 16, "--ndf", 16, "--upsample", how]
+    if how != "deconv":
+        flags += ["--upsample-kernel", 5]
     G, D = pair(module, *flags, channels=3)
 
     def twice(a, b):
@@ -183,6 +185,21 @@ def test_report_a_penalised_logit_has_no_batch_norm(flags):
     D = pair(dcgan, "--image-size", 64, "--ndf", 16, *flags, channels=3)[1]
     wanted = [v for a, b in ((3, 16), (16, 32), (32, 64), (64, 128)) for v in (down(a, b, bias="bias"), LEAKY)]
     assert layers(D) == [*wanted, down(128, 1, 1, 0)]
+
+
+@pytest.mark.parametrize("module", [*PLAIN, bigan, cdcgan], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("how", ["nearest", "bilinear"])
+def test_by_default_a_convolution_of_3_follows_a_resize(module, how):
+    G = pair(module, "--image-size", 64, "--ngf", 4, "--upsample", how, channels=3)[0]
+    found = [m for m in G.modules() if isinstance(m, nn.Upsample | nn.Conv2d | nn.ConvTranspose2d)]
+    from_z = [m for m in found if isinstance(m, nn.ConvTranspose2d)]
+    assert [m.kernel_size for m in from_z] == [(4, 4)] * len(from_z)  # 1 to 4, of z, and of the label in cdcgan.py
+    assert len(from_z) == (2 if module is cdcgan else 1)
+    doubled = [m for m in found if m not in from_z]
+    assert [type(m) for m in doubled] == 4 * [nn.Upsample, nn.Conv2d] and all(m.mode == how for m in doubled[::2])
+    shapes = [(16, 32, 3, 3), (8, 16, 3, 3), (4, 8, 3, 3), (3, 4, 3, 3)]
+    assert [tuple(m.weight.shape) for m in doubled[1::2]] == shapes and all(m.padding == (1, 1) for m in doubled[1::2])
+    assert [m.bias is None for m in doubled[1::2]] == [True, True, True, module is not cdcgan]
 
 
 @pytest.mark.parametrize("how", ["nearest", "bilinear"])
