@@ -77,7 +77,7 @@ def both(replayed, main, iterations, *flags):
 
 
 @EVERY
-@pytest.mark.parametrize("more", [[], ["--arch", "mlp"], ["--paper"]], ids=" ".join)
+@pytest.mark.parametrize("more", [[], ["--arch", "mlp"], ["--paper"], ["--upsample", "nearest"]], ids=" ".join)
 def test_captured_equals_eager(replayed, w, more):
     """With g_steps and d_steps, so that a replay holds several updates, and rates that fall."""
     flags = [*w.tiny, *more, *CUDA, *"--d-steps 2 --g-steps 2 --steps 16 --log-every 2 --lr-decay linear".split()]
@@ -91,7 +91,7 @@ def test_captured_equals_eager(replayed, w, more):
 @pytest.mark.parametrize(
     "name, more",
     [
-        ("dcgan", "--d-norm batch --upsample nearest"),
+        ("dcgan", "--d-norm batch --upsample nearest --upsample-kernel 5"),
         ("dcgan", "--loss relativistic --r2 1 --upsample bilinear"),
         ("dcgan", "--loss minimax --r1 0 --gp 0.5"),
         ("cdcgan", "--d-ignores-label"),
