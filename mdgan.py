@@ -274,7 +274,7 @@ def ascend(e, mu, sigma):
 
 
 def grow(args, n_in, n_out, kernel=4, bias=False):
-    """Layers that double the side of a map. With a kernel of 3 they take a side of 4 to 7.
+    """Layers that double the side of a map: (B, n_in, s, s) -> (B, n_out, 2s, 2s). With a kernel of 3 they take 4 to 7.
 
     deconv is a transposed convolution. Neighbouring pixels of its output use different entries of the kernel, which can
     leave a checkerboard (Odena et al. 2016). nearest and bilinear resize the map; the convolution after that makes all
@@ -527,9 +527,7 @@ def add_run_flags(p):
         default="deconv",
         help="how a convolutional G grows a map: by a transposed convolution, or by a resize and a convolution",
     )
-    p.add_argument(
-        "--upsample-kernel", type=number(int, 3, 5), choices=(3, 5), default=3, help="of the convolution after a resize"
-    )
+    p.add_argument("--upsample-kernel", type=int, choices=(3, 5), default=3, help="of the convolution after a resize")
     p.add_argument(
         "--latent-dim",
         type=number(int, 1, 65536),
