@@ -422,7 +422,7 @@ def train(args):
         D.train()
         return scores
 
-    study = Study(args, batches.held, sample, score, batches.classes, script=SCRIPT)
+    study = Study(args, batches.held, sample, score, batches.classes, script=SCRIPT, channels=batches.channels)
     state = {"G": G, "D": D, "ema": ema, "opt_g": opt_g, "opt_d": opt_d}
     i = restore(args.resume, state, study) if args.resume else 0  # updates of D so far
     if args.generate:
@@ -478,7 +478,7 @@ def load(path):
     checkpoint = read_checkpoint(path)
     # Flags that did not exist yet when the file was written take their default.
     args = argparse.Namespace(**{**vars(parse_args([])), **checkpoint["args"]})
-    G = averaged(Generator(args, CHANNELS[args.dataset]))
+    G = averaged(Generator(args, checkpoint["channels"]))
     G.load_state_dict(checkpoint["ema"])
     G.latent_dim = args.latent_dim
     return G
@@ -531,7 +531,7 @@ def add_run_flags(p):
     p.add_argument(
         "--latent-dim",
         type=number(int, 1, 65536),
-        help="size of z. Default: 16 for grey images, else 100; with --paper or --arch mlp 100 (bigan.py, mlp: 50)",
+        help="size of z. Default: 16 for grey data sets, else 100; with --paper or --arch mlp 100 (bigan.py, mlp: 50)",
     )
     p.add_argument("--prior", choices=("normal", "uniform"), default="normal", help="of z: N(0, I) or U[-1, 1]")
     p.add_argument(
@@ -744,11 +744,12 @@ class Batches:
     def __init__(self, args, device):
         self.args = args
         self.device = device
-        self.channels = CHANNELS[args.dataset]
         self.held = None
         self.epoch = None
         if args.generate and args.reject != "drs":  # generating needs no data
-            self.classes = read_checkpoint(args.resume)["classes"]
+            checkpoint = read_checkpoint(args.resume)
+            self.channels = checkpoint["channels"]
+            self.classes = checkpoint["classes"]
             return
         # Rank 0 reads first, as it may have to download or to decode.
         if RANK != 0:
@@ -756,6 +757,7 @@ class Batches:
         x, y, names = load_data(args.dataset, args.data_dir, args.image_size, "train")
         if RANK == 0:
             from_rank_0()
+        self.channels = x.shape[1]
         counts = y.bincount().tolist() if names and y.min() >= 0 else []  # -1: an image without a label
         names = names[: len(counts)]  # the last names may be of test images only
         self.classes = dict(zip(names, counts))
@@ -945,6 +947,7 @@ def save(name, i, state, study):
         "args": {**vars(study.args), "data_dir": data_dir},
         "step": i,
         "classes": study.classes,
+        "channels": study.channels,
         "seconds": study.seconds(),
         "rng": {"cpu": torch.get_rng_state()},
         **{name: part.state_dict() for name, part in state.items()},
@@ -966,6 +969,8 @@ def read_checkpoint(path):
             raise KeyError(*missing)
     if checkpoint["script"] != SCRIPT.stem:
         fail(f"{path} is a checkpoint of {checkpoint['script']}.py")
+    if "channels" not in checkpoint:  # written by an older form, which read grey folders as colour
+        checkpoint["channels"] = CHANNELS[checkpoint["args"]["dataset"]]
     return checkpoint
 
 
@@ -976,6 +981,8 @@ def restore(path, state, study=None):
 
     An optimizer takes its moments from the checkpoint, but keeps its own rate and betas: these are flags."""
     checkpoint = read_checkpoint(path)
+    if study and study.channels != checkpoint["channels"]:  # a folder's pictures were all grey, or are now
+        fail(f"channels of the training images: {study.channels} now, {checkpoint['channels']} in {path}")
     before = list(checkpoint["classes"])
     now = list(study.classes) if study else before
     if len(now) != len(before):

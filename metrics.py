@@ -772,9 +772,11 @@ def load_data(dataset, data_dir, size, split):
     """The "train" or "test" images of a data set.
 
     Returns images uint8 (N, C, size, size), labels int64 (N,), -1 where there are none, and the classes' names in the
-    order of the labels, [] without labels. Ends the program with one line where there are no usable files."""
+    order of the labels, [] without labels. C is that of CHANNELS, but 1 for a folder in which all pictures are grey.
+    Ends the program with one line where there are no usable files."""
     x, y, names = read_data(dataset, Path(data_dir), size, split)
-    wanted = (len(x), CHANNELS[dataset], size, size)
+    channels = x.shape[1] if dataset == "folder" else CHANNELS[dataset]  # a folder's may all be grey
+    wanted = (len(x), channels, size, size)
     if x.dtype != torch.uint8 or x.shape != wanted or y.shape != (len(x),):  # a data set of your own
         found = f"{x.dtype} {tuple(x.shape)} and labels {tuple(y.shape)}"
         fail(f"--dataset {dataset}: images {found}; they have to be torch.uint8 {wanted} and {(len(x),)}")
@@ -997,6 +999,9 @@ def read_folder(root, size, split):
     for part, part_paths in parts.items():
         files[part] = [(path, *found[path]) for path in part_paths]
     x, good = read_images(root, size, split, files)
+    other = "test" if split == "train" else "train"
+    if all_grey(x) and all_grey(read_images(root, size, other, files)[0]):
+        x = x[:, :1]
     index = {name: i for i, name in enumerate(names)}
     labels = [index.get(class_of.get(path), -1) for path in parts[split]]
     return x, torch.tensor(labels)[good], names
@@ -1048,6 +1053,11 @@ def read_images(root, size, split, files):
     old = f"{re.escape(name)}-[0-9a-f]{{12}}\\.npz"
     keep(root.resolve().parent, f"{name}-{key}.npz", lambda file: np.savez(file, x=x, good=good, said=said), old=old)
     return torch.from_numpy(x), good
+
+
+def all_grey(x):
+    """Whether all images uint8 (N, 3, H, W) have the same values in their three channels."""
+    return all((part == part[:, :1]).all() for part in x.split(1000))
 
 
 def count_copies(root, files, others):
@@ -1969,16 +1979,18 @@ class Study:
     classes         {name: number of training images} of the data set
     conditional     whether G takes a label
     script          the script's path, for the copy in the run's folder
+    channels        of the images, for the checkpoints
 
     The other ranks of a torchrun have one too. It checks that their losses are finite, and does nothing else."""
 
-    def __init__(self, args, held, sample, score, classes=None, conditional=False, script=None):
+    def __init__(self, args, held, sample, score, classes=None, conditional=False, script=None, channels=None):
         self.args = args
         self.held = held
         self.sample = in_parts(sample, args.device, args.image_size)
         self.score = in_parts(score, args.device, args.image_size)
         self.classes_of_data = classes or {}
         self.classes = self.classes_of_data if conditional else {}  # those that G can be asked for
+        self.channels = channels
         self.script = Path(script) if script else None
         self.folder = Path(args.run_dir)
         self.log_file = CsvLog(self.folder / "log.csv")
@@ -3309,6 +3321,9 @@ def score_images(args, fake_path):
     def data(name, split):
         return load_data(name, args.data_dir, fake.size, split)
 
+    if by_classifier and trained_on == "folder" and data("folder", "train")[0].shape[1] == 1:
+        channels = 1  # a folder in which all pictures are grey
+        fake = Images(fake_path, channels)
     others = None  # real images that are not in `real`
     if of_data_set:
         other_split = "train" if args.split == "test" else "test"

@@ -284,6 +284,30 @@ def test_a_folder_without_images_says_what_is_wrong(tmp_path, capsys, make, word
 # pixels
 
 
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGB", "I;16"])
+def test_a_folder_of_grey_pictures_has_one_channel(tmp_path, mode):
+    levels = list(range(64, 244, 9))  # in 16 bits none without its highest two
+    for level in levels:
+        if mode == "I;16":
+            picture = Image.fromarray(np.full((8, 8), 257 * level, np.uint16))
+        else:
+            picture = Image.new("L", (8, 8), level).convert(mode)
+        picture.save(tmp_path / f"{level}.png")
+    train, test = load(tmp_path)[0], load(tmp_path, "test")[0]
+    assert train.shape == (18, 1, 8, 8) and test.shape == (2, 1, 8, 8)
+    assert sorted([*train[:, 0, 7, 7].tolist(), *test[:, 0, 7, 7].tolist()]) == levels
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_one_picture_in_colour_makes_a_folder_one_of_colours(tmp_path, part):
+    for i in range(3):
+        paint(tmp_path / f"train/{i}.png", (i, i, i))
+        paint(tmp_path / f"test/{i}.png", (i, i, i))
+    assert load(tmp_path)[0].shape[1] == load(tmp_path, "test")[0].shape[1] == 1
+    paint(tmp_path / f"{part}/3.png", (5, 5, 6))
+    assert load(tmp_path)[0].shape[1] == load(tmp_path, "test")[0].shape[1] == 3
+
+
 def read(path, **more):
     return metrics.read_image(path, **more)[0].numpy()
 
@@ -632,6 +656,21 @@ def test_one_set_of_images_in_every_form_scores_alike(tmp_path, capsys, untraine
     for other in scores[1:]:
         assert other == scores[0]
     assert scores[0]["n_fake"] == 60
+
+
+def test_fakes_of_a_grey_folder_are_scored_by_a_network_of_one_channel(tmp_path, capsys, untrained):
+    for split, x in (("train", noise(60, 0, 1)), ("test", noise(60, 1, 1))):
+        for i, image in enumerate(x):
+            (tmp_path / "photos" / split).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image[0].numpy()).save(tmp_path / f"photos/{split}/{i:02}.png")
+    flags = ["--real", "folder", "--data-dir", tmp_path / "photos", "--fake"]
+    same = command(capsys, *flags, tmp_path / "photos/test")
+    assert [x.shape[1] for x in untrained] == [1]
+    assert same["fid"] < 1e-6 and same["coverage"] == 1
+    np.save(tmp_path / "other.npy", noise(60, 1, 1)[:, 0].numpy() // 2)
+    assert command(capsys, *flags, tmp_path / "other.npy")["fid"] > 1e-3
+    np.save(tmp_path / "colour.npy", noise(60, 2).numpy())
+    assert "(60, 3, 8, 8)" in one_line(capsys, lambda: metrics.main([*map(str, flags), str(tmp_path / "colour.npy")]))
 
 
 def test_a_tensor_of_a_gpu_is_read_on_the_cpu(tmp_path, monkeypatch):

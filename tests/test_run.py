@@ -1285,6 +1285,39 @@ def test_a_folder_counts_what_was_read_and_left_out(w, capsys):
     assert "1 of 38" in err and paths[3].name in err
 
 
+@over("dcgan", "wgan_clip", "bigan")
+def test_grey_pictures_make_a_grey_G_and_a_coloured_one_is_said(w, capsys):
+    as_folder(40, "photos")
+    flags = [*w.tiny, *"--dataset folder --data-dir photos --image-size 16 --steps 4 --run-dir a".split()]
+    w.main(flags)
+    G = w.load("a/last.pt")
+    y = [torch.zeros(5, dtype=torch.long)] if w.told else []
+    assert G(torch.randn(5, G.latent_dim), *y).shape == (5, 1, 16, 16)
+    if w.name == "bigan":
+        assert w.load_encoder("a/last.pt")(torch.zeros(5, 1, 16, 16)).shape == (5, G.latent_dim)
+    w.main([*GOOD_A, "3"])
+    assert [Image.open(path).mode for path in sorted(Path("a/generated").glob("*.png"))] == ["L"] * 3
+    w.main(["--resume", "a/last.pt", "--steps", "6"])
+    Image.new("RGB", (16, 16), (9, 8, 7)).save("photos/0/0.png")
+    said = fails(w, capsys, "--resume", "a/last.pt", "--steps", "8")
+    assert "channels of the training images: 3 now, 1 in a/last.pt" in said
+    w.main([*GOOD_A, "3", "--generate-to", "more"])  # that reads no training image
+    assert [Image.open(path).mode for path in sorted(Path("more").glob("*.png"))] == ["L"] * 3
+
+
+@over("dcgan")
+def test_a_checkpoint_that_does_not_say_its_channels_has_those_of_its_data_set(w):
+    as_folder(40, "photos")
+    Image.new("RGB", (16, 16), (9, 8, 7)).save("photos/0/0.png")
+    w.main([*w.tiny, *"--dataset folder --data-dir photos --image-size 16 --steps 4 --run-dir a".split()])
+    old = checkpoint("a/last.pt")
+    assert old.pop("channels") == 3
+    torch.save(old, "a/last.pt")
+    G = w.load("a/last.pt")
+    assert G(torch.randn(5, G.latent_dim)).shape == (5, 3, 16, 16)
+    w.main(["--resume", "a/last.pt", "--steps", "6"])
+
+
 def mirrored(w, x, n, first, *flags):
     """Which of 300 pictures are mirrored in each of n epochs, (n, 300), from `first` on, each in its own order."""
     args = w.parse_args([*w.tiny, "--batch-size", "30", *flags])
@@ -1493,7 +1526,7 @@ def test_the_random_state_of_an_accelerator_is_saved_and_restored(device, tmp_pa
     held = torch.tensor([1, 2, 3], dtype=torch.uint8)
     monkeypatch.setattr(device_module, "get_rng_state", lambda: held)
     args = types.SimpleNamespace(device=device, data_dir="data", seed=0)
-    study = types.SimpleNamespace(args=args, folder=tmp_path, classes={}, seconds=lambda: 5.0, total=7)
+    study = types.SimpleNamespace(args=args, folder=tmp_path, classes={}, channels=1, seconds=lambda: 5.0, total=7)
     wgan_gp.save("last.pt", 7, {}, study)
 
     given = []
