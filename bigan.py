@@ -5,7 +5,7 @@ idea at the same time: "Adversarially Learned Inference", arXiv 1606.00704. f is
 
     discriminator          min_D    E[softplus(-f(x, E(x)))] + E[softplus(f(G(z), z))] + r1/2 E[||grad f(x, E(x))||^2]
     generator and encoder  min_G,E  E[softplus(f(x, E(x)))] + E[softplus(-f(G(z), z))], the labels swapped
-    where                  z ~ N(0, I), or each number of it from U[-1, 1] (--prior)
+    where                  z ~ N(0, I), or each component from U[-1, 1] (--prior)
 
 The term with r1 is not in the paper. Its grad is with respect to both parts of the pair, the image and the code, and
 does not go through E.
@@ -81,7 +81,9 @@ from metrics import (
 )
 
 # --paper sets these. The average is ours, and so is all that is about convolutions: the widths, the 32 pixels and the
-# size of z. The paper also has a weight decay of 2.5e-5, which is left out.
+# size of z. The paper also has a weight decay of 2.5e-5, which is left out. With --arch mlp the widths are those of the
+# authors' code. Its D and E have batch norm without scale and shift, on the second hidden layer alone, and its G takes
+# z into the second layer too. Here E has ordinary batch norm on both layers, D has none, and z goes into G's first.
 PAPER = dict(batch_size=128, lr_g=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999, ema=0.999, ngf=32, ndf=32)
 PAPER |= dict(r1=0.0, penalty_share=1.0, lr_decay="none", upsample="deconv")
 MLP = dict(latent_dim=50, lr_d=5e-4)  # --arch mlp sets these
@@ -300,11 +302,11 @@ def generator_loss(logit_real, logit_fake):
 def squared_gradient(D, x, z):
     """E[||grad f(x, z)||^2] for images x (B, C, H, W) and codes z (B, latent_dim).
 
-    The sum over a pair's numbers, the mean over pairs. r1/2 of it on real pairs (x, E(x)) is R1: Mescheder et al.
+    The sum over pixel values and code, the mean over pairs. r1/2 of it on real pairs (x, E(x)) is R1: Mescheder et al.
     2018, 1801.04406, eq. (9)."""
     x = x.detach().requires_grad_(True)  # cut off from what made them; recorded from here on
     z = z.detach().requires_grad_(True)
-    # A logit depends on its own pair alone. So the gradient of the sum of all logits has in row i the gradient of
+    # A logit depends on its own pair alone. So row i of the gradient of the sum of all logits is the gradient of
     # logit i.
     # create_graph: the backward of d_loss must differentiate this gradient again, with respect to D's weights.
     grad_x, grad_z = torch.autograd.grad(D(x, z).sum(), (x, z), create_graph=True)
@@ -332,8 +334,8 @@ def train(args):
     def amp():
         """With --amp the layers inside run in bfloat16, a float of 16 bits. Without it this does nothing.
 
-        cache_enabled=False: autocast would reuse a weight's bfloat16 copy that was made under no_grad, and no gradient
-        goes through that copy."""
+        cache_enabled=False: inside one such block autocast would keep each weight's bfloat16 copy for the next call. A
+        copy that was made under no_grad passes no gradient on."""
         return torch.autocast(device.type, torch.bfloat16, enabled=args.amp, cache_enabled=False)
 
     def pairs(x_real):
@@ -429,8 +431,8 @@ def train(args):
     # i counts updates of D, as --steps and every --*-every do. An iteration makes d_steps of them, so the last may pass
     # total.
     while i < total and not stop.is_set():
-        # The rates are functions of i alone, so that a resumed run has the right ones. (restore() would not bring back
-        # the state of a scheduler of torch.optim.)
+        # The rates follow from i and total, so a resumed run needs no state of a scheduler. If it is given a larger
+        # total, they rise again.
         lr_scale = (1 - i / total) if args.lr_decay == "linear" else 1.0
         set_rate(opt_g, lr_scale * args.lr_g)
         set_rate(opt_d, lr_scale * args.lr_d)
@@ -510,6 +512,7 @@ COLOUR_SIDES = {"cifar10": 32, "celeba": 64, "folder": 64}
 def add_run_flags(p):
     """The flags that have the same default in every script."""
     p.error = fail  # one line, without the usage
+    p.allow_abbrev = False  # --gp, a flag of dcgan.py, would pass for --gp-weight in wgan_gp.py
     count = number(int, 0)
     p.add_argument("--dataset", choices=CHANNELS, default="digits", help="digits: rendered here, no download")
     p.add_argument(
@@ -850,8 +853,8 @@ def averaged(G):
 def update_ema(ema, G, decay):
     """ema <- d ema + (1 - d) G, with d = min(decay, (1 + t) / (10 + t)) at update t, which ema.updates counts.
 
-    d is smaller at first, so that the average soon forgets the untrained G. Batch norm's running statistics are
-    copied."""
+    (1 + t) / (10 + t) makes the average cover about the last ninth of the run, so that it soon forgets the untrained G.
+    It reaches .995 after 1,790 updates and .9999 after 90,000. Batch norm's running statistics are copied."""
     ema.updates += 1
     d = ((1 + ema.updates) / (10 + ema.updates)).clamp(max=decay)
     for average, p in zip(ema.parameters(), G.parameters()):

@@ -11,13 +11,13 @@ any real number, and p = sigmoid(f(x)). With softplus(t) = log(1 + e^t), softplu
                    min_G  E[-softplus(f(G(z)))]          --loss minimax, eq. (1) as it stands
     relativistic   min_D  E[softplus(f(G(z)) - f(x))]    --loss relativistic, with the same penalties
                    min_G  E[softplus(f(x) - f(G(z)))]    (Jolicoeur-Martineau 2018, 1807.00734)
-    where          z ~ N(0, I), or each number of it from U[-1, 1] (--prior)
+    where          z ~ N(0, I), or each component from U[-1, 1] (--prior)
 
 ns and minimax have the same equilibrium. But while D is sure that fakes are fake, the gradient of minimax vanishes:
 that loss saturates, ns does not. A relativistic D only has to rate a real image above a fake one.
 
 The second line of D's objective is a penalty, which keeps f from changing too fast. By default r1 = 1 and gp = r2 = 0,
-so it is about real images alone. grad is the gradient with respect to the pixels of the image, not to the weights. At
+so only real images are penalized. grad is the gradient with respect to the pixels of the image, not to the weights. At
 real images the penalty is called R1, with the weight r1/2, and at fake ones R2, with r2/2 (Mescheder et al. 2018,
 1801.04406). gp is one weight, added to both. All three pull the gradient to 0, where the penalty of WGAN-GP pulls its
 norm to 1. The relativistic loss with R1 and R2 is that of Huang et al. 2024, 2501.05441.
@@ -144,7 +144,10 @@ def parse_args(argv=None):
     p.add_argument("--beta1", type=number(float, 0, 0.999999), default=0.0, help="Adam's decay of the first moment")
     p.add_argument("--beta2", type=number(float, 0, 0.999999), default=0.9, help="Adam's decay of the second moment")
     p.add_argument(
-        "--ema", type=number(float, 0, 0.999999), default=0.9999, help="highest decay of G's average; 0: none"
+        "--ema",
+        type=number(float, 0, 0.999999),
+        default=0.9999,
+        help="highest decay of G's average, see update_ema(); 0: none",
     )
     p.add_argument(
         "--ngf", type=number(int, 1, 4096), default=16, help="channels of G's last hidden map; earlier ones have more"
@@ -214,7 +217,7 @@ class Discriminator(nn.Module):
     """Image (B, channels, S, S) -> logit (B,), larger for more real.
 
     By default, for 28 pixels: 16 maps of 14x14, 32 of 7x7, 64 of 4x4, then the logit.
-    Without batch norm after it a layer has a bias, but for the last convolution, as in DCGAN's code."""
+    A layer without batch norm after it has a bias. Only the last convolution has none, as in DCGAN's code."""
 
     def __init__(self, args, channels):
         super().__init__()
@@ -303,7 +306,7 @@ def generator_loss(logit_fake, kind="ns", logit_real=None):
     """G's loss for logits (B,), by its kind; p = sigmoid(f(G(z))).
 
     ns            E[-log p]
-    minimax       E[log(1 - p)]; its derivative in f is -p, next to 0 while D is sure that fakes are fake (ns: p - 1)
+    minimax       E[log(1 - p)]; its derivative in f is -p, close to 0 while D is sure that fakes are fake (ns: p - 1)
     relativistic  E[softplus(f(x) - f(G(z)))]"""
     if kind == "ns":
         return F.softplus(-logit_fake).mean()
@@ -315,12 +318,12 @@ def generator_loss(logit_fake, kind="ns", logit_real=None):
 
 
 def squared_gradient(D, x):
-    """E[||grad f(x)||^2] for images x (B, C, H, W): the sum over an image's numbers, the mean over images.
+    """E[||grad f(x)||^2] for images x (B, C, H, W): the sum over its pixel values, the mean over images.
 
     r1/2 of it on real images is R1, r2/2 on fake ones R2: Mescheder et al. 2018, 1801.04406, eq. (9) and (10)."""
     x = x.detach().requires_grad_(True)  # cut off from what made it; recorded from here on
-    # Without batch norm a logit depends on its own image alone. So the gradient of the sum of all logits has in row i
-    # the gradient of logit i. With batch norm row i also has what image i does to the other logits.
+    # Without batch norm a logit depends on its own image alone. So row i of the gradient of the sum of all logits
+    # is the gradient of logit i. With batch norm row i also has what image i does to the other logits.
     # create_graph: the backward of d_loss must differentiate this gradient again, with respect to D's weights.
     (grad,) = torch.autograd.grad(D(x).sum(), x, create_graph=True)
     return grad.flatten(1).square().sum(1).mean()
@@ -344,8 +347,8 @@ def train(args):
     def amp():
         """With --amp the layers inside run in bfloat16, a float of 16 bits. Without it this does nothing.
 
-        cache_enabled=False: autocast would reuse a weight's bfloat16 copy that was made under no_grad, and no gradient
-        goes through that copy."""
+        cache_enabled=False: inside one such block autocast would keep each weight's bfloat16 copy for the next call. A
+        copy that was made under no_grad passes no gradient on."""
         return torch.autocast(device.type, torch.bfloat16, enabled=args.amp, cache_enabled=False)
 
     # the weights of the penalties on real and on fake images
@@ -431,8 +434,8 @@ def train(args):
     # i counts updates of D, as --steps and every --*-every do. An iteration makes d_steps of them, so the last may pass
     # total.
     while i < total and not stop.is_set():
-        # The rates are functions of i alone, so that a resumed run has the right ones. (restore() would not bring back
-        # the state of a scheduler of torch.optim.)
+        # The rates follow from i and total, so a resumed run needs no state of a scheduler. If it is given a larger
+        # total, they rise again.
         lr_scale = (1 - i / total) if args.lr_decay == "linear" else 1.0
         set_rate(opt_g, lr_scale * args.lr_g)
         set_rate(opt_d, lr_scale * args.lr_d)
@@ -501,6 +504,7 @@ COLOUR_SIDES = {"cifar10": 32, "celeba": 64, "folder": 64}
 def add_run_flags(p):
     """The flags that have the same default in every script."""
     p.error = fail  # one line, without the usage
+    p.allow_abbrev = False  # --gp, a flag of dcgan.py, would pass for --gp-weight in wgan_gp.py
     count = number(int, 0)
     p.add_argument("--dataset", choices=CHANNELS, default="digits", help="digits: rendered here, no download")
     p.add_argument(
@@ -841,8 +845,8 @@ def averaged(G):
 def update_ema(ema, G, decay):
     """ema <- d ema + (1 - d) G, with d = min(decay, (1 + t) / (10 + t)) at update t, which ema.updates counts.
 
-    d is smaller at first, so that the average soon forgets the untrained G. Batch norm's running statistics are
-    copied."""
+    (1 + t) / (10 + t) makes the average cover about the last ninth of the run, so that it soon forgets the untrained G.
+    It reaches .995 after 1,790 updates and .9999 after 90,000. Batch norm's running statistics are copied."""
     ema.updates += 1
     d = ((1 + ema.updates) / (10 + ema.updates)).clamp(max=decay)
     for average, p in zip(ema.parameters(), G.parameters()):

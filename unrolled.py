@@ -9,7 +9,7 @@ gradient descent at --inner-lr, the default, or as D's own Adam would go on (--i
                    min_G  -L(f_k)                        --loss minimax, the game of the paper
     where          grad is with respect to the pixels of x; the paper has no such penalty
                    L(f) = E[softplus(-f(x))] + E[softplus(f(G(z)))]
-                   z ~ N(0, I), or each number of it from U[-1, 1] (--prior)
+                   z ~ N(0, I), or each component from U[-1, 1] (--prior)
 
     python unrolled.py                                   digits rendered at start-up, no download
     python unrolled.py --dataset mnist --epochs 200
@@ -126,7 +126,10 @@ def parse_args(argv=None):
     p.add_argument("--beta1", type=number(float, 0, 0.999999), default=0.0, help="Adam's decay of the first moment")
     p.add_argument("--beta2", type=number(float, 0, 0.999999), default=0.9, help="Adam's decay of the second moment")
     p.add_argument(
-        "--ema", type=number(float, 0, 0.999999), default=0.9999, help="highest decay of G's average; 0: none"
+        "--ema",
+        type=number(float, 0, 0.999999),
+        default=0.9999,
+        help="highest decay of G's average, see update_ema(); 0: none",
     )
     p.add_argument(
         "--ngf", type=number(int, 1, 4096), default=16, help="channels of G's last hidden map; earlier ones have more"
@@ -268,11 +271,11 @@ def generator_loss(logit_fake, kind="ns", logit_real=None):
 
 
 def squared_gradient(D, x):
-    """E[||grad f(x)||^2] for images x (B, C, H, W): the sum over an image's numbers, the mean over images.
+    """E[||grad f(x)||^2] for images x (B, C, H, W): the sum over its pixel values, the mean over images.
 
     r1/2 of it on real images is R1: Mescheder et al. 2018, 1801.04406, eq. (9)."""
     x = x.detach().requires_grad_(True)  # cut off from what made it; recorded from here on
-    # A logit depends on its own image alone. So the gradient of the sum of all logits has in row i the gradient of
+    # A logit depends on its own image alone. So row i of the gradient of the sum of all logits is the gradient of
     # logit i.
     # create_graph: the backward of d_loss must differentiate this gradient again, with respect to D's weights.
     (grad,) = torch.autograd.grad(D(x).sum(), x, create_graph=True)
@@ -338,8 +341,8 @@ def train(args):
     def amp():
         """With --amp the layers inside run in bfloat16, a float of 16 bits. Without it this does nothing.
 
-        cache_enabled=False: autocast would reuse a weight's bfloat16 copy that was made under no_grad, and no gradient
-        goes through that copy."""
+        cache_enabled=False: inside one such block autocast would keep each weight's bfloat16 copy for the next call. A
+        copy that was made under no_grad passes no gradient on."""
         return torch.autocast(device.type, torch.bfloat16, enabled=args.amp, cache_enabled=False)
 
     def step(x):
@@ -416,8 +419,8 @@ def train(args):
     # i counts updates of D, as --steps and every --*-every do. An iteration makes d_steps of them, so the last may pass
     # total.
     while i < total and not stop.is_set():
-        # The rates are functions of i alone, so that a resumed run has the right ones. (restore() would not bring back
-        # the state of a scheduler of torch.optim.)
+        # The rates follow from i and total, so a resumed run needs no state of a scheduler. If it is given a larger
+        # total, they rise again.
         lr_scale = (1 - i / total) if args.lr_decay == "linear" else 1.0
         set_rate(opt_g, lr_scale * args.lr_g)
         set_rate(opt_d, lr_scale * args.lr_d)
@@ -486,6 +489,7 @@ COLOUR_SIDES = {"cifar10": 32, "celeba": 64, "folder": 64}
 def add_run_flags(p):
     """The flags that have the same default in every script."""
     p.error = fail  # one line, without the usage
+    p.allow_abbrev = False  # --gp, a flag of dcgan.py, would pass for --gp-weight in wgan_gp.py
     count = number(int, 0)
     p.add_argument("--dataset", choices=CHANNELS, default="digits", help="digits: rendered here, no download")
     p.add_argument(
@@ -826,8 +830,8 @@ def averaged(G):
 def update_ema(ema, G, decay):
     """ema <- d ema + (1 - d) G, with d = min(decay, (1 + t) / (10 + t)) at update t, which ema.updates counts.
 
-    d is smaller at first, so that the average soon forgets the untrained G. Batch norm's running statistics are
-    copied."""
+    (1 + t) / (10 + t) makes the average cover about the last ninth of the run, so that it soon forgets the untrained G.
+    It reaches .995 after 1,790 updates and .9999 after 90,000. Batch norm's running statistics are copied."""
     ema.updates += 1
     d = ((1 + ema.updates) / (10 + ema.updates)).clamp(max=decay)
     for average, p in zip(ema.parameters(), G.parameters()):

@@ -5,7 +5,7 @@ Discriminator, is the critic, the paper's f: its score D(x) is any real number, 
 
     critic     min_D  E[D(G(z))] - E[D(x)], then every weight of D is clipped to [-c, c]
     generator  min_G  -E[D(G(z))]
-    where      z ~ N(0, I), or each number of it from U[-1, 1] (--prior); with --conditional D(x, y) and G(z, y)
+    where      z ~ N(0, I), or each component from U[-1, 1] (--prior); with --conditional D(x, y) and G(z, y)
 
     python wgan_clip.py                                  digits rendered at start-up, no download
     python wgan_clip.py --dataset mnist --epochs 200
@@ -115,7 +115,10 @@ def parse_args(argv=None):
     p.add_argument("--beta1", type=number(float, 0, 0.999999), default=0.0, help="Adam's decay of the first moment")
     p.add_argument("--beta2", type=number(float, 0, 0.999999), default=0.9, help="Adam's decay of the second moment")
     p.add_argument(
-        "--ema", type=number(float, 0, 0.999999), default=0.9999, help="highest decay of G's average; 0: none"
+        "--ema",
+        type=number(float, 0, 0.999999),
+        default=0.9999,
+        help="highest decay of G's average, see update_ema(); 0: none",
     )
     p.add_argument(
         "--ngf", type=number(int, 1, 4096), default=16, help="channels of G's last hidden map; earlier ones have more"
@@ -188,7 +191,7 @@ class Discriminator(nn.Module):
     """Image (B, channels, S, S) -> score (B,), any real number, larger for more real.
 
     By default, for 28 pixels: 16 maps of 14x14, 32 of 7x7, 64 of 4x4, then the score.
-    Without batch norm after it a layer has a bias, but for the last convolution, as in DCGAN's code.
+    A layer without batch norm after it has a bias. Only the last convolution has none, as in DCGAN's code.
     With --conditional also labels y (B,). They become a plane for each class: that of the label is all ones."""
 
     def __init__(self, args, channels, classes):
@@ -241,7 +244,7 @@ class Discriminator(nn.Module):
 
 
 def norm(kind, n_in, maps=True):
-    """A list of one layer, or of none. layer: over all numbers of an image, with a scale and shift for each channel."""
+    """A list of one layer, or of none. layer: over all channels and pixels of an image; scale and shift by channel."""
     if kind == "batch":
         return [nn.BatchNorm2d(n_in) if maps else nn.BatchNorm1d(n_in)]
     if kind == "layer":
@@ -342,8 +345,8 @@ def train(args):
     def amp():
         """With --amp the layers inside run in bfloat16, a float of 16 bits. Without it this does nothing.
 
-        cache_enabled=False: autocast would reuse a weight's bfloat16 copy that was made under no_grad, and no gradient
-        goes through that copy."""
+        cache_enabled=False: inside one such block autocast would keep each weight's bfloat16 copy for the next call. A
+        copy that was made under no_grad passes no gradient on."""
         return torch.autocast(device.type, torch.bfloat16, enabled=args.amp, cache_enabled=False)
 
     def step(x, y):
@@ -419,8 +422,8 @@ def train(args):
     # i counts updates of D, as --steps and every --*-every do. An iteration makes d_steps of them, so the last may pass
     # total.
     while i < total and not stop.is_set():
-        # The rates are functions of i alone, so that a resumed run has the right ones. (restore() would not bring back
-        # the state of a scheduler of torch.optim.)
+        # The rates follow from i and total, so a resumed run needs no state of a scheduler. If it is given a larger
+        # total, they rise again.
         lr_scale = (1 - i / total) if args.lr_decay == "linear" else 1.0
         set_rate(opt_g, lr_scale * args.lr_g)
         set_rate(opt_d, lr_scale * args.lr_d)
@@ -492,6 +495,7 @@ COLOUR_SIDES = {"cifar10": 32, "celeba": 64, "folder": 64}
 def add_run_flags(p):
     """The flags that have the same default in every script."""
     p.error = fail  # one line, without the usage
+    p.allow_abbrev = False  # --gp, a flag of dcgan.py, would pass for --gp-weight in wgan_gp.py
     count = number(int, 0)
     p.add_argument("--dataset", choices=CHANNELS, default="digits", help="digits: rendered here, no download")
     p.add_argument(
@@ -832,8 +836,8 @@ def averaged(G):
 def update_ema(ema, G, decay):
     """ema <- d ema + (1 - d) G, with d = min(decay, (1 + t) / (10 + t)) at update t, which ema.updates counts.
 
-    d is smaller at first, so that the average soon forgets the untrained G. Batch norm's running statistics are
-    copied."""
+    (1 + t) / (10 + t) makes the average cover about the last ninth of the run, so that it soon forgets the untrained G.
+    It reaches .995 after 1,790 updates and .9999 after 90,000. Batch norm's running statistics are copied."""
     ema.updates += 1
     d = ((1 + ema.updates) / (10 + ema.updates)).clamp(max=decay)
     for average, p in zip(ema.parameters(), G.parameters()):

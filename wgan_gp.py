@@ -6,16 +6,18 @@ D, class Discriminator, is the critic: its score D(x) is any real number, not a 
     critic     min_D  E[D(G(z))] - E[D(x)] + lambda E[(||grad D(x_hat)||_2 - 1)^2]
     generator  min_G  -E[D(G(z))]
     where      x_hat = eps x + (1 - eps) G(z), one eps ~ U[0, 1] for each image
-               z ~ N(0, I), or each number of it from U[-1, 1] (--prior)
+               z ~ N(0, I), or each component from U[-1, 1] (--prior)
 
 grad is with respect to the pixels of x_hat, not to the weights. Without a limit on its norm the critic could multiply
 all its scores by 1000, and its loss would fall with nothing learned. If the norm is at most 1 everywhere (a 1-Lipschitz
 critic), the largest E[D(x)] - E[D(G(z))] is the Wasserstein distance: how far images have to be moved, on average and
-by the cheapest plan, to turn the generated distribution into the real one.
+by the cheapest plan, to turn the generated distribution into the real one. Far is measured in pixel values, as the
+Euclidean distance of two images.
 
-The penalty is a soft form of this limit. The cheapest plan pairs each fake image with a real one. On the line between
-the two the best critic's gradient has norm 1, so norms below 1 are punished too (section 2.3). Which images the plan
-pairs nobody knows, so x_hat lies between random pairs, as in the paper.
+The penalty is soft, and asks for more than this limit: for a norm of 1, neither more nor less. The best critic has it
+on the lines between the fake and the real images that the cheapest plan pairs (section 2.3, proposition 1). Nobody
+knows that plan, so x_hat lies between random pairs. There a norm of 1 is not implied, but the paper found that asking
+for it does no harm (section 4).
 
     python wgan_gp.py                                    digits rendered at start-up, no download
     python wgan_gp.py --dataset mnist --epochs 6         real digits, six passes over them: 5,622 updates
@@ -31,9 +33,9 @@ The defaults differ from the paper: one update of the critic for one of G, the p
 higher rates that fall to 0. --paper undoes this, and --help lists what it sets. The networks, the size of the images
 and of z, and the average are ours with --paper too. Colour images have settings of their own (COLOUR).
 
-With batch norm the critic's score of an image would depend on the whole batch, and the gradient at one image would mean
-nothing. So the critic has none. While training, G's batch norm uses the current batch. The images to look at come from
-`ema`, a copy of G with averaged weights and G's running statistics, in eval mode.
+With batch norm the critic's score of an image would depend on the whole batch, and its gradient would not be that of
+one image's score. So the critic has none. While training, G's batch norm uses the current batch. The images to look at
+come from `ema`, a copy of G with averaged weights and G's running statistics, in eval mode.
 """
 
 # `uv run wgan_gp.py` reads this block, installs the packages and runs the file. Without uv it is a comment.
@@ -111,7 +113,10 @@ def parse_args(argv=None):
     p.add_argument("--beta1", type=number(float, 0, 0.999999), default=0.0, help="Adam's decay of the first moment")
     p.add_argument("--beta2", type=number(float, 0, 0.999999), default=0.9, help="Adam's decay of the second moment")
     p.add_argument(
-        "--ema", type=number(float, 0, 0.999999), default=0.9999, help="highest decay of G's average; 0: none"
+        "--ema",
+        type=number(float, 0, 0.999999),
+        default=0.9999,
+        help="highest decay of G's average, see update_ema(); 0: none",
     )
     p.add_argument(
         "--ngf", type=number(int, 1, 4096), default=16, help="channels of G's last hidden map; earlier ones have more"
@@ -235,8 +240,9 @@ def dcgan_init(module):
 def discriminator_loss(score_real, score_fake):
     """E[D(G(z))] - E[D(x)] for scores (B,): eq. (3) without its penalty.
 
-    Its negative is logged as w_dist. It estimates the Wasserstein distance W if the critic is at its best and its
-    gradient's norm is at most 1. The penalty is soft, so at its best the norm is above 1: about 1 + W / (2 lambda)."""
+    Its negative is logged as w_dist. Of the best critic with a norm of at most 1 it would be the Wasserstein distance
+    W. This critic is not the best, as it has few updates, and the penalty allows it a norm above 1: with one norm
+    everywhere, 1 + W / (2 lambda) would be the best."""
     return score_fake.mean() - score_real.mean()
 
 
@@ -249,12 +255,12 @@ def gradient_penalty(D, x_real, x_fake):
     """E[(||grad D(x_hat)||_2 - 1)^2], the last term of eq. (3) without its lambda, and the mean of the norm.
 
     The images are (B, C, H, W). x_hat lies between a real image and a fake one, with one eps for the whole image. The
-    norm runs over all numbers of an image. A common mistake is norm(2, dim=1) of (B, C, H, W): that is a norm, and so a
-    penalty, for each pixel."""
+    norm runs over all pixel values of an image. A common mistake is norm(2, dim=1) of (B, C, H, W): that is a norm, and
+    so a penalty, for each pixel."""
     eps = torch.rand(len(x_real), 1, 1, 1, device=x_real.device, dtype=x_real.dtype)
     x_hat = torch.lerp(x_fake, x_real, eps)  # eps x_real + (1 - eps) x_fake
     x_hat = x_hat.detach().requires_grad_(True)  # cut off from what made it; recorded from here on
-    # A score depends on its own image alone. So the gradient of the sum of all scores has in row i the gradient of
+    # A score depends on its own image alone. So row i of the gradient of the sum of all scores is the gradient of
     # score i.
     # create_graph: the backward of d_loss must differentiate this gradient again, with respect to D's weights.
     (grad,) = torch.autograd.grad(D(x_hat).sum(), x_hat, create_graph=True)
@@ -280,8 +286,8 @@ def train(args):
     def amp():
         """With --amp the layers inside run in bfloat16, a float of 16 bits. Without it this does nothing.
 
-        cache_enabled=False: autocast would reuse a weight's bfloat16 copy that was made under no_grad, and no gradient
-        goes through that copy."""
+        cache_enabled=False: inside one such block autocast would keep each weight's bfloat16 copy for the next call. A
+        copy that was made under no_grad passes no gradient on."""
         return torch.autocast(device.type, torch.bfloat16, enabled=args.amp, cache_enabled=False)
 
     def step(x):
@@ -355,8 +361,8 @@ def train(args):
     # i counts updates of D, as --steps and every --*-every do. An iteration makes d_steps of them, so the last may pass
     # total.
     while i < total and not stop.is_set():
-        # The rates are functions of i alone, so that a resumed run has the right ones. (restore() would not bring back
-        # the state of a scheduler of torch.optim.)
+        # The rates follow from i and total, so a resumed run needs no state of a scheduler. If it is given a larger
+        # total, they rise again.
         lr_scale = (1 - i / total) if args.lr_decay == "linear" else 1.0
         set_rate(opt_g, lr_scale * args.lr_g)
         set_rate(opt_d, lr_scale * args.lr_d)
@@ -425,6 +431,7 @@ COLOUR_SIDES = {"cifar10": 32, "celeba": 64, "folder": 64}
 def add_run_flags(p):
     """The flags that have the same default in every script."""
     p.error = fail  # one line, without the usage
+    p.allow_abbrev = False  # --gp, a flag of dcgan.py, would pass for --gp-weight in wgan_gp.py
     count = number(int, 0)
     p.add_argument("--dataset", choices=CHANNELS, default="digits", help="digits: rendered here, no download")
     p.add_argument(
@@ -765,8 +772,8 @@ def averaged(G):
 def update_ema(ema, G, decay):
     """ema <- d ema + (1 - d) G, with d = min(decay, (1 + t) / (10 + t)) at update t, which ema.updates counts.
 
-    d is smaller at first, so that the average soon forgets the untrained G. Batch norm's running statistics are
-    copied."""
+    (1 + t) / (10 + t) makes the average cover about the last ninth of the run, so that it soon forgets the untrained G.
+    It reaches .995 after 1,790 updates and .9999 after 90,000. Batch norm's running statistics are copied."""
     ema.updates += 1
     d = ((1 + ema.updates) / (10 + ema.updates)).clamp(max=decay)
     for average, p in zip(ema.parameters(), G.parameters()):
