@@ -106,7 +106,7 @@ def run(monkeypatch, module, argv, iterations=1, x=None, y=None, nets=()):
         setattr(seen, name, averaged(net))
         return getattr(seen, name)
 
-    def study(args, held, sample, score, classes=None, conditional=False, script=None):
+    def study(args, held, sample, score, classes=None, conditional=False, script=None, channels=None):
         seen.held, seen.sample, seen.score, seen.classes, seen.conditional = held, sample, score, classes, conditional
         stand_in = mock.MagicMock()
         stand_in.evaluate.return_value = False
