@@ -3230,7 +3230,7 @@ def main(argv=None):
 
 
 def command(argv):
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     p.error = fail
     p.add_argument("--real", type=file_name, help=f"one of {', '.join(CHANNELS)}; or a folder, or an array as --fake")
     p.add_argument(

@@ -97,6 +97,14 @@ def test_a_flag_without_its_effect_is_one_line(module, argv, named, capsys):
     assert line.count("\n") == 1 and named in line, line
 
 
+@pytest.mark.parametrize("argv", ["--gp 5", "--lr 1e-3", "--latent 9", "--epoch 3"])
+def test_a_flag_is_not_abbreviated(argv, capsys):
+    """--gp is a flag of dcgan.py. As a short form of --gp-weight it would be another penalty."""
+    with pytest.raises(SystemExit):
+        wgan_gp.parse_args(argv.split())
+    assert f"unrecognized arguments: {argv}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "module, argv",
     [
