@@ -1001,7 +1001,7 @@ def read_folder(root, size, split):
     x, good = read_images(root, size, split, files)
     other = "test" if split == "train" else "train"
     if all_grey(x) and all_grey(read_images(root, size, other, files)[0]):
-        x = x[:, :1]
+        x = x[:, :1].clone()  # a view would keep all three channels in memory
     index = {name: i for i, name in enumerate(names)}
     labels = [index.get(class_of.get(path), -1) for path in parts[split]]
     return x, torch.tensor(labels)[good], names
@@ -3035,8 +3035,10 @@ class Images:
         try:
             if x.dim() == 3:  # grey
                 x = x[:, None]
-            if x.dim() == 4 and x.shape[1] not in (1, self.channels) and x.shape[3] in (1, self.channels):
+            if x.dim() == 4 and x.shape[1] not in (1, 3) and x.shape[3] in (1, 3):
                 x = x.permute(0, 3, 1, 2).contiguous()  # channels last, as in TensorFlow
+            if self.channels == 1 and as_images(x).shape[1] == 3 and all_grey(x):
+                x = x[:, :1]
             self.items = as_images(x, sorted({1, self.channels}))
         except ValueError as e:
             raise ValueError(f"{self.path}: {e}") from None
@@ -3249,7 +3251,9 @@ def command(argv):
     scores = f"of {' '.join(SCORES)}; default all. fid alone keeps no features in memory"
     p.add_argument("--scores", nargs="+", choices=SCORES, default=SCORES, metavar="SCORE", help=scores)
     p.add_argument(
-        "--data-dir", type=file_name, default="data", help="folder of the data sets, their networks and statistics"
+        "--data-dir",
+        type=file_name,
+        help="where data sets, networks and statistics lie, by default data; with --real folder, the images",
     )
     p.add_argument("--no-cache", action="store_true", help="neither read nor keep statistics of real images")
     p.add_argument(
@@ -3271,6 +3275,9 @@ def command(argv):
         return put(sys.stdout, f"{scores_table(args.table)}\n")
     if not (args.real and args.fake):
         raise ValueError("name --real and --fake, --plot or --table")
+    if "folder" in (args.real, args.classifier) and not args.data_dir:
+        raise ValueError("the data set folder needs --data-dir, the folder of the images")
+    args.data_dir = args.data_dir or "data"
     if args.features == "classifier" and args.weights:
         raise ValueError("--weights goes with --features inception")
     if args.features == "inception" and args.classifier:
@@ -3285,6 +3292,8 @@ def command(argv):
         if args.json:
             put(sys.stdout, f"{json.dumps(results[0], indent=1)}\n")
         return
+    if len({s["features"] for s in results}) > 1:  # images of another size have another network
+        raise ValueError("the sets of fakes are scored by different networks, so there is no mean")
     if len({s["n_fake"] for s in results}) > 1:
         warn("warning: the sets of fakes are scored at different numbers of images, on which FID depends: give --n")
     together = over_seeds(results)

@@ -580,7 +580,7 @@ def resolve(p, argv, paper, mlp, colour=None, small_colour=None, grey_side=28):
     5. the flag's default; --image-size and --latent-dim have none, so suited_to() gives them"""
     p.epilog = f"--paper sets {as_flags(paper)}. --arch mlp sets {as_flags(mlp)}."
     if colour:
-        p.epilog += f" Colour images of 32 pixels or more set {as_flags(colour)}."
+        p.epilog += f" Colour data sets and folders, of 32 pixels or more, set {as_flags(colour)}."
     if small_colour:
         p.epilog += f" Below 64 pixels they set {as_flags(small_colour)}."
     defaults = vars(p.parse_args([]))
@@ -963,8 +963,9 @@ def restore(path, state, study=None):
 
     An optimizer takes its moments from the checkpoint, but keeps its own rate and betas: these are flags."""
     checkpoint = read_checkpoint(path)
-    if study and study.channels != checkpoint["channels"]:  # a folder's pictures were all grey, or are now
-        fail(f"channels of the training images: {study.channels} now, {checkpoint['channels']} in {path}")
+    if study and study.channels != checkpoint["channels"]:  # only a folder's can change
+        were, are = checkpoint["channels"], study.channels
+        fail(f"{path} has images of {were} channels, the data {are}: a folder has 1 while all its pictures are grey")
     before = list(checkpoint["classes"])
     now = list(study.classes) if study else before
     if len(now) != len(before):

@@ -246,7 +246,7 @@ def test_a_picture_beside_the_classes_is_named(tmp_path, capsys):
 def test_many_classes_take_linear_time(tmp_path, monkeypatch):
     """names.index would take 90 million steps here."""
     found = {f"{i:05}/{j}.png": (1, 1) for i in range(10_000) for j in range(2)}
-    x = {"train": torch.zeros(18_000, 3, 8, 8, dtype=torch.uint8)}
+    x = {"train": torch.zeros(18_000, 3, 8, 8, dtype=torch.uint8), "test": torch.zeros(2000, 3, 8, 8).byte()}
     monkeypatch.setattr(metrics, "list_images", lambda root: (found, metrics.Counter()))
     monkeypatch.setattr(metrics, "read_images", lambda root, size, split, files: (x[split], np.arange(len(x[split]))))
     start = metrics.time.process_time()
@@ -671,6 +671,34 @@ def test_fakes_of_a_grey_folder_are_scored_by_a_network_of_one_channel(tmp_path,
     assert command(capsys, *flags, tmp_path / "other.npy")["fid"] > 1e-3
     np.save(tmp_path / "colour.npy", noise(60, 2).numpy())
     assert "(60, 3, 8, 8)" in one_line(capsys, lambda: metrics.main([*map(str, flags), str(tmp_path / "colour.npy")]))
+
+
+def test_grey_fakes_in_three_equal_channels_are_taken(tmp_path):
+    x = noise(4, 0, 1)
+    assert torch.equal(next(metrics.Images(x.expand(-1, 3, -1, -1), 1).batches(4)), x)
+    with pytest.raises(ValueError, match="3, 8, 8"):
+        metrics.Images(noise(4, 0), 1)
+
+
+@pytest.mark.parametrize("flag", ["--real", "--classifier"])
+def test_the_data_set_folder_needs_its_folder(tmp_path, capsys, flag):
+    """Without it that would be all pictures below ./data."""
+    torch.save(noise(4, 0), tmp_path / "x.pt")
+    argv = ["--fake", str(tmp_path / "x.pt"), "--real", str(tmp_path / "x.pt"), flag, "folder"]
+    assert "needs --data-dir" in one_line(capsys, lambda: metrics.main(argv))
+
+
+def test_fakes_of_two_sizes_have_no_mean(tmp_path, capsys, untrained, monkeypatch):
+    monkeypatch.setattr(
+        metrics, "load_data", lambda name, folder, size, split: (noise(60, 1, 3, size), torch.zeros(60), [])
+    )
+    for side in (8, 16):
+        torch.save(noise(60, 0, 3, side), tmp_path / f"{side}.pt")
+    argv = ["--real", "cifar10", "--data-dir", tmp_path, "--fake", tmp_path / "8.pt", tmp_path / "16.pt"]
+    with pytest.raises(SystemExit):
+        metrics.main([*map(str, argv)])
+    out, err = capsys.readouterr()
+    assert "error: the sets of fakes are scored by different networks" in err and "mean and standard" not in out
 
 
 def test_a_tensor_of_a_gpu_is_read_on_the_cpu(tmp_path, monkeypatch):

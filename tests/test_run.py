@@ -1300,7 +1300,7 @@ def test_grey_pictures_make_a_grey_G_and_a_coloured_one_is_said(w, capsys):
     w.main(["--resume", "a/last.pt", "--steps", "6"])
     Image.new("RGB", (16, 16), (9, 8, 7)).save("photos/0/0.png")
     said = fails(w, capsys, "--resume", "a/last.pt", "--steps", "8")
-    assert "channels of the training images: 3 now, 1 in a/last.pt" in said
+    assert "a/last.pt has images of 1 channels, the data 3" in said
     w.main([*GOOD_A, "3", "--generate-to", "more"])  # that reads no training image
     assert [Image.open(path).mode for path in sorted(Path("more").glob("*.png"))] == ["L"] * 3
 
