@@ -499,8 +499,8 @@ def test_checkpoint_holds_plain_types_and_names_its_script(w, ran):
     saved = checkpoint("a/last.pt")
     encoder = {"E", "ema_e"} if w.name == "bigan" else set()
     parts = {"G", "D", "ema", "opt_g", "opt_d"} | encoder
-    assert saved.keys() == {"script", "args", "step", "classes", "seconds", "rng"} | parts
-    assert saved["script"] == w.name and saved["step"] == 5 and saved["args"]["ngf"] == 2
+    assert saved.keys() == {"script", "args", "step", "classes", "channels", "seconds", "rng"} | parts
+    assert saved["script"] == w.name and saved["step"] == 5 and saved["args"]["ngf"] == 2 and saved["channels"] == 1
     assert list(saved["classes"].items()) == ([(str(i), 30) for i in range(10)] if w.told else [])
     kept = json.loads(Path("a/args.json").read_text())
     assert kept["latent_dim"] == 6
