@@ -681,8 +681,9 @@ def test_grey_fakes_in_three_equal_channels_are_taken(tmp_path):
 
 
 @pytest.mark.parametrize("flag", ["--real", "--classifier"])
-def test_the_data_set_folder_needs_its_folder(tmp_path, capsys, flag):
+def test_the_data_set_folder_needs_its_folder(tmp_path, capsys, monkeypatch, flag):
     """Without it that would be all pictures below ./data."""
+    monkeypatch.chdir(tmp_path)  # where there are none, should this fail
     torch.save(noise(4, 0), tmp_path / "x.pt")
     argv = ["--fake", str(tmp_path / "x.pt"), "--real", str(tmp_path / "x.pt"), flag, "folder"]
     assert "needs --data-dir" in one_line(capsys, lambda: metrics.main(argv))
