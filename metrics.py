@@ -1973,29 +1973,28 @@ class Study:
     """Watches a run: its folder, logs, sheets, scores, figures. It never trains, and its random streams are its own.
 
     args            the run's flags
-    held            (images uint8, labels) that D never sees, or None: --reject drs is calibrated on them
+    data            the script's Batches. Taken from it: the training set, .channels, .classes, and .held, the images on
+                    which --reject drs is calibrated
     sample(z, y)    -> images uint8 (B, C, S, S) of z (B, latent_dim) and labels (B,)
     score(x, y)     -> D's scores (B,) of images uint8 (B, C, S, S) with labels (B,)
-    classes         {name: number of training images} of the data set
-    conditional     whether G takes a label
     script          the script's path, for the copy in the run's folder
-    channels        of the images, for the checkpoints
+    conditional     whether G takes a label
 
     The other ranks of a torchrun have one too. It checks that their losses are finite, and does nothing else."""
 
-    def __init__(self, args, held, sample, score, classes=None, conditional=False, script=None, channels=None):
+    def __init__(self, args, data, sample, score, script=None, conditional=False):
         self.args = args
-        self.held = held
+        self.held = data.held
         self.sample = in_parts(sample, args.device, args.image_size)
         self.score = in_parts(score, args.device, args.image_size)
-        self.classes_of_data = classes or {}
-        self.classes = self.classes_of_data if conditional else {}  # those that G can be asked for
-        self.channels = channels
+        self.classes_of_data = data.classes
+        self.classes = data.classes if conditional else {}  # those that G can be asked for
+        self.channels = data.channels
         self.script = Path(script) if script else None
         self.folder = Path(args.run_dir)
         self.log_file = CsvLog(self.folder / "log.csv")
         self.scores_file = CsvLog(self.folder / "scores.csv")
-        self.load = functools.partial(load_data, args.dataset, args.data_dir, args.image_size)
+        self.splits = {"train": data.training_set}  # start() reads "test"
         self.judge = None  # made when it is first needed
         self.board = None
         self.seconds_before = 0.0  # of the same run, before it was resumed
@@ -2019,8 +2018,8 @@ class Study:
             return
         args = self.args
         if args.dataset != "digits":  # those are rendered, so they are always there
-            x, y = self.load("test")[:2]  # test images that cannot be read end the program now, not at the first scores
-            self.test_key = image_key(x, y)
+            # Test images that cannot be read end the program now, not at the first scores.
+            self.test_key = image_key(*self.images("test"))
             if args.resume:
                 self.compare_test_images(Path(args.resume).parent / "args.json")
         if i >= total + args.d_steps:  # the last iteration may end past the total
@@ -2243,6 +2242,16 @@ class Study:
 
     # What it draws and scores
 
+    def images(self, split):
+        """The "train" or "test" images uint8 (N, C, S, S) and their labels (N,).
+
+        They are read once. A folder that changes while the run trains would be split anew, and some of its test images
+        would be those that the run has trained on."""
+        if split not in self.splits:
+            args = self.args
+            self.splits[split] = load_data(args.dataset, args.data_dir, args.image_size, split)[:2]
+        return self.splits[split]
+
     def noise(self, n, *key):
         """z (n, latent_dim), a pure function of the run's seed and a key."""
         return sample_z(self.args, n, "cpu", seeded(self.args.seed, *key))
@@ -2262,7 +2271,7 @@ class Study:
             args = self.args
             device = "cuda" if torch.cuda.is_available() and args.device != "cpu" else "cpu"
             try:
-                self.judge = Judge(args.dataset, self.load, cache_home(args.dataset, args.data_dir), device)
+                self.judge = Judge(args.dataset, self.images, cache_home(args.dataset, args.data_dir), device)
             except ValueError as e:  # too few images, or features that are not finite: the training goes on
                 say(f"no scores: {e}")
                 self.judge = False
@@ -2655,9 +2664,10 @@ def reconstruction_ratio(x, made, seed):
 
 
 @torch.no_grad()
-def reconstruction_figures(folder, load, encode, decode, x_train):
+def reconstruction_figures(folder, images, encode, decode, x_train):
     """reconstructions.png and interpolation_real.png in `folder`, of the first 16 test images x.
 
+    images      Study.images
     encode(x)   -> codes z (B, latent_dim) of images uint8 (B, C, S, S)
     decode(z)   -> images uint8 (B, C, S, S)
     x_train     images uint8 (N, C, S, S)
@@ -2666,7 +2676,7 @@ def reconstruction_figures(folder, load, encode, decode, x_train):
     ten images along the line from x's code to that of x', and x'."""
     if RANK:
         return
-    x = load("test")[0][:16].to(x_train.device)
+    x = images("test")[0][:16].to(x_train.device)
     if len(x) == 0:
         say("no reconstructions.png: no test image can be read")
         return
@@ -2703,7 +2713,7 @@ def probe(study, i, features, reconstruct, x, y):
         from sklearn.svm import SVC
     args = study.args
     y = y.cpu()
-    x_test, y_test, _ = study.load("test")
+    x_test, y_test = study.images("test")
     labelled = min(y.min(), y_test.min()) >= 0
     classes = int(y.max()) + 1 if labelled else 0
     if not 2 <= classes <= 100:

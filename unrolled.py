@@ -404,7 +404,7 @@ def train(args):
         D.train()
         return scores
 
-    study = Study(args, batches.held, sample, score, batches.classes, script=SCRIPT, channels=batches.channels)
+    study = Study(args, batches, sample, score, SCRIPT)
     state = {"G": G, "D": D, "ema": ema, "opt_g": opt_g, "opt_d": opt_d}
     i = restore(args.resume, state, study) if args.resume else 0  # updates of D so far
     if args.generate:
@@ -715,10 +715,11 @@ class Batches:
     .channels      of the images
     .per_epoch     how many batches an epoch has
     .held          (images, labels) set aside by --holdout, or None
+    .training_set  all images and labels on the CPU, those of --holdout among them: for the scores
     .classes       {name: number of training images}, those of --holdout among them
 
-    To --generate without --reject drs no images are read. Then there are only .channels, .held (None) and .classes:
-    those of the checkpoint, {} where G takes no label.
+    To --generate without --reject drs no images are read. Then .held and .training_set are None, and .channels and
+    .classes are those of the checkpoint, {} where G takes no label.
 
     The order follows from the seed and the epoch alone, so a resumed run goes on with the right batch. What is left
     after the last full batch is skipped; as the order changes, each epoch skips other images."""
@@ -727,6 +728,7 @@ class Batches:
         self.args = args
         self.device = device
         self.held = None
+        self.training_set = None
         self.epoch = None
         if args.generate and args.reject != "drs":  # generating needs no data
             checkpoint = read_checkpoint(args.resume)
@@ -739,6 +741,7 @@ class Batches:
         x, y, names = load_data(args.dataset, args.data_dir, args.image_size, "train")
         if RANK == 0:
             from_rank_0()
+        self.training_set = x, y
         self.channels = x.shape[1]
         counts = y.bincount().tolist() if names and y.min() >= 0 else []  # -1: an image without a label
         names = names[: len(counts)]  # the last names may be of test images only

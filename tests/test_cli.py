@@ -1317,9 +1317,10 @@ class Script:
         vars(args).update({"dataset": "small", "device": "cpu", "run_dir": str(self.folder), **flags})
         counts = self.sets["train"][1].bincount(minlength=10).tolist()
         counts = {name: counts[int(name)] for name in classes}
-        self.study = metrics.Study(args, None, self.draw, self.rate, counts, conditional=bool(counts))
+        data = SimpleNamespace(held=None, training_set=self.sets["train"], channels=1, classes=counts)
+        self.study = metrics.Study(args, data, self.draw, self.rate, conditional=bool(counts))
         self.study.sample, self.study.score = self.draw, self.rate  # of all at once: a batch would know its rows only
-        self.study.load, self.study.noise = self.load, self.noise
+        self.study.images, self.study.noise = self.load, self.noise
         self.study.start(0, 1000, 10)
 
     def load(self, split):
@@ -1651,7 +1652,7 @@ def test_a_damaged_sheet_costs_the_film_alone(script, capsys, side):
 def test_test_images_that_cannot_be_read_end_a_run_at_its_start(script, capsys, tmp_path):
     """Else the first scores would end it, hours later."""
     study = script().study
-    study.load = lambda split: metrics.fail(f"{split} is gone")
+    study.images = lambda split: metrics.fail(f"{split} is gone")
     study.folder = tmp_path / "another"
     with pytest.raises(SystemExit):
         study.start(0, 1000, 10)

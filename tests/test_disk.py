@@ -10,6 +10,7 @@ import io
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -51,12 +52,11 @@ def study(folder, classes=None, **flags):
     args |= dict(generate_to=None, label="shares")
     made = metrics.Study(
         types.SimpleNamespace(**args | flags),
-        None,
+        types.SimpleNamespace(held=None, training_set=None, channels=1, classes=classes or {}),
         lambda z, y: (z[:, :1, None, None] * 50 + 128).clamp(0, 255).byte().expand(-1, 1, 8, 8),
         lambda x, y: torch.zeros(len(x)),
-        classes,
-        conditional=bool(classes),
-        script=ROOT / "wgan_gp.py",
+        ROOT / "wgan_gp.py",
+        bool(classes),
     )
     return made
 
@@ -501,7 +501,10 @@ def test_a_resume_with_other_test_images_is_warned_of(tmp_path, capsys, dataset,
     """A picture that comes or goes deals a folder anew: some of its test images were trained on."""
     for folder, step, resume, shade in (("a", 0, None, 0), ("b", 5, str(tmp_path / "a" / "last.pt"), level)):
         s = study(tmp_path / folder, dataset=dataset, resume=resume)
-        s.load = lambda split, shade=shade: (torch.full((3, 1, 8, 8), shade, dtype=torch.uint8), torch.zeros(3).long())
+        s.images = lambda split, shade=shade: (
+            torch.full((3, 1, 8, 8), shade, dtype=torch.uint8),
+            torch.zeros(3).long(),
+        )
         s.start(step, 1000, 10)
     assert ("test images are not those of" in capsys.readouterr().err) == warned
     first, second = (json.loads((tmp_path / folder / "args.json").read_text())["test_images"] for folder in "ab")
@@ -713,6 +716,40 @@ def test_a_run_goes_on_with_other_images_and_other_classes(tmp_path, capsys, mon
     assert not (tmp_path / "told on more").exists()
     cdcgan.main(["--resume", str(tmp_path / "told on wild" / "last.pt"), "--generate", "3", "--label", "wolf"])
     assert [r["label"] for r in rows(tmp_path / "told on wild" / "generated" / "labels.csv")] == ["wolf"] * 3
+
+
+@pytest.mark.parametrize("gone", [True, False])
+def test_a_folder_that_changes_while_a_run_trains_does_not_change_what_it_is_scored_on(tmp_path, monkeypatch, gone):
+    """One more file would deal the split anew, so that some test images were trained on. No file would end the run."""
+    import wgan_gp
+
+    def paint(i):
+        Image.new("RGB", (16, 16), (i % 250, 7 * i % 250, i // 250)).save(tmp_path / "photos" / f"{i}.png")
+
+    judged = {}
+    (tmp_path / "photos").mkdir()
+    for i in range(500):
+        paint(i)
+    before = {split: metrics.load_data("folder", tmp_path / "photos", 16, split)[0] for split in ("train", "test")}
+    add, judge = metrics.Study.add, metrics.Judge
+
+    def changes(study, losses):
+        add(study, losses)
+        if gone:
+            shutil.rmtree(tmp_path / "photos", ignore_errors=True)
+        else:
+            paint(500 + study.count)
+
+    def noted(dataset, load, *more, **flags):
+        judged.update({split: load(split)[0] for split in ("train", "test")})
+        return judge(dataset, load, *more, **flags, epochs=1)
+
+    monkeypatch.setattr(metrics.Study, "add", changes)
+    monkeypatch.setattr(metrics, "Judge", noted)
+    shared = ["--dataset", "folder", "--data-dir", str(tmp_path / "photos"), "--image-size", "16", "--holdout", "9"]
+    wgan_gp.main([*TINY, str(tmp_path / "run"), *shared])
+    assert [torch.equal(judged[split], before[split]) for split in ("train", "test")] == [True, True]
+    assert json.loads((tmp_path / "run" / "scores.json").read_text())["last.pt"]["n_real"] == 50
 
 
 # words

@@ -106,8 +106,9 @@ def run(monkeypatch, module, argv, iterations=1, x=None, y=None, nets=()):
         setattr(seen, name, averaged(net))
         return getattr(seen, name)
 
-    def study(args, held, sample, score, classes=None, conditional=False, script=None, channels=None):
-        seen.held, seen.sample, seen.score, seen.classes, seen.conditional = held, sample, score, classes, conditional
+    def study(args, data, sample, score, script=None, conditional=False):
+        seen.held, seen.sample, seen.score, seen.classes = data.held, sample, score, data.classes
+        seen.conditional = conditional
         stand_in = mock.MagicMock()
         stand_in.evaluate.return_value = False
         stand_in.add = lambda losses: seen.logged.append({k: v.item() for k, v in losses.items()})

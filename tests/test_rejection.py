@@ -446,7 +446,9 @@ def study(kind, sample, score, held=None, classes=None, **flags):
     data = {"dataset": "digits", "data_dir": "data", "image_size": 28, "run_dir": "run", "device": "cpu"}
     how = {"reject": kind, "seed": 11, "drs_percentile": None, "latent_dim": 2, "prior": "normal"}
     how["label"] = "shares"
-    made = metrics.Study(SimpleNamespace(**data, **(how | flags)), held, sample, score, classes, bool(classes))
+    batches = SimpleNamespace(held=held, training_set=None, channels=1, classes=classes or {})
+    args = SimpleNamespace(**data, **(how | flags))
+    made = metrics.Study(args, batches, sample, score, conditional=bool(classes))
     keys, noise = [], made.noise
 
     def noted(n, *key):
