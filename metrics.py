@@ -2434,15 +2434,18 @@ class Study:
         line = ""
         if args.reject == "none":
             y = self.labels_to_generate(n, GENERATED)
-            x = self.sample(self.noise(n, GENERATED), y)
+            z = self.noise(n, GENERATED)
+            parts = map(self.sample, z.split(500), y.split(500))  # drawn one after the other, as all may be too large
         else:
             with or_fail(f"--reject {args.reject}", ValueError):
                 x, y, took = self.chosen(n, GENERATED, labels=self.labels_to_generate)
+            parts = x.split(500)
             line = f": {took['line']}"
         with or_fail(f"--generate-to {out}", (OSError, ValueError)), removed_if_it_fails(out):
             out.mkdir(parents=True, exist_ok=True)
-            for i in range(n):
-                save_sheet(x[i : i + 1], out / f"{i:05}.png")
+            images = itertools.chain.from_iterable(progress(parts, n, "generating"))
+            for i, image in enumerate(images):
+                save_sheet(image[None], out / f"{i:05}.png")
             if self.classes:
                 names = list(self.classes)
                 with open(out / "labels.csv", "w", newline="", encoding="utf-8", errors="surrogateescape") as file:

@@ -159,6 +159,23 @@ def test_generate_on_a_full_disk_leaves_nothing(tmp_path, monkeypatch, capsys, t
     assert len(saved) == 7 and not list(tmp_path.rglob("*.png")) and (tmp_path / "new").exists() == there
 
 
+def test_images_are_generated_a_part_at_a_time_in_the_order_of_their_z(tmp_path):
+    """50,000 colour images of 256 pixels would take 10 GB."""
+    s = study(tmp_path / "run", generate_to=str(tmp_path / "out"))
+    drawn = []
+
+    def sample(z, y, sample=s.sample):
+        drawn.append((len(z), len(list(tmp_path.rglob("*.png")))))
+        return sample(z, y)
+
+    s.sample = sample
+    s.generate(1200)
+    assert drawn == [(500, 0), (500, 500), (200, 1000)]
+    z = metrics.sample_z(s.args, 1200, "cpu", metrics.seeded(0, metrics.GENERATED))
+    for i in (0, 499, 500, 1199):
+        assert np.array(Image.open(tmp_path / "out" / f"{i:05}.png"))[0, 0] == int((z[i, 0] * 50 + 128).clamp(0, 255))
+
+
 def test_labels_csv_survives_any_name_of_a_class(tmp_path):
     names = ["a,b", 'say "x"', "ü", "\udcff", "plain"]
     s = study(tmp_path / "run", dict.fromkeys(names, 4), generate_to=str(tmp_path / "out"))
