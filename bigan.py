@@ -592,20 +592,23 @@ def add_run_flags(p):
     )
 
 
-def resolve(p, argv, paper, mlp, colour=None, small_colour=None, grey_side=28):
+def resolve(p, argv, paper, mlp, colour=None, small_colour=None, long=None, grey_side=28):
     """The flags as a namespace, and the names of those given. Ends the program where they contradict each other.
 
     A flag's value comes from the first of these that has one:
     1. the command line
     2. the resumed checkpoint
     3. --paper
-    4. --arch mlp; or, of colour images of 32 pixels or more, COLOUR, over which SMALL_COLOUR goes below 64 pixels
+    4. --arch mlp; or, of colour images of 32 pixels or more, COLOUR, over which SMALL_COLOUR goes below 64 pixels; or,
+       of other images in a long run, LONG, if none of its flags has a value so far
     5. the flag's default; --image-size and --latent-dim have none, so suited_to() gives them"""
     p.epilog = f"--paper sets {as_flags(paper)}. --arch mlp sets {as_flags(mlp)}."
     if colour:
         p.epilog += f" Colour data sets and folders, of 32 pixels or more, set {as_flags(colour)}."
     if small_colour:
         p.epilog += f" Below 64 pixels they set {as_flags(small_colour)}."
+    if long:
+        p.epilog += f" On other images runs of 40 epochs, or 40000 steps, and more set {as_flags(long)}."
     defaults = vars(p.parse_args([]))
     # Which flags were typed? argparse sets a default only where the namespace lacks the name. So parse into one that
     # has every name, as None: what is not None afterwards was typed.
@@ -645,6 +648,8 @@ def resolve(p, argv, paper, mlp, colour=None, small_colour=None, grey_side=28):
         preset |= colour
         if small_colour and (args.image_size or side) < 64:
             preset |= small_colour
+    elif long and is_long(args) and not long.keys() & chosen.keys():  # a resumed run keeps its networks
+        preset |= long
     if args.paper:
         preset |= paper
     args = argparse.Namespace(**{**defaults, **preset, **chosen})
@@ -673,6 +678,11 @@ def resolve(p, argv, paper, mlp, colour=None, small_colour=None, grey_side=28):
         doublings(args.image_size)  # ends the program here if there is no network of that size
     resolve_device(args)
     return args, given.keys()
+
+
+def is_long(args):
+    """Does a run make 40 epochs or more, or 40,000 updates of D? --steps overrides --epochs."""
+    return args.steps >= 40_000 if args.steps else args.epochs >= 40
 
 
 def as_flags(preset):

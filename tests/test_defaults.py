@@ -296,6 +296,61 @@ def test_colour_images_have_settings_of_their_own(module, argv, has_them):
     assert given_too["batch_size"] == 8
 
 
+HAS_LONG = pytest.mark.parametrize("module", [m for m in ALL if hasattr(m, "LONG")], ids=lambda m: m.__name__)
+
+
+@HAS_LONG
+@pytest.mark.parametrize(
+    "length, more, has_them",
+    [
+        ("--epochs 39", "", False),
+        ("--epochs 40", "", True),
+        ("--epochs 200", "--dataset mnist", True),
+        ("--steps 39999", "", False),
+        ("--steps 40000 --epochs 3", "", True),
+        ("--steps 100 --epochs 200", "", False),  # --steps overrides --epochs
+        ("--epochs 200", "--arch mlp", False),
+        ("--epochs 200", "--dataset cifar10", False),
+        ("--epochs 200", "--dataset folder --data-dir photos --image-size 16", True),  # COLOUR begins at 32 pixels
+        ("--epochs 200", "--dataset stacked_mnist", True),
+        ("--epochs 200", "--batch-size 128", True),
+    ],
+)
+def test_long_runs_have_twice_the_width_at_half_the_rates(module, length, more, has_them):
+    plain, short = flags(module), flags(module, *more.split())
+    long = flags(module, *length.split(), *more.split())
+    assert module.LONG == {"ngf": 32, "ndf": 32, "lr_g": plain["lr_g"] / 2, "lr_d": plain["lr_d"] / 2}
+    assert (plain["ngf"], plain["ndf"]) == (16, 16) and module.LONG.keys() <= module.PAPER.keys()
+    expected = short | (module.LONG if has_them else {})
+    aside = {"epochs", "steps", "run_dir"}
+    assert {k: long[k] for k in long.keys() - aside} == {k: expected[k] for k in long.keys() - aside}
+
+
+@HAS_LONG
+@pytest.mark.parametrize("typed", ["--ngf 16", "--ndf 64", "--lr-g 4e-3", "--lr-d 1e-3"])
+def test_of_the_settings_of_a_long_run_all_hold_or_none(module, typed):
+    """Twice the width at the short runs' rates does not train."""
+    long, short = (flags(module, "--epochs", n, *typed.split()) for n in ("200", "20"))
+    assert {name: long[name] for name in module.LONG} == {name: short[name] for name in module.LONG}
+
+
+@HAS_LONG
+def test_paper_beats_the_settings_of_a_long_run(module):
+    paper = flags(module, "--paper", "--epochs", "200")
+    assert {name: paper[name] for name in module.LONG} == {name: module.PAPER[name] for name in module.LONG}
+
+
+@HAS_LONG
+@pytest.mark.parametrize("first, then", [("20", "200"), ("200", "20")])
+def test_a_run_that_goes_on_longer_keeps_its_networks(module, first, then, tmp_path):
+    saved = {**flags(module, "--epochs", first), "data_dir": str(tmp_path)}
+    about = {"script": module.__name__, "step": 0, "classes": {}, "seconds": 0.0, "rng": {}, "channels": 1}
+    torch.save({**about, "args": saved}, tmp_path / "last.pt")
+    given = flags(module, "--resume", str(tmp_path / "last.pt"), "--epochs", then)
+    assert given["epochs"] == int(then)
+    assert {name: given[name] for name in module.LONG} == {name: saved[name] for name in module.LONG}
+
+
 def settings_table(module):
     """The table of a script's page in the record: a row for each flag that --paper, --arch mlp or the images set."""
     ways = {"`--paper`": ["--paper"], "`--arch mlp`": ["--arch", "mlp"]}
@@ -303,13 +358,15 @@ def settings_table(module):
         ways["colour images"] = ["--dataset", "celeba"]
     if hasattr(module, "SMALL_COLOUR"):
         ways["colour below 64 pixels"] = ["--dataset", "cifar10"]
+    if hasattr(module, "LONG"):
+        ways["40 epochs and more"] = ["--epochs", "40"]
     plain = flags(module, "--dataset", "mnist")
     found = {way: flags(module, "--dataset", "mnist", *more) for way, more in ways.items()}
     if "colour images" in found and "colour below 64 pixels" not in found:
         side = found["colour images"]["image_size"]
         small_side = flags(module, "--dataset", "cifar10")["image_size"]
         found["colour images"]["image_size"] = f"{side} (cifar10: {small_side})"
-    aside = {"paper", "arch", "dataset", "run_dir", "device", "graph"}
+    aside = {"paper", "arch", "dataset", "epochs", "run_dir", "device", "graph"}
     names = [n for n in plain if n not in aside and any(f[n] != plain[n] for f in found.values())]
     lines = [f"| flag | default, on MNIST | {' | '.join(ways)} |", "|---" * (len(ways) + 2) + "|"]
     for name in names:
