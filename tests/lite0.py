@@ -6,6 +6,7 @@
 
 One line for each checkpoint of a script and each folder of PNG files: FID, coverage, precision and recall of 2,500
 samples against 2,500 training images; with --split test against test images, and of as many samples if these are fewer.
+Of fewer than 5,000 training images the first half is real, and the other half is for the floor.
 The first line is the floor: other training images. The samples of a checkpoint are of fresh z with a seed of their own,
 and of labels in the data's own shares.
 
@@ -94,13 +95,16 @@ def main():
     args = p.parse_args()
     size = 32 if args.dataset == "cifar10" else 64
     x, y, _ = metrics.load_data(args.dataset, args.data_dir, size, "train")
+    n = min(N, len(x) // 2)
+    if n < N:
+        print(f"{n} + {n} images are compared: do not hold this against values of {N} + {N}")
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     if args.split == "test":
         real = metrics.load_data(args.dataset, args.data_dir, size, "test")[0]
-        real = metrics.some(real, min(N, len(real)))
+        real = metrics.some(real, min(n, len(real)))
     else:
-        real = x[order[:N]]
-    other = order[N : N + len(real)]
+        real = x[order[:n]]
+    other = order[n : n + len(real)]
     net = network()
     real = features(net, real)
     line("other real images", real, features(net, x[other]))

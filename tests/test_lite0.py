@@ -64,11 +64,13 @@ def test_enlarged_edges_stay_within_the_range():
     assert lite0.features(Net(), x)[0, 0] == pytest.approx(1 / 256, abs=0.01)  # half of it -127/128, half 1
 
 
-@pytest.mark.parametrize("split, n_test, n", [("train", 3, 4), ("test", 3, 3), ("test", 9, 4)])
-def test_samples_are_held_against_the_split_that_is_asked_for(split, n_test, n, monkeypatch):
+@pytest.mark.parametrize(
+    "split, n_train, n_test, n", [("train", 20, 3, 4), ("test", 20, 3, 3), ("test", 20, 9, 4), ("train", 7, 9, 3)]
+)
+def test_samples_are_held_against_the_split_that_is_asked_for(split, n_train, n_test, n, monkeypatch, capsys):
     """Training images are the numbers from 0, test images those from 100. As many fakes as real images, and as many
     others for the floor, which are never among the real ones."""
-    data = {"train": torch.arange(20).view(-1, 1, 1, 1), "test": 100 + torch.arange(n_test).view(-1, 1, 1, 1)}
+    data = {"train": torch.arange(n_train).view(-1, 1, 1, 1), "test": 100 + torch.arange(n_test).view(-1, 1, 1, 1)}
     monkeypatch.setattr(lite0.metrics, "load_data", lambda dataset, folder, size, split: (data[split], data[split], []))
     monkeypatch.setattr(lite0, "N", 4)
     monkeypatch.setattr(lite0, "network", lambda: None)
@@ -81,5 +83,6 @@ def test_samples_are_held_against_the_split_that_is_asked_for(split, n_test, n, 
     real, other = lines["other real images"]
     assert len(set(real)) == len(set(other)) == n
     assert set(real) <= set(data[split].flatten().tolist())
-    assert set(other) <= set(range(20)) - set(real)
+    assert set(other) <= set(range(n_train)) - set(real)
+    assert ("3 + 3 images are compared" in capsys.readouterr().out) == (n_train == 7)
     assert lines["last.pt"] == (real, [1000, 1001, 1002, 1003][:n])
