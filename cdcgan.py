@@ -339,8 +339,8 @@ def train(args):
     def amp():
         """With --amp the layers inside run in bfloat16, a float of 16 bits. Without it this does nothing.
 
-        cache_enabled=False: inside one such block autocast would keep each weight's bfloat16 copy for the next call. A
-        copy that was made under no_grad passes no gradient on."""
+        cache_enabled=False: each call casts the weights anew. In a block that mixes calls with and without no_grad a
+        cast that autocast keeps from one without gradients would pass none on in the next."""
         return torch.autocast(device.type, torch.bfloat16, enabled=args.amp, cache_enabled=False)
 
     def step(x, y):
@@ -394,8 +394,8 @@ def train(args):
         }
 
     # Study writes the log, sheets of samples and FIDs, and never trains. It calls sample() for images, and score(), D's
-    # opinion of images, for --reject alone; both without gradients, 500 images at a time. y, the labels, are for the
-    # conditional scripts.
+    # opinion of images, for --reject alone; both without gradients, at most 500 images at a time. y, the labels, are
+    # for the conditional scripts.
     def sample(z, y):
         return to_uint8(ema(z, y))
 
@@ -417,8 +417,8 @@ def train(args):
     if args.graph:
         step = captured(step)
 
-    # i counts updates of D, as --steps and every --*-every do. An iteration makes d_steps of them, so the last may pass
-    # total.
+    # i counts updates of D, as do --steps, --log-every, --sample-every and the like. An iteration makes d_steps of
+    # them, so the last may pass total.
     while i < total and not stop.is_set():
         # The rates follow from i and total, so a resumed run needs no state of a scheduler. If it is given a larger
         # total, they rise again.
@@ -578,8 +578,8 @@ def resolve(p, argv, paper, mlp, colour=None, small_colour=None, long=None, grey
     1. the command line
     2. the resumed checkpoint
     3. --paper
-    4. --arch mlp; or, of colour images of 32 pixels or more, COLOUR, over which SMALL_COLOUR goes below 64 pixels; or,
-       of other images in a long run, LONG, if none of its flags has a value so far
+    4. with --arch mlp: MLP. Else, for colour images of 32 pixels or more: COLOUR, over which SMALL_COLOUR goes below 64
+       pixels. Else, in a long run: LONG, if none of its flags has a value so far
     5. the flag's default; --image-size and --latent-dim have none, so suited_to() gives them"""
     p.epilog = f"--paper sets {as_flags(paper)}. --arch mlp sets {as_flags(mlp)}."
     if colour:
@@ -610,29 +610,31 @@ def resolve(p, argv, paper, mlp, colour=None, small_colour=None, long=None, grey
             if saved["dataset"] == "folder" and "data_dir" not in given and needs_data:
                 fail(f"the images of {given['resume']} were in {saved['data_dir']}, which is gone: give --data-dir")
             del saved["data_dir"]
-        for name in saved.keys() & given.keys() & set(FIXED):
+        for name in FIXED:
             another_seed = name == "seed" and "generate" in given  # for other images
-            if given[name] != saved[name] and not another_seed:
+            typed = name in saved and name in given
+            if typed and given[name] != saved[name] and not another_seed:
                 fail(f"--{name.replace('_', '-')} is {saved[name]} in {given['resume']}: it cannot change")
     chosen = {**saved, **given}
     if chosen.get("dataset") == "folder" and "data_dir" not in chosen and "generate" not in given:
         fail("--dataset folder needs --data-dir, the folder of the images")
     # First without presets, which depend on dataset, arch and paper.
     args = argparse.Namespace(**{**defaults, **chosen})
-    side, latent_dim = suited_to(args, grey_side)
+    suited_side, latent_dim = suited_to(args, grey_side)
+    side = args.image_size or suited_side
     preset = {}
     if args.arch == "mlp":
         preset |= mlp
-    elif colour and args.dataset in COLOUR_SIDES and (args.image_size or side) >= 32:
+    elif colour and args.dataset in COLOUR_SIDES and side >= 32:
         preset |= colour
-        if small_colour and (args.image_size or side) < 64:
+        if small_colour and side < 64:
             preset |= small_colour
     elif long and is_long(args) and not long.keys() & chosen.keys():  # a resumed run keeps its networks
         preset |= long
     if args.paper:
         preset |= paper
     args = argparse.Namespace(**{**defaults, **preset, **chosen})
-    args.image_size = args.image_size or side
+    args.image_size = side
     args.latent_dim = args.latent_dim or latent_dim
     if args.resume and not args.run_dir:
         args.run_dir = str(Path(args.resume).parent)
@@ -723,7 +725,7 @@ class Batches:
 
     batches(i, n)  images uint8 (n, B, C, S, S) and labels (n, B), for n updates of D from update i on; under torchrun
                    this process's part of each batch
-    .x, .y         all training images uint8 (N, C, S, S) and labels int64 (N,), -1 without a label
+    .x, .y         the images to train on, uint8 (N, C, S, S), and labels int64 (N,), -1 without a label
     .channels      of the images
     .per_epoch     how many batches an epoch has
     .held          (images, labels) set aside by --holdout, or None
@@ -947,13 +949,13 @@ def save(name, i, state, study):
         "channels": study.channels,
         "seconds": study.seconds(),
         "rng": {"cpu": torch.get_rng_state()},
-        **{name: part.state_dict() for name, part in state.items()},
+        **{key: part.state_dict() for key, part in state.items()},
     }
     if study.args.device != "cpu":
         checkpoint["rng"][study.args.device] = torch.get_device_module(study.args.device).get_rng_state()
-    refused = or_warn if i < study.total else or_fail
+    on_error = or_warn if i < study.total else or_fail
     # On a full disk torch.save raises RuntimeError, others OSError.
-    with refused(f"{study.folder / name} cannot be written", (OSError, RuntimeError)):
+    with on_error(f"{study.folder / name} cannot be written", (OSError, RuntimeError)):
         replace_file(study.folder / name, lambda file: torch.save(checkpoint, file))
 
 

@@ -96,13 +96,13 @@ PAPER = dict(batch_size=128, lr_g=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999, ema=0
 PAPER |= dict(d_norm="batch", r1=0.0, penalty_share=1.0, lr_decay="none", upsample="deconv")
 MLP = dict(lr_g=2e-3, lr_d=5e-4)  # --arch mlp sets these
 # Colour images of 32 pixels or more set these, but not with --arch mlp: the best of a search on faces. The rates fall,
-# as they do by default: at constant ones D comes to tell nothing apart after some 22,000 updates. Nearest copies are
-# well ahead of transposed convolutions.
+# as they do by default: at constant ones D no longer tells real from fake after some 22,000 updates. --upsample nearest
+# is well ahead of deconv here.
 COLOUR = dict(batch_size=16, lr_g=1e-3, lr_d=1e-3, r1=2.0, ema=0.995, ngf=32, ndf=32, upsample="nearest")
 SMALL_COLOUR = dict(lr_g=2e-3, lr_d=2e-3, r1=1.0)  # below 64 pixels: tried on CIFAR-10
-# Runs of 40 epochs or 40,000 updates and more set these, but not on colour images and not with --arch mlp: twice the
-# width at half the rates. Such networks end at a lower FID, but take twice as long for each update. If one of the four
-# is given, none is set.
+# Runs of 40 epochs or 40,000 updates and more set these, but not where COLOUR holds and not with --arch mlp: twice
+# the width at half the rates. Such networks end at a lower FID, but take twice as long for each update. If one of the
+# four is given, none is set.
 LONG = dict(lr_g=1e-3, lr_d=1e-3, ngf=32, ndf=32)
 
 
@@ -162,7 +162,8 @@ def parse_args(argv=None):
     add_run_flags(p)
     args, given = resolve(p, argv, PAPER, MLP, COLOUR, SMALL_COLOUR, LONG)
     penalized = max(args.gp, args.r1, args.r2) > 0
-    if args.paper and not args.resume and "d_norm" not in given and (penalized or args.arch == "mlp"):
+    set_by_paper = args.paper and not args.resume and "d_norm" not in given  # neither typed nor from a checkpoint
+    if set_by_paper and (penalized or args.arch == "mlp"):
         # With a penalty or --arch mlp, --paper leaves batch norm out unless --d-norm batch asks for it.
         args.d_norm = "none"
         if penalized:
@@ -221,7 +222,7 @@ class Discriminator(nn.Module):
     """Image (B, channels, S, S) -> logit (B,), larger for more real.
 
     By default, for 28 pixels: 16 maps of 14x14, 32 of 7x7, 64 of 4x4, then the logit.
-    A layer without batch norm after it has a bias. Only the last convolution has none, as in DCGAN's code."""
+    A layer has a bias where no batch norm follows. The exception is the last convolution, as in DCGAN's code."""
 
     def __init__(self, args, channels):
         super().__init__()
@@ -351,8 +352,8 @@ def train(args):
     def amp():
         """With --amp the layers inside run in bfloat16, a float of 16 bits. Without it this does nothing.
 
-        cache_enabled=False: inside one such block autocast would keep each weight's bfloat16 copy for the next call. A
-        copy that was made under no_grad passes no gradient on."""
+        cache_enabled=False: each call casts the weights anew. In a block that mixes calls with and without no_grad a
+        cast that autocast keeps from one without gradients would pass none on in the next."""
         return torch.autocast(device.type, torch.bfloat16, enabled=args.amp, cache_enabled=False)
 
     # the weights of the penalties on real and on fake images
@@ -412,8 +413,8 @@ def train(args):
         }
 
     # Study writes the log, sheets of samples and FIDs, and never trains. It calls sample() for images, and score(), D's
-    # opinion of images, for --reject alone; both without gradients, 500 images at a time. y, the labels, are for the
-    # conditional scripts.
+    # opinion of images, for --reject alone; both without gradients, at most 500 images at a time. y, the labels, are
+    # for the conditional scripts.
     def sample(z, y):
         return to_uint8(ema(z))
 
@@ -435,8 +436,8 @@ def train(args):
     if args.graph:
         step = captured(step)
 
-    # i counts updates of D, as --steps and every --*-every do. An iteration makes d_steps of them, so the last may pass
-    # total.
+    # i counts updates of D, as do --steps, --log-every, --sample-every and the like. An iteration makes d_steps of
+    # them, so the last may pass total.
     while i < total and not stop.is_set():
         # The rates follow from i and total, so a resumed run needs no state of a scheduler. If it is given a larger
         # total, they rise again.
@@ -595,8 +596,8 @@ def resolve(p, argv, paper, mlp, colour=None, small_colour=None, long=None, grey
     1. the command line
     2. the resumed checkpoint
     3. --paper
-    4. --arch mlp; or, of colour images of 32 pixels or more, COLOUR, over which SMALL_COLOUR goes below 64 pixels; or,
-       of other images in a long run, LONG, if none of its flags has a value so far
+    4. with --arch mlp: MLP. Else, for colour images of 32 pixels or more: COLOUR, over which SMALL_COLOUR goes below 64
+       pixels. Else, in a long run: LONG, if none of its flags has a value so far
     5. the flag's default; --image-size and --latent-dim have none, so suited_to() gives them"""
     p.epilog = f"--paper sets {as_flags(paper)}. --arch mlp sets {as_flags(mlp)}."
     if colour:
@@ -627,29 +628,31 @@ def resolve(p, argv, paper, mlp, colour=None, small_colour=None, long=None, grey
             if saved["dataset"] == "folder" and "data_dir" not in given and needs_data:
                 fail(f"the images of {given['resume']} were in {saved['data_dir']}, which is gone: give --data-dir")
             del saved["data_dir"]
-        for name in saved.keys() & given.keys() & set(FIXED):
+        for name in FIXED:
             another_seed = name == "seed" and "generate" in given  # for other images
-            if given[name] != saved[name] and not another_seed:
+            typed = name in saved and name in given
+            if typed and given[name] != saved[name] and not another_seed:
                 fail(f"--{name.replace('_', '-')} is {saved[name]} in {given['resume']}: it cannot change")
     chosen = {**saved, **given}
     if chosen.get("dataset") == "folder" and "data_dir" not in chosen and "generate" not in given:
         fail("--dataset folder needs --data-dir, the folder of the images")
     # First without presets, which depend on dataset, arch and paper.
     args = argparse.Namespace(**{**defaults, **chosen})
-    side, latent_dim = suited_to(args, grey_side)
+    suited_side, latent_dim = suited_to(args, grey_side)
+    side = args.image_size or suited_side
     preset = {}
     if args.arch == "mlp":
         preset |= mlp
-    elif colour and args.dataset in COLOUR_SIDES and (args.image_size or side) >= 32:
+    elif colour and args.dataset in COLOUR_SIDES and side >= 32:
         preset |= colour
-        if small_colour and (args.image_size or side) < 64:
+        if small_colour and side < 64:
             preset |= small_colour
     elif long and is_long(args) and not long.keys() & chosen.keys():  # a resumed run keeps its networks
         preset |= long
     if args.paper:
         preset |= paper
     args = argparse.Namespace(**{**defaults, **preset, **chosen})
-    args.image_size = args.image_size or side
+    args.image_size = side
     args.latent_dim = args.latent_dim or latent_dim
     if args.resume and not args.run_dir:
         args.run_dir = str(Path(args.resume).parent)
@@ -740,7 +743,7 @@ class Batches:
 
     batches(i, n)  images uint8 (n, B, C, S, S) and labels (n, B), for n updates of D from update i on; under torchrun
                    this process's part of each batch
-    .x, .y         all training images uint8 (N, C, S, S) and labels int64 (N,), -1 without a label
+    .x, .y         the images to train on, uint8 (N, C, S, S), and labels int64 (N,), -1 without a label
     .channels      of the images
     .per_epoch     how many batches an epoch has
     .held          (images, labels) set aside by --holdout, or None
@@ -964,13 +967,13 @@ def save(name, i, state, study):
         "channels": study.channels,
         "seconds": study.seconds(),
         "rng": {"cpu": torch.get_rng_state()},
-        **{name: part.state_dict() for name, part in state.items()},
+        **{key: part.state_dict() for key, part in state.items()},
     }
     if study.args.device != "cpu":
         checkpoint["rng"][study.args.device] = torch.get_device_module(study.args.device).get_rng_state()
-    refused = or_warn if i < study.total else or_fail
+    on_error = or_warn if i < study.total else or_fail
     # On a full disk torch.save raises RuntimeError, others OSError.
-    with refused(f"{study.folder / name} cannot be written", (OSError, RuntimeError)):
+    with on_error(f"{study.folder / name} cannot be written", (OSError, RuntimeError)):
         replace_file(study.folder / name, lambda file: torch.save(checkpoint, file))
 
 

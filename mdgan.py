@@ -2,8 +2,8 @@
 
 Eghbal-zadeh, Zellinger and Widmer 2019, "Mixture Density Generative Adversarial Networks", arXiv 1811.00152. lk is the
 likelihood of a mixture of d + 1 Gaussians, lk(e) = 1/(d + 1) sum_i N(e; mu_i, sigma^2 I), with the mu_i on the corners
-of a regular simplex. lambda is its maximum, and u(x) = log lambda - log lk(D(x)), which is never below 0. In the
-formulas D(x) is a point. The class Discriminator goes on to D's score, -u(x).
+of a regular simplex. lambda is its maximum, and u(x) = log lambda - log lk(D(x)), which is never below 0. In
+these formulas D(x) is a point. In the code D(x) returns the score -u(x), so u is -D(x).
 
     discriminator  max_D  E[log lk(D(x))] + E[log(lambda - lk(D(G(z))))]
                    i.e.   min_D  E[u(x)] - E[log(1 - exp(-u(G(z))))], plus r1/2 E||grad u(x)||^2, which the paper lacks
@@ -74,17 +74,17 @@ from metrics import (
     warn,
 )
 
-# --paper sets these. They are ours, as the authors gave none for images. The paper does fix a mixture and a loss of G,
-# which --paper leaves alone: add --mixture published --loss saturating.
+# --paper sets these. The authors gave no settings for images, so they are ours. --paper does not set the paper's
+# mixture and loss of G: add --mixture published --loss saturating.
 PAPER = dict(batch_size=32, lr_g=5e-4, lr_d=5e-4, beta1=0.5, beta2=0.999, ema=0.999, ngf=16, ndf=16)
 PAPER |= dict(r1=0.0, penalty_share=1.0, lr_decay="none", upsample="deconv")
 MLP = dict(lr_g=2e-3, lr_d=5e-4)  # --arch mlp sets these
 # Colour images of 32 pixels or more set these, but not with --arch mlp: tried on faces. At twice these rates training
 # fails.
 COLOUR = dict(batch_size=16, lr_g=1e-3, lr_d=1e-3, ema=0.995, ngf=32, ndf=32, upsample="nearest")
-# Runs of 40 epochs or 40,000 updates and more set these, but not on colour images and not with --arch mlp: twice the
-# width at half the rates. Such networks end at a lower FID, but take twice as long for each update. If one of the four
-# is given, none is set.
+# Runs of 40 epochs or 40,000 updates and more set these, but not where COLOUR holds and not with --arch mlp: twice
+# the width at half the rates. Such networks end at a lower FID, but take twice as long for each update. If one of the
+# four is given, none is set.
 LONG = dict(lr_g=1e-3, lr_d=1e-3, ngf=32, ndf=32)
 
 
@@ -219,24 +219,26 @@ class Discriminator(nn.Module):
 class Mixture(nn.Module):
     """(B, d) -> a point e in [-2.5, 2.5]^d -> -u(e) (B,).
 
-    All of it in logarithms: D's score is a difference of two of them, at any distance from the centres. Far from all
-    of them the likelihood itself is a number so small that the 1e-8 of the authors' code outweighs it, and its gradient
-    is lost."""
+    It works with log lk, never with lk. Far from all centres lk is so small that the 1e-8 which the authors' code adds
+    to it outweighs it, and the gradient is lost."""
 
     def __init__(self, kind, d):
         super().__init__()
-        # The authors' code takes a root inside a loop where one after it was meant. So at d = 9 its corners are .9436
-        # from the centre, not 1. We keep that number at every d.
+        # The authors divide the corners by their length, but their code takes the square root after every term of its
+        # sum, not once at the end. So at d = 9 its corners are .9436 from the centre, not 1. We keep that number at
+        # every d.
         self.radius = 0.9436 if kind == "published" else 2.0
         self.sigma = 0.5
         mu = simplex(d, self.radius)
+        # lk is highest near the corners or, where the Gaussians melt into one blob, in the middle. Climb from both.
         self.from_corner = ascend(mu[0], mu, self.sigma)
         self.from_middle = ascend(torch.zeros_like(mu[0]), mu, self.sigma)
         corner = log_sum(self.from_corner, mu, self.sigma).item()
         middle = log_sum(self.from_middle, mu, self.sigma).item()
         self.peak = max(corner, middle)
         self.gap = corner - middle
-        # In the checkpoint: where the simplex points is a choice of the SVD, and D's weights have learned this one.
+        # A buffer, so that checkpoints hold it: how the simplex is turned is the choice of the SVD, and D's weights
+        # have learned this one.
         self.register_buffer("mu", mu.to(torch.get_default_dtype()))
 
     def forward(self, x):
@@ -249,7 +251,7 @@ class Mixture(nn.Module):
         text = f"mixture of {n}: mean shift from a corner ends at {end:.3f} of the radius, "
         if end <= 1e-3:
             return text + "one blob, no clusters"
-        return text + f"{n} clusters; log likelihood there less that in the middle: {self.gap:.3f}"
+        return text + f"{n} clusters; log lk is {self.gap:.3f} higher there than in the middle"
 
 
 def simplex(d, radius):
@@ -271,7 +273,9 @@ def log_sum(e, mu, sigma):
 
 
 def ascend(e, mu, sigma):
-    """The stationary point of the likelihood that mean shift climbs to from e (d,). 0 stays at 0, maximum or not."""
+    """Climbs lk from the point e (d,) by mean shift, to where its gradient is 0. e = 0 stays at 0, maximum or not.
+
+    Each round moves e to the mean of the mu_i, weighted by how likely each of the Gaussians is to have made e."""
     for _ in range(100_000):
         last = e
         e = torch.softmax(log_kernels(e, mu, sigma), 0) @ mu
@@ -318,23 +322,26 @@ def discriminator_loss(score_real, score_fake):
     """E[u(x)] - E[log(1 - exp(-u(G(z))))] for scores -u (B,).
 
     It is minus the paper's objective, which D maximises, plus the constant 2 log lambda."""
-    return -score_real.mean() - log1mexp(-score_fake).mean()
+    u_real = -score_real
+    u_fake = -score_fake
+    return u_real.mean() - log1mexp(u_fake).mean()
 
 
 def generator_loss(score_fake, kind="ns"):
     """G's loss for scores -u (B,). ns: E[u(G(z))]. saturating: E[log(1 - exp(-u(G(z))))]."""
+    u_fake = -score_fake
     if kind == "ns":
-        return -score_fake.mean()
+        return u_fake.mean()
     if kind == "saturating":
-        return log1mexp(-score_fake).mean()
+        return log1mexp(u_fake).mean()
     raise ValueError(f"G has no loss for {kind}")
 
 
 def log1mexp(u):
-    """log(1 - exp(-u)) for u > 0, by the form that keeps its digits.
+    """log(1 - exp(-u)) for u > 0, by a form for small u and one for large u, each exact where it is taken.
 
-    torch.where sends a gradient of 0 into the form that it does not take. At u = 0 the form for large u has an infinite
-    derivative, and 0 times infinity is NaN. So its u is clamped, below log 2, where it is not taken."""
+    torch.where differentiates the form that it drops, too, times 0. For a tiny u exp(-u) rounds to 1, where the form
+    for large u has an infinite slope, and 0 times infinity is NaN. The clamp, below log 2, prevents that."""
     small = (-torch.expm1(-u)).log()
     large = torch.log1p(-(-u.clamp(min=0.5)).exp())
     return torch.where(u < math.log(2), small, large)
@@ -370,8 +377,8 @@ def train(args):
     def amp():
         """With --amp the layers inside run in bfloat16, a float of 16 bits. Without it this does nothing.
 
-        cache_enabled=False: inside one such block autocast would keep each weight's bfloat16 copy for the next call. A
-        copy that was made under no_grad passes no gradient on."""
+        cache_enabled=False: each call casts the weights anew. In a block that mixes calls with and without no_grad a
+        cast that autocast keeps from one without gradients would pass none on in the next."""
         return torch.autocast(device.type, torch.bfloat16, enabled=args.amp, cache_enabled=False)
 
     def step(x):
@@ -418,8 +425,8 @@ def train(args):
         }
 
     # Study writes the log, sheets of samples and FIDs, and never trains. It calls sample() for images, and score(), D's
-    # opinion of images, for --reject alone; both without gradients, 500 images at a time. y, the labels, are for the
-    # conditional scripts.
+    # opinion of images, for --reject alone; both without gradients, at most 500 images at a time. y, the labels, are
+    # for the conditional scripts.
     def sample(z, y):
         return to_uint8(ema(z))
 
@@ -442,8 +449,8 @@ def train(args):
     if args.graph:
         step = captured(step)
 
-    # i counts updates of D, as --steps and every --*-every do. An iteration makes d_steps of them, so the last may pass
-    # total.
+    # i counts updates of D, as do --steps, --log-every, --sample-every and the like. An iteration makes d_steps of
+    # them, so the last may pass total.
     while i < total and not stop.is_set():
         # The rates follow from i and total, so a resumed run needs no state of a scheduler. If it is given a larger
         # total, they rise again.
@@ -602,8 +609,8 @@ def resolve(p, argv, paper, mlp, colour=None, small_colour=None, long=None, grey
     1. the command line
     2. the resumed checkpoint
     3. --paper
-    4. --arch mlp; or, of colour images of 32 pixels or more, COLOUR, over which SMALL_COLOUR goes below 64 pixels; or,
-       of other images in a long run, LONG, if none of its flags has a value so far
+    4. with --arch mlp: MLP. Else, for colour images of 32 pixels or more: COLOUR, over which SMALL_COLOUR goes below 64
+       pixels. Else, in a long run: LONG, if none of its flags has a value so far
     5. the flag's default; --image-size and --latent-dim have none, so suited_to() gives them"""
     p.epilog = f"--paper sets {as_flags(paper)}. --arch mlp sets {as_flags(mlp)}."
     if colour:
@@ -634,29 +641,31 @@ def resolve(p, argv, paper, mlp, colour=None, small_colour=None, long=None, grey
             if saved["dataset"] == "folder" and "data_dir" not in given and needs_data:
                 fail(f"the images of {given['resume']} were in {saved['data_dir']}, which is gone: give --data-dir")
             del saved["data_dir"]
-        for name in saved.keys() & given.keys() & set(FIXED):
+        for name in FIXED:
             another_seed = name == "seed" and "generate" in given  # for other images
-            if given[name] != saved[name] and not another_seed:
+            typed = name in saved and name in given
+            if typed and given[name] != saved[name] and not another_seed:
                 fail(f"--{name.replace('_', '-')} is {saved[name]} in {given['resume']}: it cannot change")
     chosen = {**saved, **given}
     if chosen.get("dataset") == "folder" and "data_dir" not in chosen and "generate" not in given:
         fail("--dataset folder needs --data-dir, the folder of the images")
     # First without presets, which depend on dataset, arch and paper.
     args = argparse.Namespace(**{**defaults, **chosen})
-    side, latent_dim = suited_to(args, grey_side)
+    suited_side, latent_dim = suited_to(args, grey_side)
+    side = args.image_size or suited_side
     preset = {}
     if args.arch == "mlp":
         preset |= mlp
-    elif colour and args.dataset in COLOUR_SIDES and (args.image_size or side) >= 32:
+    elif colour and args.dataset in COLOUR_SIDES and side >= 32:
         preset |= colour
-        if small_colour and (args.image_size or side) < 64:
+        if small_colour and side < 64:
             preset |= small_colour
     elif long and is_long(args) and not long.keys() & chosen.keys():  # a resumed run keeps its networks
         preset |= long
     if args.paper:
         preset |= paper
     args = argparse.Namespace(**{**defaults, **preset, **chosen})
-    args.image_size = args.image_size or side
+    args.image_size = side
     args.latent_dim = args.latent_dim or latent_dim
     if args.resume and not args.run_dir:
         args.run_dir = str(Path(args.resume).parent)
@@ -747,7 +756,7 @@ class Batches:
 
     batches(i, n)  images uint8 (n, B, C, S, S) and labels (n, B), for n updates of D from update i on; under torchrun
                    this process's part of each batch
-    .x, .y         all training images uint8 (N, C, S, S) and labels int64 (N,), -1 without a label
+    .x, .y         the images to train on, uint8 (N, C, S, S), and labels int64 (N,), -1 without a label
     .channels      of the images
     .per_epoch     how many batches an epoch has
     .held          (images, labels) set aside by --holdout, or None
@@ -971,13 +980,13 @@ def save(name, i, state, study):
         "channels": study.channels,
         "seconds": study.seconds(),
         "rng": {"cpu": torch.get_rng_state()},
-        **{name: part.state_dict() for name, part in state.items()},
+        **{key: part.state_dict() for key, part in state.items()},
     }
     if study.args.device != "cpu":
         checkpoint["rng"][study.args.device] = torch.get_device_module(study.args.device).get_rng_state()
-    refused = or_warn if i < study.total else or_fail
+    on_error = or_warn if i < study.total else or_fail
     # On a full disk torch.save raises RuntimeError, others OSError.
-    with refused(f"{study.folder / name} cannot be written", (OSError, RuntimeError)):
+    with on_error(f"{study.folder / name} cannot be written", (OSError, RuntimeError)):
         replace_file(study.folder / name, lambda file: torch.save(checkpoint, file))
 
 
