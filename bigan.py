@@ -608,7 +608,7 @@ def resolve(p, argv, paper, mlp, colour=None, small_colour=None, long=None, grey
     if small_colour:
         p.epilog += f" Below 64 pixels they set {as_flags(small_colour)}."
     if long:
-        p.epilog += f" On other images runs of 40 epochs, or 40000 steps, and more set {as_flags(long)}."
+        p.epilog += f" On other images --epochs 40 or --steps 40000, or more, sets {as_flags(long)}."
     defaults = vars(p.parse_args([]))
     # Which flags were typed? argparse sets a default only where the namespace lacks the name. So parse into one that
     # has every name, as None: what is not None afterwards was typed.
@@ -683,7 +683,7 @@ def resolve(p, argv, paper, mlp, colour=None, small_colour=None, long=None, grey
 
 
 def is_long(args):
-    """Does a run make 40 epochs or more, or 40,000 updates of D? --steps overrides --epochs."""
+    """Was a run of 40 epochs or more, or of 40,000 updates of D or more, asked for? --steps overrides --epochs."""
     return args.steps >= 40_000 if args.steps else args.epochs >= 40
 
 

@@ -100,7 +100,7 @@ MLP = dict(lr_g=2e-3, lr_d=5e-4)  # --arch mlp sets these
 # is well ahead of deconv here.
 COLOUR = dict(batch_size=16, lr_g=1e-3, lr_d=1e-3, r1=2.0, ema=0.995, ngf=32, ndf=32, upsample="nearest")
 SMALL_COLOUR = dict(lr_g=2e-3, lr_d=2e-3, r1=1.0)  # below 64 pixels: tried on CIFAR-10
-# Runs of 40 epochs or 40,000 updates and more set these, but not where COLOUR holds and not with --arch mlp: twice
+# --epochs 40 or more, or --steps 40000 or more, sets these, but not where COLOUR holds and not with --arch mlp: twice
 # the width at half the rates. Such networks end at a lower FID, but take twice as long for each update. If one of the
 # four is given, none is set.
 LONG = dict(lr_g=1e-3, lr_d=1e-3, ngf=32, ndf=32)
@@ -605,7 +605,7 @@ def resolve(p, argv, paper, mlp, colour=None, small_colour=None, long=None, grey
     if small_colour:
         p.epilog += f" Below 64 pixels they set {as_flags(small_colour)}."
     if long:
-        p.epilog += f" On other images runs of 40 epochs, or 40000 steps, and more set {as_flags(long)}."
+        p.epilog += f" On other images --epochs 40 or --steps 40000, or more, sets {as_flags(long)}."
     defaults = vars(p.parse_args([]))
     # Which flags were typed? argparse sets a default only where the namespace lacks the name. So parse into one that
     # has every name, as None: what is not None afterwards was typed.
@@ -680,7 +680,7 @@ def resolve(p, argv, paper, mlp, colour=None, small_colour=None, long=None, grey
 
 
 def is_long(args):
-    """Does a run make 40 epochs or more, or 40,000 updates of D? --steps overrides --epochs."""
+    """Was a run of 40 epochs or more, or of 40,000 updates of D or more, asked for? --steps overrides --epochs."""
     return args.steps >= 40_000 if args.steps else args.epochs >= 40
 
 

@@ -87,7 +87,8 @@ from metrics import (
 PAPER = dict(batch_size=32, lr_g=1e-3, lr_d=2e-4, beta1=0.5, beta2=0.999, ema=0.999, k=5, inner="adam")
 PAPER |= dict(r1=0.0, penalty_share=1.0, lr_decay="none", ngf=16, ndf=16, upsample="deconv")
 MLP = dict(lr_g=2e-3, lr_d=5e-4, r1=0.02)  # --arch mlp sets these
-# Colour images of 32 pixels or more set these, but not with --arch mlp: those of dcgan.py, tried on faces.
+# Colour images of 32 pixels or more set these, but not with --arch mlp: those of dcgan.py, tried on faces, but for the
+# share of the penalty.
 COLOUR = dict(batch_size=16, lr_g=1e-3, lr_d=1e-3, r1=2.0, ema=0.995, ngf=32, ndf=32, upsample="nearest")
 
 
@@ -585,7 +586,7 @@ def resolve(p, argv, paper, mlp, colour=None, small_colour=None, long=None, grey
     if small_colour:
         p.epilog += f" Below 64 pixels they set {as_flags(small_colour)}."
     if long:
-        p.epilog += f" On other images runs of 40 epochs, or 40000 steps, and more set {as_flags(long)}."
+        p.epilog += f" On other images --epochs 40 or --steps 40000, or more, sets {as_flags(long)}."
     defaults = vars(p.parse_args([]))
     # Which flags were typed? argparse sets a default only where the namespace lacks the name. So parse into one that
     # has every name, as None: what is not None afterwards was typed.
@@ -660,7 +661,7 @@ def resolve(p, argv, paper, mlp, colour=None, small_colour=None, long=None, grey
 
 
 def is_long(args):
-    """Does a run make 40 epochs or more, or 40,000 updates of D? --steps overrides --epochs."""
+    """Was a run of 40 epochs or more, or of 40,000 updates of D or more, asked for? --steps overrides --epochs."""
     return args.steps >= 40_000 if args.steps else args.epochs >= 40
 
 
