@@ -602,6 +602,16 @@ def from_rank_0(value=None):
     return box[0]
 
 
+@contextlib.contextmanager
+def rank_0_first():
+    """Under torchrun rank 0 runs the lines inside first, then the others do."""
+    if RANK != 0:
+        from_rank_0()  # waits until rank 0 comes to its own call, below
+    yield
+    if RANK == 0:
+        from_rank_0()
+
+
 def leave_ranks():
     """Under torchrun: leaves the other ranks, when all of them do. After an error it is not called: it would wait for
     the others, and they for this rank. torchrun ends them as soon as this process has ended."""

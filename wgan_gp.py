@@ -68,13 +68,13 @@ from metrics import (
     Study,
     fail,
     file_name,
-    from_rank_0,
     leave_ranks,
     load_data,
     not_finite,
     number,
     or_fail,
     or_warn,
+    rank_0_first,
     release_folders,
     replace_file,
     sample_z,
@@ -694,12 +694,8 @@ class Batches:
             self.channels = checkpoint["channels"]
             self.classes = checkpoint["classes"]
             return
-        # Rank 0 reads first, as it may have to download or to decode.
-        if RANK != 0:
-            from_rank_0()  # waits until rank 0 comes to its own call, below
-        x, y, names = load_data(args.dataset, args.data_dir, args.image_size, "train")
-        if RANK == 0:
-            from_rank_0()
+        with rank_0_first():  # it may have to download or to decode
+            x, y, names = load_data(args.dataset, args.data_dir, args.image_size, "train")
         self.training_set = x, y
         self.channels = x.shape[1]
         counts = y.bincount().tolist() if names and y.min() >= 0 else []  # -1: an image without a label

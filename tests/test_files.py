@@ -68,7 +68,7 @@ def names_in(tree):
 @pytest.mark.parametrize("path", IMAGE, ids=lambda path: path.name)
 def test_the_method_says_nothing_of_ranks(path):
     method = ast.parse(sync.halves(path)[0])
-    assert not names_in(method) & {"RANK", "WORLD", "from_rank_0"}
+    assert not names_in(method) & {"RANK", "WORLD", "rank_0_first"}
     attributes = {node.attr for node in ast.walk(method) if isinstance(node, ast.Attribute)}
     assert "distributed" not in attributes and {"average_gradients", "seed_noise"} <= names_in(method)
 

@@ -247,7 +247,7 @@ def test_a_batch_is_dealt_out_to_the_ranks(w, monkeypatch):
         return w.Batches(args, torch.device("cpu"))(49, 2)  # the last of an epoch, and the first of the next
 
     whole = seen()
-    monkeypatch.setattr(w.module, "from_rank_0", lambda value=None: value)
+    monkeypatch.setattr(metrics, "from_rank_0", lambda value=None: value)
     parts = []
     for rank in range(3):
         as_rank(monkeypatch, w, rank, 3)
@@ -256,6 +256,17 @@ def test_a_batch_is_dealt_out_to_the_ranks(w, monkeypatch):
     for one, three in zip(whole, zip(*parts)):
         assert all(part.shape[1] == 2 for part in three)
         assert torch.equal(torch.stack(three, 2).flatten(1, 2), one)
+
+
+@pytest.mark.parametrize("rank, order", [(0, ["reads", "meets"]), (1, ["meets", "reads"]), (2, ["meets", "reads"])])
+def test_rank_0_reads_before_the_others(monkeypatch, rank, order):
+    """Both wait in one broadcast: rank 0 comes to it after the reading, the others before."""
+    done = []
+    monkeypatch.setattr(metrics, "RANK", rank)
+    monkeypatch.setattr(metrics, "from_rank_0", lambda value=None: done.append("meets"))
+    with metrics.rank_0_first():
+        done.append("reads")
+    assert done == order
 
 
 def test_ranks_may_wait_for_hours(w, monkeypatch):
