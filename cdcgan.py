@@ -1,9 +1,10 @@
 """Conditional DCGAN: G is told which class to make, and D is told which class it should be looking at.
 
 Mirza and Osindero, "Conditional Generative Adversarial Nets", arXiv 1411.1784, eq. (2), with the non-saturating loss
-for G. f is D's logit. The label, as a one-hot vector, goes through a first layer of its own, and is joined to the
-features that z in G, and the image in D, have after their first layer. (With --arch mlp it is joined to z and to the
-pixels as it is.) The term with r1, R1, is not in the paper. Its grad is with respect to x.
+for G. f is D's logit. The label is a one-hot vector. It has a first layer of its own, as z has in G and the image
+in D; the outputs of the two are joined and go through the other layers. (With --arch mlp the vector is joined to z, or
+to the pixels, without such layers.) The penalty R1, the term with r1, is not in the paper. Its grad is with respect to
+the pixels of x.
 
     discriminator  min_D  E[softplus(-f(x, y))] + E[softplus(f(G(z, y), y))] + r1/2 E||grad f(x, y)||^2
     generator      min_G  E[softplus(-f(G(z, y), y))]
@@ -11,16 +12,16 @@ pixels as it is.) The term with r1, R1, is not in the paper. Its grad is with re
 
     python cdcgan.py                                     digits rendered at start-up, no download
     python cdcgan.py --dataset mnist --epochs 200
-    python cdcgan.py --dataset mnist --paper             a course's convolutional networks, not the best settings
+    python cdcgan.py --dataset mnist --paper             networks of a university course, not the best settings
 
 `--dataset mnist --steps 3100` takes two to six minutes of one CPU core. It ends at an FID[classifier] of 4.7 +- 0.4,
 the mean and the standard deviation over seeds 0 to 2. 98 % of the labels are right. FID is a distance between generated
 and real images, here in the features of a small network that reads digits: lower is better, and real digits against
 other real ones have 1.3. tests/gallery/README.md has the protocol.
 
-Every sheet of samples has a row for each label, of the first 20, and a column for each z. label_accuracy in scores.csv
-is the share of samples that the scores' classifier takes for the label asked for. With --d-ignores-label D is not told
-the label, and then G ignores it too.
+Every sheet of samples has one row for each of the first 20 labels and one column for each of eight z. label_accuracy
+in scores.csv is the share of samples that the scores' classifier takes for the label asked for. With --d-ignores-label
+D is not told the label, and then G ignores it too.
 
 Where D has batch norm (--paper), real and fake go through it in separate batches. While training, G's batch norm uses
 the current batch. The images to look at come from `ema`, a copy of G with averaged weights and G's running statistics,
@@ -72,8 +73,8 @@ from metrics import (
     warn,
 )
 
-# --paper sets these, the networks of a course: the paper's own have no convolutions. It also doubles the channels of
-# D's layers after the first, and puts batch norm into G's branch of the label.
+# --paper sets these, the networks of a university course's assignment: the paper's own have no convolutions. It also
+# doubles the channels of D's layers after the first, and puts batch norm into G's branch of the label.
 PAPER = dict(batch_size=128, lr_g=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999, ema=0.999, ngf=128, ndf=64)
 PAPER |= dict(d_norm="batch", r1=0.0, penalty_share=1.0, lr_decay="none", upsample="deconv")
 MLP = dict(lr_d=5e-4)  # --arch mlp sets these
@@ -165,9 +166,9 @@ class Generator(nn.Module):
             )
             label_layers = [OneHot(classes, side=1)]  # (B, classes, 1, 1)
             label_layers += [nn.ConvTranspose2d(classes, n_in // 2, 4, 1, 0, bias=False)]
-            if args.paper:  # The course has it. A label's features then depend on the other labels of the batch.
+            if args.paper:  # the assignment has it; a label's features then depend on the other labels of the batch.
                 label_layers += [nn.BatchNorm2d(n_in // 2)]
-            label_layers += [nn.ReLU()]  # (B, n_in / 2, 4, 4), and with that from z (B, n_in, 4, 4)
+            label_layers += [nn.ReLU()]  # (B, n_in / 2, 4, 4); joined with that of z: (B, n_in, 4, 4)
             self.from_label = nn.Sequential(*label_layers)
             layers = []
             for _ in range(n - 1):  # twice the side, half the channels
@@ -196,7 +197,7 @@ class Discriminator(nn.Module):
     """Image (B, channels, S, S), labels y (B,) -> logit (B,), larger for more like a real image of that class.
 
     By default, for 32 pixels: 32 maps of 16x16, one half from x and one from y; 32 of 8x8, 64 of 4x4, then the logit.
-    Without batch norm after it a layer has a bias."""
+    A layer has a bias where no batch norm follows."""
 
     def __init__(self, args, channels, classes):
         super().__init__()
@@ -209,10 +210,12 @@ class Discriminator(nn.Module):
             self.from_label = nn.Sequential(
                 OneHot(classes, side=S),  # (B, classes, S, S)
                 nn.Conv2d(classes, args.ndf, 4, 2, 1),
-                nn.LeakyReLU(negative_slope=0.2),  # (B, ndf, S / 2, S / 2), and with that of the image twice as many
+                nn.LeakyReLU(
+                    negative_slope=0.2
+                ),  # (B, ndf, S / 2, S / 2); joined with that of the image: twice as many
             )
             n_in = args.ndf if args.d_ignores_label else 2 * args.ndf
-            # The course's second layer doubles the channels, ours does not.
+            # The assignment's second layer doubles the channels, ours does not.
             n_out = 4 * args.ndf if args.paper else 2 * args.ndf
             layers = []
             for _ in range(doublings(S) - 1):  # half the side; from the second of these on, twice the channels
@@ -235,13 +238,13 @@ class Discriminator(nn.Module):
                 n_in = n_out
             layers += [nn.Linear(n_in, 1)]
         if args.d_ignores_label:
-            self.from_label = None
+            self.from_label = None  # made above all the same, so that the other layers draw the same first weights
         self.net = nn.Sequential(*layers, nn.Flatten(0))  # (B,)
         self.apply(dcgan_init)
 
     def forward(self, x, y):
         features = self.from_image(x)
-        if self.from_label:
+        if self.from_label is not None:
             features = torch.cat([features, self.from_label(y)], 1)
         return self.net(features).to(x.dtype)  # under --amp the layers return bfloat16, and the losses want float32
 
@@ -295,7 +298,7 @@ def dcgan_init(module):
 
 
 def discriminator_loss(logit_real, logit_fake):
-    """E[softplus(-f(x, y))] + E[softplus(f(G(z, y), y))] for logits (B,): cross-entropy, with p = sigmoid(f)."""
+    """E[softplus(-f(x, y))] + E[softplus(f(G(z, y), y))] for logits (B,): cross-entropies of real and fake images."""
     return F.softplus(-logit_real).mean() + F.softplus(logit_fake).mean()
 
 
@@ -307,8 +310,8 @@ def generator_loss(logit_fake):
 def squared_gradient(D, x, y):
     """E[||grad f(x, y)||^2] for images x (B, C, H, W) and labels y (B,).
 
-    The gradient is with respect to x. The sum over its pixel values, the mean over images. r1/2 of it on real
-    images is R1: Mescheder et al. 2018, 1801.04406, eq. (9)."""
+    The gradient is with respect to x. Its square is summed over the pixel values and averaged over the images. r1/2 of
+    it on real images is R1: Mescheder et al. 2018, 1801.04406, eq. (9)."""
     x = x.detach().requires_grad_(True)  # cut off from what made it; recorded from here on
     # Without batch norm a logit depends on its own image alone. So row i of the gradient of the sum of all logits
     # is the gradient of logit i. With batch norm row i also has what image i does to the other logits.
@@ -339,8 +342,8 @@ def train(args):
     def amp():
         """With --amp the layers inside run in bfloat16, a float of 16 bits. Without it this does nothing.
 
-        cache_enabled=False: each call casts the weights anew. In a block that mixes calls with and without no_grad a
-        cast that autocast keeps from one without gradients would pass none on in the next."""
+        cache_enabled=False: each call of a network casts its weights anew, so the gradients of several calls add up in
+        float32. (An older PyTorch could also keep a cast from under no_grad, which passes no gradient on.)"""
         return torch.autocast(device.type, torch.bfloat16, enabled=args.amp, cache_enabled=False)
 
     def step(x, y):
@@ -375,7 +378,7 @@ def train(args):
             average_gradients(D)  # under torchrun, over the GPUs
             opt_d.step()
 
-        for _ in range(args.g_steps):  # a fresh z, and the last labels: they have the shares of the training set
+        for _ in range(args.g_steps):  # a fresh z; the labels of D's last batch: each class as often as in the data
             with amp():
                 x_fake = G(sample_z(args, B, device), labels)
                 new_logit_fake = D(x_fake, labels)
@@ -461,6 +464,7 @@ def load(path):
     checkpoint = read_checkpoint(path)
     # Flags that did not exist yet when the file was written take their default.
     args = argparse.Namespace(**{**vars(parse_args([])), **checkpoint["args"]})
+    # As train() made ema: with its count of updates.
     G = averaged(Generator(args, checkpoint["channels"], len(checkpoint["classes"])))
     G.load_state_dict(checkpoint["ema"])
     G.latent_dim = args.latent_dim

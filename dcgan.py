@@ -352,8 +352,8 @@ def train(args):
     def amp():
         """With --amp the layers inside run in bfloat16, a float of 16 bits. Without it this does nothing.
 
-        cache_enabled=False: each call casts the weights anew. In a block that mixes calls with and without no_grad a
-        cast that autocast keeps from one without gradients would pass none on in the next."""
+        cache_enabled=False: each call of a network casts its weights anew, so the gradients of several calls add up in
+        float32. (An older PyTorch could also keep a cast from under no_grad, which passes no gradient on.)"""
         return torch.autocast(device.type, torch.bfloat16, enabled=args.amp, cache_enabled=False)
 
     # the weights of the penalties on real and on fake images
@@ -479,6 +479,7 @@ def load(path):
     checkpoint = read_checkpoint(path)
     # Flags that did not exist yet when the file was written take their default.
     args = argparse.Namespace(**{**vars(parse_args([])), **checkpoint["args"]})
+    # As train() made ema: with its count of updates.
     G = averaged(Generator(args, checkpoint["channels"]))
     G.load_state_dict(checkpoint["ema"])
     G.latent_dim = args.latent_dim

@@ -2,7 +2,8 @@
 
 A generator that has learned the distribution puts points on each mode (covered), the right share on each (reverse KL),
 and close to its centre (high quality, within 3 standard deviations: 98.9 % of the real points are). Only together do
-these say much: 2,500 points spread evenly over the grid cover 21 of its 25 modes, with 2 % of high quality.
+these say much: 2,500 points spread evenly over the grid, from -5 to 5, cover 21 of its 25 modes, with 2 % of high
+quality.
 
     python toy2d.py --protocol metz --method gan                   collapses into one blob, which wanders
     python toy2d.py --protocol metz --method unrolled --seeds 3    8 of 8
@@ -10,8 +11,8 @@ these say much: 2,500 points spread evenly over the grid cover 21 of its 25 mode
     python toy2d.py --table --quick                      all of them beside the published figures
 
 --seeds N trains N runs at once, as one batch of networks. Protocols: pacgan (Lin et al. 2018, 1712.04086): ring of
-radius 1 and std .01, grid +-4 and std .05, 2,500 points; metz (1611.02163): ring of radius 2 and std .02. Runs are not
-resumed, and no points are chosen by D unless --reject is given.
+radius 1 and std .01, grid +-4 and std .05, 2,500 points; metz (1611.02163): ring of radius 2 and std .02. There is no
+--resume. --reject drs also scores the points that D keeps.
 """
 
 # `uv run toy2d.py` reads this block, installs the packages and runs the file. Without uv it is a comment.
@@ -40,11 +41,12 @@ from torch.nn import functional as F
 
 from metrics import WORLD, HelpFormatter, contents, fail, file_name, number, or_fail, platt, rejected, say, warn
 
+# Each is the objective of the script of its name; gan: of dcgan.py.
 METHODS = ("gan", "wgan_clip", "wgan_gp", "unrolled", "mdgan")
 # Defaults of one objective, found by trying on seed 0. A WGAN's Adam goes without its first moment. MD-GAN has two
-# layers, as its authors have: with three, one run of three on the ring lost modes. Width, noise, points, decay and
-# average are the same for all. (Adam's beta2 is .9 for the WGANs and .999 for the others: see train.) The steps make
-# runs of three to eight minutes of one CPU core for five seeds.
+# layers, as its authors have: with three layers, one of three runs on the ring lost modes. Width, noise, batch, decay
+# and average are the same for all. (Adam's beta2 is .9 for the WGANs and .999 for the others: see train.) The steps
+# make runs of three to eight minutes of one CPU core for five seeds.
 TUNED = {
     "gan": dict(),
     "unrolled": dict(loss="minimax", lr_d=3e-4, steps=2000),
@@ -53,7 +55,8 @@ TUNED = {
     "wgan_gp": dict(d_steps=2, beta1=0.0, lr_g=2e-3, lr_d=4e-3, steps=5000),
 }
 # The toy game of Metz et al. 2017 (rates and z as in their demo), in which a plain GAN collapses: D learns ten times
-# more slowly than G, G's output is linear, nothing decays, G is scored as it is. Their batch is 512.
+# more slowly than G, G's output is linear, nothing decays, and the weights of G that are scored are the last, not an
+# average. Their batch is 512, ours 256.
 METZ = dict(
     radius=2.0,
     loss="minimax",
@@ -83,7 +86,7 @@ def parse_args(argv=None, warns=True):
     """The flags, as a namespace.
 
     One that is not given has its value in METZ (--protocol metz) or in TUNED (otherwise). Where that has none it has
-    its default. Without `warns` a flag that has no effect is not said."""
+    its default. With warns=False no flag is warned of as having no effect."""
     p = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=HelpFormatter, add_help=False, allow_abbrev=False
     )
@@ -99,7 +102,9 @@ def parse_args(argv=None, warns=True):
         default="pacgan",
         help="points and their number as in PacGAN, the rest ours; metz: the ring and the game of the unrolled paper",
     )
-    p.add_argument("--radius", type=number(float, 1e-6), help="of the ring; default 1, Metz et al. 2; of the grid: 4")
+    p.add_argument(
+        "--radius", type=number(float, 1e-6), help="of the ring: 1, Metz et al. 2; of the grid half its side: 4"
+    )
     p.add_argument("--std", type=number(float, 1e-9), help="of each mode; default: .01 of the radius; grid: .05")
     p.add_argument("--method", choices=METHODS, default="gan", help="the objective")
     p.add_argument(
@@ -117,7 +122,7 @@ def parse_args(argv=None, warns=True):
         default="published",
         help="of mdgan. published: the authors' constants, which leave one blob; clusters: radius 2, sigma .5, ten",
     )
-    p.add_argument("--layers", type=number(int, 1, 10), default=3, help="hidden ReLU layers of both networks")
+    p.add_argument("--layers", type=number(int, 1, 10), default=3, help="hidden layers of both networks")
     p.add_argument("--hidden", type=number(int, 1, 4096), default=128, help="their width")
     p.add_argument("--latent-dim", type=number(int, 1, 4096), default=2, help="size of z")
     p.add_argument("--prior", choices=("normal", "uniform"), default="normal", help="of z: N(0, I) or U[-1, 1]")
@@ -149,8 +154,12 @@ def parse_args(argv=None, warns=True):
     p.add_argument("--quick", action="store_true", help="with --table: a quarter of the steps, a few minutes")
 
     defaults = vars(p.parse_args([]))
+    # Which flags were typed? argparse sets a default only where the namespace lacks the name. So parse into one that
+    # has every name, as None: what is not None afterwards was typed.
     unset = argparse.Namespace(**dict.fromkeys(defaults))
     given = {name: value for name, value in vars(p.parse_args(argv, unset)).items() if value is not None}
+    if given.get("run_dir") == "":
+        fail("--run-dir was given an empty value")
     chosen = {**defaults, **given}
     preset = dict(TUNED[chosen["method"]])
     if chosen["protocol"] == "metz":
@@ -166,14 +175,16 @@ def resolve(args, given, warns=True):
     """The flags with what follows from others. `given` are the names of those on the command line."""
     if args.protocol == "metz" and args.data != "ring":
         fail(f"--protocol metz is a ring, not --data {args.data}")
-    of_one_run = {"data", "modes", "radius", "std", "method", "protocol", "run_dir", "snapshot_every"}
-    own = given & (of_one_run | {"reject", "drs_percentile"})
-    if args.table and own:
-        fail(f"--table goes without --{min(own).replace('_', '-')}: it trains every method on both data sets")
+    # A table trains every method on both data sets, writes no files and keeps all points.
+    not_for_table = {"data", "modes", "radius", "std", "method", "protocol", "run_dir", "snapshot_every"}
+    not_for_table |= {"reject", "drs_percentile"}
+    refused = given & not_for_table
+    if args.table and refused:
+        fail(f"--table goes without --{min(refused).replace('_', '-')}: see --help")
     for name in sorted(given & OF_METHODS.keys()):
         if warns and not args.table and args.method not in OF_METHODS[name]:
             warn(f"--{name.replace('_', '-')} has no effect on --method {args.method}")
-    if "drs_percentile" in given and args.reject != "drs":
+    if warns and "drs_percentile" in given and args.reject != "drs":
         warn("--drs-percentile has no effect without --reject drs")
     if WORLD > 1:
         fail("toy2d.py takes one process: --seeds N trains N runs in it")
@@ -260,26 +271,27 @@ class MLP(nn.Module):
         sizes = [n_in, *[hidden] * layers, n_out]
         self.weights = nn.ParameterList()
         self.biases = nn.ParameterList()
-        for i, o in pairwise(sizes):
-            self.weights.append(torch.empty(runs, i, o))
-            self.biases.append(torch.empty(runs, 1, o))
+        for fan_in, fan_out in pairwise(sizes):
+            self.weights.append(nn.Parameter(torch.empty(runs, fan_in, fan_out)))
+            self.biases.append(nn.Parameter(torch.empty(runs, 1, fan_out)))
         for part in (self.weights, self.biases):
-            for p, i in zip(part, sizes):
-                nn.init.uniform_(p, -1 / math.sqrt(i), 1 / math.sqrt(i))  # as nn.Linear: i is the number of inputs
+            for p, fan_in in zip(part, sizes[:-1]):
+                bound = 1 / math.sqrt(fan_in)
+                nn.init.uniform_(p, -bound, bound)  # as nn.Linear
 
     def forward(self, x):
-        for i, (w, b) in enumerate(zip(self.weights, self.biases)):
-            if i > 0:
+        for layer, (w, b) in enumerate(zip(self.weights, self.biases)):
+            if layer > 0:
                 x = F.leaky_relu(x, self.slope) if self.slope else x.relu()
-            x = torch.baddbmm(b, x, w)
+            x = torch.baddbmm(b, x, w)  # b + x w, each run with its own
         return x
 
 
 class Simplex(nn.Module):
     """MD-GAN's target (Eghbal-zadeh et al. 2019, 1811.00152): d + 1 Gaussians on the corners of a regular simplex.
 
-    The simplex is in d dimensions. u(e) = log lambda - log lk(e) >= 0, lambda the largest likelihood. Only logarithms
-    are formed."""
+    The simplex is in d dimensions. lk(e) is the likelihood of the Gaussians' mixture at a point e (..., d), lambda its
+    maximum, and u(e) = log lambda - log lk(e) >= 0. log_sum is log lk without its constant, which cancels in u."""
 
     def __init__(self, mixture, d=9):
         super().__init__()
@@ -288,10 +300,12 @@ class Simplex(nn.Module):
         self.sigma = 0.5
         basis = torch.linalg.svd(torch.ones(1, d + 1, dtype=torch.float64)).Vh[1:]  # orthonormal, orthogonal to 1
         mu = (radius * math.sqrt((d + 1) / d) * basis).T.contiguous()  # (d + 1, d)
-        self.register_buffer("mu", mu)
-        ends = [self.ascend(e) for e in (self.mu[0], torch.zeros(d, dtype=torch.float64))]
-        self.peak = max(self.log_sum(e).item() for e in ends)  # a maximum near each corner, one in the middle, or both
-        self.end_of_corner = (ends[0].norm() / radius).item()
+        self.register_buffer("mu", mu)  # in float64 for the ascent
+        # lk is highest near the corners or, where the Gaussians melt into one blob, in the middle. Climb from both.
+        from_corner = self.ascend(mu[0])
+        from_middle = self.ascend(torch.zeros_like(mu[0]))
+        self.peak = max(self.log_sum(from_corner).item(), self.log_sum(from_middle).item())
+        self.end_of_corner = (from_corner.norm() / radius).item()
         self.mu = mu.float()
 
     def log_sum(self, e):
@@ -307,7 +321,7 @@ class Simplex(nn.Module):
         return e
 
     def u(self, e):
-        return (self.peak - self.log_sum(e)).clamp(min=1e-6)
+        return (self.peak - self.log_sum(e)).clamp(min=1e-6)  # so that log(1 - exp(-u)) is finite
 
 
 class Discriminator(nn.Module):
@@ -323,7 +337,7 @@ class Discriminator(nn.Module):
     def forward(self, x):
         out = self.net(x / self.scale)
         if self.simplex:
-            return -self.simplex.u(5 * out.sigmoid() - 2.5)
+            return -self.simplex.u(5 * out.sigmoid() - 2.5)  # of a point in the box of the authors' code, [-2.5, 2.5]^9
         return out[..., 0]
 
 
@@ -348,7 +362,9 @@ def discriminator_loss(method, score_real, score_fake):
     if method.startswith("wgan"):
         return mean_of_each(score_fake) - mean_of_each(score_real)
     if method == "mdgan":
-        return mean_of_each(-score_real) - mean_of_each(log1mexp(-score_fake))
+        u_real = -score_real
+        u_fake = -score_fake
+        return mean_of_each(u_real) - mean_of_each(log1mexp(u_fake))
     return mean_of_each(F.softplus(-score_real)) + mean_of_each(F.softplus(score_fake))
 
 
@@ -361,8 +377,13 @@ def generator_loss(method, kind, score_fake):
     if method.startswith("wgan"):
         return -mean_of_each(score_fake)
     if method == "mdgan":
-        return mean_of_each(-score_fake) if kind == "ns" else mean_of_each(log1mexp(-score_fake))
-    return mean_of_each(F.softplus(-score_fake)) if kind == "ns" else -mean_of_each(F.softplus(score_fake))
+        u_fake = -score_fake
+        if kind == "ns":
+            return mean_of_each(u_fake)
+        return mean_of_each(log1mexp(u_fake))
+    if kind == "ns":
+        return mean_of_each(F.softplus(-score_fake))
+    return -mean_of_each(F.softplus(score_fake))  # E[log(1 - p)]
 
 
 def gradient_penalty(D, real, fake):
@@ -370,7 +391,7 @@ def gradient_penalty(D, real, fake):
     eps = torch.rand(*real.shape[:2], 1, device=real.device)
     x_hat = torch.lerp(fake, real, eps).requires_grad_(True)
     (grad,) = torch.autograd.grad(D(x_hat).sum(), x_hat, create_graph=True)
-    norm = (grad.square().sum(-1) + 1e-12).sqrt()  # the slope of a root at 0 is infinite
+    norm = (grad.square().sum(-1) + 1e-12).sqrt()  # 1e-12: at 0 the derivative of sqrt is infinite
     return mean_of_each((norm - 1).square())
 
 
@@ -378,29 +399,26 @@ def look_ahead(D, opt, real, fake, k, lr):
     """D's parameters after k more Adam steps on one batch, as functions of `fake`.
 
     G's gradient runs through each of the steps: Metz et al. 2017, eq. (7), with Adam in place of gradient descent, as
-    in their demo. Adam goes on from the moments it has. D and its optimizer stay as they are."""
+    in their experiments. Adam goes on from the moments it has, so D has made a step. D and `opt` stay as they are."""
     params = dict(D.named_parameters())
-    b1, b2 = opt.param_groups[0]["betas"]
+    beta1, beta2 = opt.param_groups[0]["betas"]
     eps = opt.param_groups[0]["eps"]
-    t = 0
-    m = [torch.zeros_like(p) for p in params.values()]
-    v = [torch.zeros_like(p) for p in params.values()]
-    if opt.state:
-        states = [opt.state[p] for p in params.values()]
-        t = int(states[0]["step"])
-        m = [s["exp_avg"].clone() for s in states]
-        v = [s["exp_avg_sq"].clone() for s in states]
-    for i in range(t + 1, t + 1 + k):
+    state = [opt.state[p] for p in params.values()]
+    t = int(state[0]["step"])
+    m = [s["exp_avg"] for s in state]
+    v = [s["exp_avg_sq"] for s in state]
+    for n in range(t + 1, t + 1 + k):  # the number of the step, for Adam's correction
         score_real = functional_call(D, params, (real,))
         score_fake = functional_call(D, params, (fake,))
         loss = discriminator_loss("unrolled", score_real, score_fake)
         grads = torch.autograd.grad(loss, list(params.values()), create_graph=True)
-        m = [b1 * a + (1 - b1) * g for a, g in zip(m, grads)]
-        v = [b2 * a + (1 - b2) * g * g for a, g in zip(v, grads)]
+        m = [beta1 * m_p + (1 - beta1) * g for m_p, g in zip(m, grads)]
+        v = [beta2 * v_p + (1 - beta2) * g * g for v_p, g in zip(v, grads)]
         moved = {}
-        for (name, p), a, c in zip(params.items(), m, v):
-            root = (c / (1 - b2**i) + 1e-16).sqrt()  # 1e-16: the slope is finite where a dead ReLU leaves v at 0
-            moved[name] = p - lr / (1 - b1**i) * a / (root + eps)
+        for (name, p), m_p, v_p in zip(params.items(), m, v):
+            # A unit that never fires leaves v at 0, where the derivative of a root is infinite: hence the 1e-16.
+            root = (v_p / (1 - beta2**n) + 1e-16).sqrt()
+            moved[name] = p - lr / (1 - beta1**n) * m_p / (root + eps)
         params = moved
     return params
 
@@ -434,11 +452,11 @@ def train(args, on_snapshot=lambda step, G, D: None):
         return to_points(ema(z))
 
     for step in range(1, args.steps + 1):
-        decay = 1.0
+        lr_scale = 1.0
         if args.lr_decay == "linear":
-            decay = min(1.0, 2 - 2 * (step - 1) / args.steps)
-        opt_g.param_groups[0]["lr"] = args.lr_g * decay
-        opt_d.param_groups[0]["lr"] = args.lr_d * decay
+            lr_scale = min(1.0, 2 - 2 * (step - 1) / args.steps)
+        opt_g.param_groups[0]["lr"] = args.lr_g * lr_scale
+        opt_d.param_groups[0]["lr"] = args.lr_d * lr_scale
 
         for _ in range(args.d_steps):
             real = sample_real(centres, args.std, R, B)
@@ -457,19 +475,21 @@ def train(args, on_snapshot=lambda step, G, D: None):
 
         fake = G(noise(args, R, B))
         if args.method == "unrolled":
-            ahead = look_ahead(D, opt_d, real, fake, args.k, args.lr_d * decay)
+            ahead = look_ahead(D, opt_d, real, fake, args.k, args.lr_d * lr_scale)
             score_fake = functional_call(D, ahead, (fake,))
-            if args.loss == "minimax":  # all of D's loss: its real term depends on G too, through D's steps
-                score_real = functional_call(D, ahead, (real,))
-                g_loss = -discriminator_loss("unrolled", score_real, score_fake)
-            else:
-                g_loss = generator_loss("unrolled", "ns", score_fake)
         else:
-            g_loss = generator_loss(args.method, args.loss, D(fake))
+            score_fake = D(fake)
+        if args.method == "unrolled" and args.loss == "minimax":
+            # Minus all of D's loss: its real term depends on G too, through D's steps.
+            score_real = functional_call(D, ahead, (real,))
+            g_loss = -discriminator_loss(args.method, score_real, score_fake)
+        else:
+            g_loss = generator_loss(args.method, args.loss, score_fake)
         opt_g.zero_grad()
         g_loss.backward(inputs=list(net.parameters()))  # D's weights get no gradient
         opt_g.step()
         with torch.no_grad():
+            # As update_ema() of the other scripts: the average soon forgets the untrained G.
             weight = 1 - min(args.ema, (1 + step) / (10 + step))
             for a, p in zip(ema.parameters(), net.parameters()):
                 a.lerp_(p, weight)
@@ -487,14 +507,14 @@ COLUMNS = {"covered": "{:.1f}", "strict": "{:.1f}", "high_quality": "{:.1%}", "n
 
 
 @torch.no_grad()
-def score(args, G, n=2500):
+def scores_of_made(args, G, n=2500):
     """coverage() of n points of each run: a list of dicts."""
     z = noise(args, args.seeds, n, rng=torch.Generator().manual_seed(args.seed + 1))
     centres = mode_centres(args)
     return [coverage(points, centres, args.std) for points in G(z).cpu()]
 
 
-def score_real(args, n=2500):
+def scores_of_real(args, n=2500):
     """The same of real points."""
     rng = torch.Generator().manual_seed(args.seed + 2)
     centres = mode_centres(args)
@@ -570,7 +590,7 @@ def picture(args, G, D, side=256):
     made = G(z)[0].cpu().numpy()
     for cloud, colour in ((real, (40, 90, 200)), (made, (230, 110, 20))):
         for x, y in (cloud / reach + 1) / 2 * (side - 1):
-            draw.ellipse((x - 1, side - 2 - y, x + 1, side - y), fill=colour)
+            draw.ellipse((x - 1, side - 2 - y, x + 1, side - y), fill=colour)  # rows count downwards, y upwards
     return image
 
 
@@ -588,12 +608,12 @@ def strip(images):
 
 
 def run(args, out=None, report=say):
-    """One training with its figures; returns the scores of each run, G and D."""
+    """Trains --seeds networks together, with figures of the first. Returns a list of their scores, G and D."""
     rows = []
     start = time.time()
 
     def on_snapshot(step, G, D):
-        scores = score(args, G)
+        scores = scores_of_made(args, G)
         means = {name: float(np.mean([of_run[name] for of_run in scores])) for name in COLUMNS}
         rows.append({"step": step, **means})
         report(f"step {step}: {score_line(scores)}  {time.time() - start:.0f} s")
@@ -613,7 +633,7 @@ def run(args, out=None, report=say):
         frames = some(paths, 48)
         rest = frames[1:] + frames[-1:] * 3
         frames[0].save(out / "training.gif", save_all=True, append_images=rest, duration=300, loop=0)
-    return score(args, G), G, D
+    return scores_of_made(args, G), G, D
 
 
 PUBLISHED = {
@@ -642,7 +662,7 @@ def table(argv, shorter):
         say(f"\n{data}: 2,500 points, {args.seeds} runs each\n")
         say(f"| method | G updates | {' | '.join(COLUMNS)} | seconds | of its own |")
         say(f"|---|---|{'---|' * (len(COLUMNS) + 2)}")
-        say(f"| real | | {' | '.join(cells(score_real(args)))} | | |")
+        say(f"| real | | {' | '.join(cells(scores_of_real(args)))} | | |")
         for method in METHODS:
             args = parse_args([*flags, "--data", data, "--method", method], warns=False)
             args = argparse.Namespace(**{**vars(args), "steps": max(1, args.steps // shorter)})
@@ -692,7 +712,7 @@ def command(argv):
     except KeyboardInterrupt:
         say(f"stopped: {out} holds what there is")
         raise SystemExit(130) from None
-    real = score_real(args)
+    real = scores_of_real(args)
     say(f"real:  {score_line(real)}\nmade:  {score_line(scores)}")
     after = None
     if args.reject == "drs":

@@ -1,28 +1,34 @@
-"""Unrolled GAN: G plays against D as k more steps would make it, and G's gradient is taken through those k steps.
+"""Unrolled GAN: G plays against the D that k more steps would make, and G's gradient goes back through those steps.
 
 Metz, Poole, Pfau and Sohl-Dickstein 2017, "Unrolled Generative Adversarial Networks", arXiv 1611.02163, eq. (6)-(9).
-f_0 is D's logit f. f_j is f_(j-1) after one step of D down L(f_(j-1)), all on one batch and without the penalty: by
-gradient descent at --inner-lr, the default, or as D's own Adam would go on (--inner adam). So f_k depends on G.
+f(x) is D's logit, any real number, and p = sigmoid(f(x)) its probability that x is real. softplus(-f) is -log p, and
+softplus(f) is -log(1 - p). (The paper's f is the objective, here -L, and its f_K is that objective after K steps.)
 
     discriminator  min_D  L(f_0) + r1/2 E||grad f_0(x)||^2
     generator      min_G  E[softplus(-f_k(G(z)))]        --loss ns, non-saturating
                    min_G  -L(f_k)                        --loss minimax, the game of the paper
     where          grad is with respect to the pixels of x; the paper has no such penalty
                    L(f) = E[softplus(-f(x))] + E[softplus(f(G(z)))]
+                   f_0 = f, and f_j is f_(j-1) after one step of D down L(f_(j-1)), without the penalty
                    z ~ N(0, I), or each component from U[-1, 1] (--prior)
+
+All k steps are on one batch: by gradient descent at --inner-lr, the default, or as D's own Adam would go on (--inner
+adam). Since they are learned on G(z), f_k depends on G, and G's gradient has two terms, eq. (12). The first is that of
+any GAN: how f_k(G(z)) changes with G(z) while D's weights stay. The second is how those weights would answer. It is
+what keeps G from a single mode: D would turn against it (section 2.4).
 
     python unrolled.py                                   digits rendered at start-up, no download
     python unrolled.py --dataset mnist --epochs 200
-    python unrolled.py --dataset mnist --paper           five steps ahead by Adam, as in the authors' demo
-    python unrolled.py --dataset mnist --paper --loss minimax      and its loss
+    python unrolled.py --dataset mnist --paper           five steps ahead by Adam, G's loss still ns
+    python unrolled.py --dataset mnist --paper --loss minimax      and the game of the paper
 
 `--dataset mnist --steps 5100` takes two to six minutes of one CPU core. It ends at an FID[classifier] of 21.6 +- 4.6,
 the mean and the standard deviation over seeds 0 to 2. FID is a distance between generated and real images, here in the
 features of a small network that reads digits: lower is better, and real digits against other real ones have 1.3.
 tests/gallery/README.md has the protocol.
 
-The default looks one short step of gradient descent ahead. It ends a little lower than --k 0, by less than seeds
-differ. Looking further costs more, and was not searched on MNIST. It is for games that collapse, such as that of
+The default looks one short step of gradient descent ahead. Its FID is a little lower than with --k 0, by less than
+seeds differ. Looking further costs more, and was not searched on MNIST: it is for games that collapse, such as that of
 toy2d.py --protocol metz.
 
 The steps ahead are thrown away: D and its optimizer stay as they are, bit for bit.
@@ -82,13 +88,14 @@ from metrics import (
     warn,
 )
 
-# --paper sets these. k, Adam, beta1 and the rate of G are those of the authors' demonstration, the rest is ours. The
-# paper's loss needs --loss minimax.
+# --paper sets these. Adam in the steps ahead is the paper's (section 2.2). k, beta1 and the rate of G are those of the
+# authors' demonstration, which is about points in the plane. The rest is ours. G's loss stays ns: the game of the paper
+# needs --loss minimax.
 PAPER = dict(batch_size=32, lr_g=1e-3, lr_d=2e-4, beta1=0.5, beta2=0.999, ema=0.999, k=5, inner="adam")
 PAPER |= dict(r1=0.0, penalty_share=1.0, lr_decay="none", ngf=16, ndf=16, upsample="deconv")
 MLP = dict(lr_g=2e-3, lr_d=5e-4, r1=0.02)  # --arch mlp sets these
-# Colour images of 32 pixels or more set these, but not with --arch mlp: those of dcgan.py, tried on faces, but for the
-# share of the penalty.
+# Colour images of 32 pixels or more set these, but not with --arch mlp: the same as in dcgan.py, tried on faces. The
+# share of the penalty stays .5, where dcgan.py has .25.
 COLOUR = dict(batch_size=16, lr_g=1e-3, lr_d=1e-3, r1=2.0, ema=0.995, ngf=32, ndf=32, upsample="nearest")
 
 
@@ -96,7 +103,7 @@ def parse_args(argv=None):
     """The flags, as a namespace. The defaults come from a search on MNIST (tests/gallery/search.md)."""
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
     p.add_argument(
-        "--k", type=number(int, 0, 1000), default=1, help="how many updates of D G looks ahead; 0: the plain GAN"
+        "--k", type=number(int, 0, 1000), default=1, help="how many steps of D are looked ahead; 0: the plain GAN"
     )
     p.add_argument(
         "--inner",
@@ -287,20 +294,21 @@ def look_ahead(D, opt, x_real, x_fake, k, inner="sgd", inner_lr=0.001):
     """D's parameters {name: tensor} after k more steps on one batch, as differentiable functions of x_fake.
 
     They are functions of D's own parameters too. Neither D nor its optimizer `opt` changes. sgd: gradient descent at
-    the rate inner_lr, eq. (7). adam, as in the authors' demo: as torch.optim.Adam would go on, from the moments, the
-    count and the rate that `opt` has after one step or more."""
+    the rate inner_lr, eq. (7). adam, as in the paper's experiments: as torch.optim.Adam would go on, from the moments,
+    the count and the rate that `opt` has after one step or more."""
     params = dict(D.named_parameters())
-    if k and inner == "adam":  # before D's first step there are no moments, which k = 0 does not need
+    if k and inner == "adam":  # k = 0 needs no moments, and before D's first step there are none
         group = opt.param_groups[0]
         beta1, beta2 = group["betas"]
         state = [opt.state[p] for p in params.values()]
-        t = state[0]["step"].to(x_real, copy=True)  # on the device, so that nothing waits for it
-        m = [s["exp_avg"].clone() for s in state]
-        v = [s["exp_avg_sq"].clone() for s in state]
+        t = state[0]["step"].to(x_real)  # on the device, so that nothing waits for it
+        m = [s["exp_avg"] for s in state]
+        v = [s["exp_avg_sq"] for s in state]
     for _ in range(k):
         logit_real = functional_call(D, params, (x_real,))
         logit_fake = functional_call(D, params, (x_fake,))
         loss = discriminator_loss(logit_real, logit_fake)
+        # create_graph: the backward of g_loss must differentiate this gradient again, with respect to x_fake.
         grads = torch.autograd.grad(loss, list(params.values()), create_graph=True)
         if inner == "sgd":
             params = {name: p - inner_lr * g for (name, p), g in zip(params.items(), grads)}
@@ -312,7 +320,7 @@ def look_ahead(D, opt, x_real, x_fake, k, inner="sgd", inner_lr=0.001):
             for j, (name, p) in enumerate(params.items()):
                 m[j] = torch.lerp(grads[j], m[j], beta1)  # beta1 m + (1 - beta1) g
                 v[j] = torch.lerp(grads[j] * grads[j], v[j], beta2)
-                # The derivative of a root is infinite at 0, where a unit that never fires leaves v: hence the 1e-16.
+                # A unit that never fires leaves v at 0, where the derivative of a root is infinite: hence the 1e-16.
                 root = (v[j] / correction + 1e-16).sqrt() + group["eps"]
                 moved[name] = p - rate * m[j] / root
             params = moved
@@ -342,8 +350,8 @@ def train(args):
     def amp():
         """With --amp the layers inside run in bfloat16, a float of 16 bits. Without it this does nothing.
 
-        cache_enabled=False: each call casts the weights anew. In a block that mixes calls with and without no_grad a
-        cast that autocast keeps from one without gradients would pass none on in the next."""
+        cache_enabled=False: each call of a network casts its weights anew, so the gradients of several calls add up in
+        float32. (An older PyTorch could also keep a cast from under no_grad, which passes no gradient on.)"""
         return torch.autocast(device.type, torch.bfloat16, enabled=args.amp, cache_enabled=False)
 
     def step(x):
@@ -374,6 +382,7 @@ def train(args):
         for _ in range(args.g_steps):
             with amp():
                 x_fake = G(sample_z(args, B, device))  # a fresh z
+                # The D ahead has learned on x_fake and judges it: the two terms of eq. (12).
                 ahead = look_ahead(D, opt_d, x_real, x_fake, args.k, args.inner, args.inner_lr)
                 logit_fake_ahead = functional_call(D, ahead, (x_fake,))
                 logit_real_ahead = None
@@ -460,6 +469,7 @@ def load(path):
     checkpoint = read_checkpoint(path)
     # Flags that did not exist yet when the file was written take their default.
     args = argparse.Namespace(**{**vars(parse_args([])), **checkpoint["args"]})
+    # As train() made ema: with its count of updates.
     G = averaged(Generator(args, checkpoint["channels"]))
     G.load_state_dict(checkpoint["ema"])
     G.latent_dim = args.latent_dim

@@ -1,7 +1,7 @@
 """WGAN: a critic scores images, G learns to score high, and clipping the critic's weights keeps scores from growing.
 
-Arjovsky, Chintala and Bottou, "Wasserstein GAN", arXiv 1701.07875, algorithm 1. D, class
-Discriminator, is the critic, the paper's f: its score D(x) is any real number, not a probability.
+Arjovsky, Chintala and Bottou, "Wasserstein GAN", arXiv 1701.07875, algorithm 1. D, class Discriminator, is the critic,
+the paper's f: its score D(x) is any real number, not a probability.
 
     critic     min_D  E[D(G(z))] - E[D(x)], then every weight of D is clipped to [-c, c]
     generator  min_G  -E[D(G(z))]
@@ -22,14 +22,15 @@ signs.
 
 The defaults differ from the paper: Adam in place of RMSprop, c = .05 in place of .01, one update of the critic for one
 of G in place of five, and higher rates that fall to 0 (not on colour images). --paper undoes this, and --help lists
-what it sets. The networks, the 32 pixels, the size of z and the average are ours with --paper too. Colour images have
-settings of their own (COLOUR).
+what it sets. The networks, the size of the images and of z, and the average are ours with --paper too. Colour images
+have settings of their own (COLOUR).
 
 Without batch norm (--d-norm none) clipping bounds D's gradient by some K, which depends on c and on the layers. Then
-E[D(x)] - E[D(G(z))], which is logged as w_dist, is at most K times the Wasserstein distance. With batch norm, the
-default here and that of the authors' code, it is not: batch norm undoes the scale of the weights before it, and real
-and fake go through D in separate batches, each with its own statistics. Then w_dist only says whether D tells them
-apart.
+E[D(x)] - E[D(G(z))], of which w_dist in log.csv is the value in one batch, is at most K W. W is the Wasserstein
+distance: how far images have to be moved, on average and by the cheapest plan, to turn the generated distribution into
+the real one. Batch norm, the default here and in the authors' code, voids this bound: it undoes the scale of the
+weights before it, and real and fake go through D in separate batches, each with its own statistics. Then w_dist only
+says whether D tells them apart.
 
 As in the authors' code all of D's parameters are clipped, batch norm's too. While training, G's batch norm uses the
 current batch. The images to look at come from `ema`, a copy of G with averaged weights and G's running statistics, in
@@ -79,8 +80,8 @@ from metrics import (
     warn,
 )
 
-# --paper sets these. The average, the widths and the 32 pixels are ours. RMSprop has no use for the betas: they are for
-# --optimizer adam.
+# --paper sets these. The networks, the size of the images (32 pixels) and of z, and the average are ours. RMSprop has
+# no use for the betas: they are for --optimizer adam.
 PAPER = dict(batch_size=64, d_steps=5, lr_g=5e-5, lr_d=5e-5, beta1=0.5, beta2=0.999, ema=0.999, ngf=32, ndf=32)
 PAPER |= dict(clip=0.01, optimizer="rmsprop", lr_decay="none", upsample="deconv")
 MLP = dict(lr_d=5e-4, d_norm="none")  # --arch mlp sets these
@@ -144,7 +145,8 @@ class Generator(nn.Module):
     """z (B, latent_dim) -> image (B, channels, S, S) in [-1, 1].
 
     By default, for 28 pixels: 64 maps of 4x4, 32 of 7x7, 16 of 14x14, then the image.
-    With --conditional also y: labels (B,), or float (B, classes), the shares of the classes in a blend of them."""
+    With --conditional also y: labels (B,), or float (B, classes), the shares of the classes in a blend of them (see
+    Study.class_interpolations)."""
 
     def __init__(self, args, channels, classes):
         super().__init__()
@@ -244,7 +246,7 @@ class Discriminator(nn.Module):
 
 
 def norm(kind, n_in, maps=True):
-    """A list of one layer, or of none. layer: over all channels and pixels of an image; scale and shift by channel."""
+    """A list of one norm, or none. "layer": over all channels and pixels of an image, scale and shift by channel."""
     if kind == "batch":
         return [nn.BatchNorm2d(n_in) if maps else nn.BatchNorm1d(n_in)]
     if kind == "layer":
@@ -253,7 +255,7 @@ def norm(kind, n_in, maps=True):
 
 
 class Dropout(nn.Dropout):
-    """nn.Dropout whose mask is drawn in float32: bfloat16, under --amp, would round the share."""
+    """nn.Dropout, written out. The mask is drawn in float32: a torch.rand in bfloat16, under --amp, would round p."""
 
     def forward(self, x):
         if not self.training:
@@ -345,8 +347,8 @@ def train(args):
     def amp():
         """With --amp the layers inside run in bfloat16, a float of 16 bits. Without it this does nothing.
 
-        cache_enabled=False: each call casts the weights anew. In a block that mixes calls with and without no_grad a
-        cast that autocast keeps from one without gradients would pass none on in the next."""
+        cache_enabled=False: each call of a network casts its weights anew, so the gradients of several calls add up in
+        float32. (An older PyTorch could also keep a cast from under no_grad, which passes no gradient on.)"""
         return torch.autocast(device.type, torch.bfloat16, enabled=args.amp, cache_enabled=False)
 
     def step(x, y):
@@ -374,7 +376,7 @@ def train(args):
             opt_d.step()
             clipped = clip_weights(D, args.clip)
 
-        for _ in range(args.g_steps):  # a fresh z, and the last labels: they have the shares of the training set
+        for _ in range(args.g_steps):  # a fresh z; the labels of D's last batch: each class as often as in the data
             with amp():
                 x_fake = G(sample_z(args, B, device), labels)
                 new_score_fake = D(x_fake, labels)
@@ -463,6 +465,7 @@ def load(path):
     checkpoint = read_checkpoint(path)
     # Flags that did not exist yet when the file was written take their default.
     args = argparse.Namespace(**{**vars(parse_args([])), **checkpoint["args"]})
+    # As train() made ema: with its count of updates.
     G = averaged(Generator(args, checkpoint["channels"], len(checkpoint["classes"])))
     G.load_state_dict(checkpoint["ema"])
     G.latent_dim = args.latent_dim

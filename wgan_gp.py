@@ -84,7 +84,8 @@ from metrics import (
 )
 
 # --paper sets these. lambda 10 and beta2 .9 are the paper's already. Its text has a beta1 of 0, the authors'
-# gan_mnist.py .5: we follow the code. The networks, the 32 pixels, the size of z and the average are ours.
+# gan_mnist.py .5: we follow the code. The networks, the size of the images (32 pixels) and of z, and the average
+# are ours.
 PAPER = dict(batch_size=64, d_steps=5, lr_g=1e-4, lr_d=1e-4, beta1=0.5, ema=0.999, ngf=32, ndf=32)
 PAPER |= dict(penalty_share=1.0, lr_decay="none", upsample="deconv")
 MLP = dict(lr_g=2e-3, lr_d=5e-4)  # --arch mlp sets these
@@ -291,8 +292,8 @@ def train(args):
     def amp():
         """With --amp the layers inside run in bfloat16, a float of 16 bits. Without it this does nothing.
 
-        cache_enabled=False: each call casts the weights anew. In a block that mixes calls with and without no_grad a
-        cast that autocast keeps from one without gradients would pass none on in the next."""
+        cache_enabled=False: each call of a network casts its weights anew, so the gradients of several calls add up in
+        float32. (An older PyTorch could also keep a cast from under no_grad, which passes no gradient on.)"""
         return torch.autocast(device.type, torch.bfloat16, enabled=args.amp, cache_enabled=False)
 
     def step(x):
@@ -406,6 +407,7 @@ def load(path):
     checkpoint = read_checkpoint(path)
     # Flags that did not exist yet when the file was written take their default.
     args = argparse.Namespace(**{**vars(parse_args([])), **checkpoint["args"]})
+    # As train() made ema: with its count of updates.
     G = averaged(Generator(args, checkpoint["channels"]))
     G.load_state_dict(checkpoint["ema"])
     G.latent_dim = args.latent_dim

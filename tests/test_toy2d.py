@@ -61,7 +61,7 @@ def test_mistakes_are_one_line(flags, capsys):
 def test_real_points_score_as_the_rayleigh_law_says():
     """3 standard deviations in the plane hold 1 - exp(-9/2); the KL's mean is about (K - 1) / 2n."""
     a = args("--data", "grid", "--seeds", "20")
-    runs = toy2d.score_real(a)
+    runs = toy2d.scores_of_real(a)
     quality = sum(r["high_quality"] for r in runs) / 20
     assert quality == pytest.approx(1 - math.exp(-4.5), abs=4 * math.sqrt(0.0111 * 0.9889 / 50_000))
     assert all(r["covered"] == r["strict"] == 25 and r["near"] == 1 for r in runs)
@@ -371,6 +371,11 @@ def test_a_percentile_without_drs_is_said_and_not_taken_by_a_table(capsys):
     toy2d.parse_args(["--drs-percentile", "90"])
     assert "--drs-percentile has no effect" in capsys.readouterr().err
     fails(capsys, "--table", "--drs-percentile", "90", words=["--table", "--drs-percentile"])
+
+
+def test_an_empty_run_dir_is_refused(capsys):
+    """As a shell gives for a variable that is not set: the default would hide the slip."""
+    fails(capsys, "--run-dir", "", words=["--run-dir", "empty"])
 
 
 def test_several_processes_would_train_the_same_runs(monkeypatch, capsys):
