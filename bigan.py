@@ -642,9 +642,10 @@ def resolve(p, argv, paper, mlp, colour=None, small_colour=None, long=None, grey
                 fail(f"the images of {given['resume']} were in {saved['data_dir']}, which is gone: give --data-dir")
             del saved["data_dir"]
         for name in FIXED:
+            if name not in saved or name not in given:
+                continue
             another_seed = name == "seed" and "generate" in given  # for other images
-            typed = name in saved and name in given
-            if typed and given[name] != saved[name] and not another_seed:
+            if given[name] != saved[name] and not another_seed:
                 fail(f"--{name.replace('_', '-')} is {saved[name]} in {given['resume']}: it cannot change")
     chosen = {**saved, **given}
     if chosen.get("dataset") == "folder" and "data_dir" not in chosen and "generate" not in given:

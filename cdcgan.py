@@ -166,7 +166,7 @@ class Generator(nn.Module):
             )
             label_layers = [OneHot(classes, side=1)]  # (B, classes, 1, 1)
             label_layers += [nn.ConvTranspose2d(classes, n_in // 2, 4, 1, 0, bias=False)]
-            if args.paper:  # the assignment has it; a label's features then depend on the other labels of the batch.
+            if args.paper:  # As in the assignment. A label's features then depend on the other labels of the batch.
                 label_layers += [nn.BatchNorm2d(n_in // 2)]
             label_layers += [nn.ReLU()]  # (B, n_in / 2, 4, 4); joined with that of z: (B, n_in, 4, 4)
             self.from_label = nn.Sequential(*label_layers)
@@ -210,9 +210,7 @@ class Discriminator(nn.Module):
             self.from_label = nn.Sequential(
                 OneHot(classes, side=S),  # (B, classes, S, S)
                 nn.Conv2d(classes, args.ndf, 4, 2, 1),
-                nn.LeakyReLU(
-                    negative_slope=0.2
-                ),  # (B, ndf, S / 2, S / 2); joined with that of the image: twice as many
+                nn.LeakyReLU(negative_slope=0.2),  # (B, ndf, S / 2, S / 2); with the image's: twice as many maps
             )
             n_in = args.ndf if args.d_ignores_label else 2 * args.ndf
             # The assignment's second layer doubles the channels, ours does not.
@@ -615,9 +613,10 @@ def resolve(p, argv, paper, mlp, colour=None, small_colour=None, long=None, grey
                 fail(f"the images of {given['resume']} were in {saved['data_dir']}, which is gone: give --data-dir")
             del saved["data_dir"]
         for name in FIXED:
+            if name not in saved or name not in given:
+                continue
             another_seed = name == "seed" and "generate" in given  # for other images
-            typed = name in saved and name in given
-            if typed and given[name] != saved[name] and not another_seed:
+            if given[name] != saved[name] and not another_seed:
                 fail(f"--{name.replace('_', '-')} is {saved[name]} in {given['resume']}: it cannot change")
     chosen = {**saved, **given}
     if chosen.get("dataset") == "folder" and "data_dir" not in chosen and "generate" not in given:

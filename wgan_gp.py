@@ -31,8 +31,8 @@ tests/gallery/README.md has the protocol.
 
 The defaults differ from the paper: one update of the critic for one of G, the penalty on a quarter of each batch, and
 higher rates that fall to 0. --paper undoes this, and --help lists what it sets. The networks, the size of the images
-and of z, and the average are ours with --paper too. Colour images have settings of their own (COLOUR), and
-so have long runs (LONG).
+and of z, and the average are ours with --paper too. Colour images have settings of their own (COLOUR), and so have
+long runs (LONG).
 
 With batch norm the critic's score of an image would depend on the whole batch, and its gradient would not be that of
 one image's score. So the critic has none. While training, G's batch norm uses the current batch. The images to look at
@@ -558,9 +558,10 @@ def resolve(p, argv, paper, mlp, colour=None, small_colour=None, long=None, grey
                 fail(f"the images of {given['resume']} were in {saved['data_dir']}, which is gone: give --data-dir")
             del saved["data_dir"]
         for name in FIXED:
+            if name not in saved or name not in given:
+                continue
             another_seed = name == "seed" and "generate" in given  # for other images
-            typed = name in saved and name in given
-            if typed and given[name] != saved[name] and not another_seed:
+            if given[name] != saved[name] and not another_seed:
                 fail(f"--{name.replace('_', '-')} is {saved[name]} in {given['resume']}: it cannot change")
     chosen = {**saved, **given}
     if chosen.get("dataset") == "folder" and "data_dir" not in chosen and "generate" not in given:

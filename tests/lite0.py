@@ -101,7 +101,7 @@ def main():
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     if args.split == "test":
         real = metrics.load_data(args.dataset, args.data_dir, size, "test")[0]
-        real = metrics.some(real, min(n, len(real)))
+        real = metrics.some(real, n)
     else:
         real = x[order[:n]]
     other = order[n : n + len(real)]
