@@ -3084,6 +3084,8 @@ class Images:
             raise ValueError(f"cannot read {bad}; more than 1 %, and other images than asked for are not scored")
         if self.bad:
             warn(f"left out {bad}")
+        if self.channels == 1 and not all(all_grey(read_image(file)[0][None]) for file in self.items[:10]):
+            warn(f"the images of {folder} have colours, which are left out: what they are compared with is grey")
 
     def __len__(self):
         return len(self.items)

@@ -680,6 +680,20 @@ def test_grey_fakes_in_three_equal_channels_are_taken(tmp_path):
         metrics.Images(noise(4, 0), 1)
 
 
+def test_colours_held_against_grey_images_are_left_out_with_a_line(tmp_path, capsys):
+    """A sheet saved in three equal channels is grey, and so is a folder of which only the pixel values differ."""
+    (tmp_path / "grey").mkdir()
+    (tmp_path / "colour").mkdir()
+    for i in range(3):
+        Image.new("RGB", (8, 8), (9 * i,) * 3).save(tmp_path / "grey" / f"{i}.png")
+        Image.new("RGB", (8, 8), (9 * i, 0, 99)).save(tmp_path / "colour" / f"{i}.png")
+    metrics.Images(tmp_path / "grey", 1)
+    metrics.Images(tmp_path / "colour", 3)
+    assert capsys.readouterr().err == ""
+    metrics.Images(tmp_path / "colour", 1)
+    assert f"the images of {tmp_path / 'colour'} have colours, which are left out" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("flag", ["--real", "--classifier"])
 def test_the_data_set_folder_needs_its_folder(tmp_path, capsys, monkeypatch, flag):
     """Without it that would be all pictures below ./data."""
