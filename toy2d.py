@@ -1,18 +1,35 @@
 """Mode coverage in two dimensions: five objectives of this collection on a ring or a grid of Gaussians.
 
+D(x) is a score of any size. Where it is a logit, p(x) = sigmoid(D(x)) is the probability that x is real.
+
+    gan         D     min  -E[log p(x)] - E[log(1 - p(G(z)))]                           arXiv 1406.2661
+                G     min  -E[log p(G(z))]        or, with --loss minimax,  E[log(1 - p(G(z)))]
+    unrolled    D     as gan                                                            arXiv 1611.02163
+                G     as gan, by the D that k more of D's own steps would lead to
+    wgan_clip   D     min  E[D(G(z))] - E[D(x)], then each weight is clipped to [-c, c] arXiv 1701.07875
+                G     min  -E[D(G(z))]
+    wgan_gp     D     min  E[D(G(z))] - E[D(x)] + lambda E[(||grad D(x_hat)|| - 1)^2]   arXiv 1704.00028
+                G     min  -E[D(G(z))]        x_hat lies between a real point and a made one
+    mdgan       D     min  E[u(x)] - E[log(1 - exp(-u(G(z))))]                          arXiv 1811.00152
+                G     min  E[u(G(z))]         or, with --loss minimax,  E[log(1 - exp(-u(G(z))))]
+                u is 0 where a fixed mixture of Gaussians is likeliest, and larger elsewhere; D(x) is -u
+
+Why modes are lost: if D stood still, the best G would put all its points where D is highest, on one spot. Points stay
+apart because D soon lowers its score where they crowd. A D that is much slower than G comes too late.
+
 A generator that has learned the distribution puts points on each mode (covered), the right share on each (reverse KL),
 and close to its centre (high quality, within 3 standard deviations: 98.9 % of the real points are). Only together do
 these say much: 2,500 points spread evenly over the grid, from -5 to 5, cover 21 of its 25 modes, with 2 % of high
-quality.
+quality. coverage() has all the scores.
 
-    python toy2d.py --protocol metz --method gan                   collapses into one blob, which wanders
-    python toy2d.py --protocol metz --method unrolled --seeds 3    8 of 8
+    python toy2d.py --protocol metz --method gan         collapses into one blob, which wanders
+    python toy2d.py --protocol metz --method unrolled    spreads over all 8 modes
     python toy2d.py --data grid --method wgan_gp --seeds 3
     python toy2d.py --table --quick                      all of them beside the published figures
 
---seeds N trains N runs at once, as one batch of networks. Protocols: pacgan (Lin et al. 2018, 1712.04086): ring of
-radius 1 and std .01, grid +-4 and std .05, 2,500 points; metz (1611.02163): ring of radius 2 and std .02. There is no
---resume. --reject drs also scores the points that D keeps.
+--seeds N trains N runs at once, as one batch of networks. Protocols: pacgan (Lin et al. 2018, arXiv 1712.04086): ring
+of radius 1 and std .01, grid +-4 and std .05, 2,500 points; metz (arXiv 1611.02163): ring of radius 2 and std .02, and
+the game of METZ. There is no --resume. --reject drs also scores the points that D keeps.
 """
 
 # `uv run toy2d.py` reads this block, installs the packages and runs the file. Without uv it is a comment.
@@ -114,7 +131,9 @@ def parse_args(argv=None, warns=True):
         help="G's, in gan, unrolled and mdgan. ns: non-saturating; minimax: minus D's (in mdgan.py: saturating)",
     )
     p.add_argument("--k", type=number(int, 0, 100), default=5, help="unrolled: D's steps that G looks ahead; 0: a GAN")
-    p.add_argument("--gp-weight", type=number(float, 0), default=0.1, help="wgan_gp: lambda, in the data's own units")
+    p.add_argument(
+        "--gp-weight", type=number(float, 0), default=0.1, help="wgan_gp: lambda; the authors' toy code has .1 too"
+    )
     p.add_argument("--clip", type=number(float, 1e-6), default=0.1, help="wgan_clip: bound of each weight")
     p.add_argument(
         "--mixture",
@@ -368,10 +387,11 @@ def discriminator_loss(method, score_real, score_fake):
     return mean_of_each(F.softplus(-score_real)) + mean_of_each(F.softplus(score_fake))
 
 
-def generator_loss(method, kind, score_fake):
+def generator_loss(method, kind, score_fake, score_real=None):
     """kind: "ns", non-saturating, or "minimax". A WGAN has one loss only.
 
-    unrolled with minimax does not come here: its loss in train() is minus all of D's loss."""
+    Only unrolled with minimax needs score_real. There D has moved on as the fake points made it, so the real term of
+    its loss depends on G too."""
     if kind not in ("ns", "minimax"):
         raise ValueError(f"G has no loss for {kind}")
     if method.startswith("wgan"):
@@ -383,7 +403,16 @@ def generator_loss(method, kind, score_fake):
         return mean_of_each(log1mexp(u_fake))
     if kind == "ns":
         return mean_of_each(F.softplus(-score_fake))
+    if method == "unrolled":
+        return -discriminator_loss(method, score_real, score_fake)
     return -mean_of_each(F.softplus(score_fake))  # E[log(1 - p)]
+
+
+@torch.no_grad()
+def clip_weights(D, c):
+    """Clips every parameter to [-c, c]: algorithm 1, line 7, of Arjovsky et al. 2017."""
+    for p in D.parameters():
+        p.clamp_(-c, c)
 
 
 def gradient_penalty(D, real, fake):
@@ -469,22 +498,17 @@ def train(args, on_snapshot=lambda step, G, D: None):
             d_loss.backward()
             opt_d.step()
             if args.method == "wgan_clip":
-                with torch.no_grad():
-                    for p in D.parameters():
-                        p.clamp_(-args.clip, args.clip)
+                clip_weights(D, args.clip)
 
         fake = G(noise(args, R, B))
         if args.method == "unrolled":
             ahead = look_ahead(D, opt_d, real, fake, args.k, args.lr_d * lr_scale)
             score_fake = functional_call(D, ahead, (fake,))
+            score_real = functional_call(D, ahead, (real,))
         else:
             score_fake = D(fake)
-        if args.method == "unrolled" and args.loss == "minimax":
-            # Minus all of D's loss: its real term depends on G too, through D's steps.
-            score_real = functional_call(D, ahead, (real,))
-            g_loss = -discriminator_loss(args.method, score_real, score_fake)
-        else:
-            g_loss = generator_loss(args.method, args.loss, score_fake)
+            score_real = None
+        g_loss = generator_loss(args.method, args.loss, score_fake, score_real)
         opt_g.zero_grad()
         g_loss.backward(inputs=list(net.parameters()))  # D's weights get no gradient
         opt_g.step()
@@ -519,6 +543,20 @@ def scores_of_real(args, n=2500):
     rng = torch.Generator().manual_seed(args.seed + 2)
     centres = mode_centres(args)
     return [coverage(sample_real(centres, args.std, n, rng=rng), centres, args.std) for _ in range(args.seeds)]
+
+
+def gradient_norm(args, G, D, n=2500):
+    """The mean norm of D's gradient at n random points between real and made ones, over all runs.
+
+    WGAN-GP pulls it to 1. Clipping bounds it by what the layers make of c: it may come to lie near 0 or far above 1."""
+    rng = torch.Generator().manual_seed(args.seed + 5)
+    real = sample_real(mode_centres(args), args.std, args.seeds, n, rng=rng).to(args.device)
+    with torch.no_grad():
+        fake = G(noise(args, args.seeds, n, rng=rng))
+    eps = torch.rand(args.seeds, n, 1, generator=rng).to(args.device)
+    x_hat = torch.lerp(fake, real, eps).requires_grad_(True)
+    (grad,) = torch.autograd.grad(D(x_hat).sum(), x_hat)
+    return grad.norm(dim=-1).mean().item()
 
 
 @torch.no_grad()
@@ -571,7 +609,10 @@ def score_line(scores):
 
 @torch.no_grad()
 def picture(args, G, D, side=256):
-    """Real points blue, made ones orange, D's score as shading (lighter: more real), of the first run."""
+    """Real points blue, made ones orange, D's score as shading (lighter: more real), of the first run.
+
+    Each image has its own scale, from the 2 % of lowest scores to the 2 % of highest: it shows where D is high, not how
+    steep D is."""
     reach = 1.5 * args.radius
     axis = torch.linspace(-reach, reach, side)
     grid = torch.stack([axis.expand(side, side), -axis[:, None].expand(side, side)], -1).reshape(1, -1, 2)
@@ -615,8 +656,9 @@ def run(args, out=None, report=say):
     def on_snapshot(step, G, D):
         scores = scores_of_made(args, G)
         means = {name: float(np.mean([of_run[name] for of_run in scores])) for name in COLUMNS}
-        rows.append({"step": step, **means})
-        report(f"step {step}: {score_line(scores)}  {time.time() - start:.0f} s")
+        norm = gradient_norm(args, G, D)
+        rows.append({"step": step, **means, "grad_norm": norm})
+        report(f"step {step}: {score_line(scores)}  grad_norm {norm:.3g}  {time.time() - start:.0f} s")
         if not out:
             return
         picture(args, G, D).save(out / f"step_{step:07}.png")
@@ -702,7 +744,8 @@ def command(argv):
     if contents(out):
         fail(f"--run-dir {out} is in use")
     (out / "args.json").write_text(json.dumps(vars(args), indent=1))
-    say(f"{out}: {args.seeds} runs of {args.steps} G updates on {args.device}")
+    runs = "one run" if args.seeds == 1 else f"{args.seeds} runs"
+    say(f"{out}: {runs} of {args.steps} updates of G on {args.device}")
     if args.method == "mdgan":
         end = Simplex(args.mixture).end_of_corner
         what = "clusters" if end > 1e-3 else "one blob, no clusters"

@@ -1,5 +1,6 @@
 """The two-dimensional study: data, scores, the objectives' maths. Oracles are closed forms and finite differences."""
 
+import csv
 import json
 import math
 import subprocess
@@ -259,6 +260,45 @@ def test_every_method_runs_and_draws(method, tmp_path, monkeypatch):
     steps = [row.split(",")[0] for row in (tmp_path / "a/log.csv").read_text().splitlines()]
     assert steps == ["step", "2", "4", "6", "8", "10", "12"]
     assert Image.open(tmp_path / "a/strip.png").size == (6 * 260 - 4, 256)
+
+
+def test_the_gradient_norm_is_that_of_the_points_between(monkeypatch, tmp_path):
+    """D = |x|^2 / 2 has the gradient x: its mean norm between real points near the ring and made ones at (3, 4).
+
+    On the segment from (1, 0) to (3, 4), (1 + 2t, 4t), the mean of the norm over t is an integral: its sum over a fine
+    lattice."""
+    a = args("--modes", "2", "--std", "1e-9")
+    made = torch.tensor([3.0, 4.0])
+    norm = toy2d.gradient_norm(a, lambda z: made.expand(1, len(z[0]), 2), lambda x: x.square().sum(-1) / 2, n=40_000)
+    t = np.linspace(0, 1, 10_001)
+    to_made = [np.hypot(end + (3 - end) * t, 4 * t).mean() for end in (1, -1)]  # the two modes are (1, 0) and (-1, 0)
+    assert norm == pytest.approx(np.mean(to_made), rel=0.01)
+    toy2d.main(["--steps", "2", "--run-dir", str(tmp_path / "a")])
+    rows = list(csv.DictReader((tmp_path / "a/log.csv").open()))
+    assert all(float(row["grad_norm"]) > 0 for row in rows)
+
+
+def test_an_unrolled_g_takes_all_of_ds_loss():
+    real, fake = torch.tensor([[0.5, -1.0]]), torch.tensor([[2.0, 0.25]])
+
+    def softplus(v):
+        return math.log1p(math.exp(v))
+
+    d_loss = (softplus(-0.5) + softplus(1.0)) / 2 + (softplus(2.0) + softplus(0.25)) / 2
+    assert toy2d.generator_loss("unrolled", "minimax", fake, real).item() == pytest.approx(-d_loss, rel=1e-6)
+    of_fakes = (softplus(2.0) + softplus(0.25)) / 2
+    assert toy2d.generator_loss("gan", "minimax", fake).item() == pytest.approx(-of_fakes, rel=1e-6)
+    not_saturating = (softplus(-2.0) + softplus(-0.25)) / 2
+    assert toy2d.generator_loss("unrolled", "ns", fake, real).item() == pytest.approx(not_saturating, rel=1e-6)
+
+
+def test_clipped_weights_lie_within_c():
+    D = toy2d.Discriminator(args("--method", "wgan_clip"), 1.0)
+    before = [p.clone() for p in D.parameters()]
+    toy2d.clip_weights(D, 0.05)
+    for p, old in zip(D.parameters(), before):
+        assert np.array_equal(p.detach().numpy(), np.clip(old.detach().numpy(), -0.05, 0.05))
+    assert max(old.abs().max() for old in before) > 0.1
 
 
 # G, its noise, D's slope and the rates --------------------------------------------------------------------------------
