@@ -1041,6 +1041,8 @@ def main(argv=None):
         train(parse_args(argv))
         leave_ranks()
     except KeyboardInterrupt:  # before or after the loop, during which Stop catches it
+        if Stop.finished:
+            say(f"stopped while scoring. The training is over: --resume {Stop.finished} scores again")
         raise SystemExit(130) from None  # 128 + SIGINT, as shells expect
     except OSError as e:  # a disk that refuses, a name that is too long
         fail(e)

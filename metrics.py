@@ -52,7 +52,7 @@ import threading
 import time
 import unicodedata
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -1054,7 +1054,9 @@ def read_images(root, size, split, files):
         facts.append(f"left out {len(bad)} of {len(paths)} files: {'; '.join(reasons[:3])}")
     copies = count_copies(root, files["test"], files["train"]) if split == "test" else 0
     if copies:
-        facts.append(f"{copies} of {len(paths)} test images are also training images: scores flatter")
+        facts.append(
+            f"{copies} of {len(paths)} test images are also training images: scores come out slightly too good"
+        )
     said = ". ".join(facts)
     if said:
         warn_once(said)
@@ -1691,6 +1693,7 @@ def class_shares(logits):
     """Logits (N, K) -> a dict. A row's class is that of its largest logit.
 
     classes      how many classes have 1/(4K) of the images or more
+    classes_of   K, how many there are
     class_min    the least share of a class
     class_max    the largest"""
     (logits,) = checked(1, logits)
@@ -1698,6 +1701,7 @@ def class_shares(logits):
     shares = torch.bincount(logits.argmax(1), minlength=classes).double() / len(logits)
     return {
         "classes": int((shares >= 1 / (4 * classes)).sum()),
+        "classes_of": classes,
         "class_min": shares.min().item(),
         "class_max": shares.max().item(),
     }
@@ -1727,7 +1731,7 @@ def enough(dataset):
 
 def some(items, n):
     """n of images (N, C, H, W) or of a list of files, always the same, in their order. The first n are no sample:
-    classes may lie together, or writers (between the halves of MNIST's test set FID is 31, between random halves 2)."""
+    classes may lie together, or writers: between the halves of MNIST's test set FID is 31, of random halves 1 to 2."""
     chosen = torch.randperm(len(items), generator=torch.Generator().manual_seed(2020))[:n].sort().values
     return items[chosen] if torch.is_tensor(items) else [items[i] for i in chosen]
 
@@ -1759,9 +1763,11 @@ class Judge:
                 f"{len(train[0])} training and {len(test[0])} test images, where {FEWEST} of each are needed"
             )
         self.net = classifier(dataset, train, test, folder, device, epochs, say)
-        self.train = embed(self.net, some(train[0], self.n), False)
+        self.train = embed(self.net, some(train[0], self.n))
         self.real = embed(self.net, some(test[0], self.n))
-        self.floor = self.train.moments.fid(self.real.moments)
+        of_real = compare(self.train, self.real, ("fid", "coverage"))  # what a generator can hope for
+        self.floor = of_real["fid"]
+        self.coverage_real = of_real["coverage"]
         self.stacked = dataset == "stacked_mnist"
 
     def __call__(self, x, y=None):
@@ -1777,7 +1783,7 @@ class Judge:
             s |= mode_coverage(fake.logits.argmax(1), 1000)
             real = mode_coverage(self.real.logits.argmax(1), 1000)
             s |= {f"{name}_real": value for name, value in real.items()}
-        s |= {"n_real": self.n, "n_fake": self.n, "floor": self.floor}
+        s |= {"n_real": self.n, "n_fake": self.n, "floor": self.floor, "coverage_real": self.coverage_real}
         return s | {"features": self.net.name, "accuracy": self.net.accuracy}
 
     @staticmethod
@@ -1786,11 +1792,12 @@ class Judge:
         parts = [f"FID[{s['features']}] {s['fid']:.1f} (floor {s['floor']:.1f}, n {s['n_real']} + {s['n_fake']})"]
         if s["n_real"] < 1000:
             parts[0] += " few images: compare at this n only"
-        parts.append(f"coverage {s['coverage']:.3f}")
+        parts.append(f"coverage {s['coverage']:.3f} (real {s['coverage_real']:.3f})")
         if "classes" in s:
             parts.append(f"IS {s['inception_score']:.2f} +- {s['inception_score_std']:.2f}")
             parts.append(f"Mode Score {s['mode_score']:.2f}")
-            parts.append(f"{s['classes']} classes of {s['class_min']:.1%} to {s['class_max']:.1%}")
+            shares = f"shares {s['class_min']:.1%} to {s['class_max']:.1%}"
+            parts.append(f"{s['classes']} of {s['classes_of']} classes, {shares}")
         else:
             parts.append("no labels: no IS, no Mode Score")
         if "label_accuracy" in s:
@@ -1967,7 +1974,8 @@ def rejected(kind, more, n, generator, head=None, percentile=60, burn_in=10_000,
 
 # STUDY: what watches a run and never trains ---------------------------------------------------------------------------
 
-NOT_LOGGED = {"n_real", "n_fake", "floor", "accuracy", "inception_score_std", "modes_real", "modes_kl_real"}
+NOT_LOGGED = {"n_real", "n_fake", "floor", "coverage_real", "classes_of", "accuracy", "inception_score_std"}
+NOT_LOGGED |= {"modes_real", "modes_kl_real"}
 
 
 CLAIMED = []  # files by which Study.claim keeps other processes out of a run's folder
@@ -2055,6 +2063,8 @@ class Study:
                 machine["gpu"] = torch.cuda.get_device_name()
             text = {"script": script, **vars(args), "classes": self.classes_of_data, **machine}
             text = json.dumps(text | {"test_images": self.test_key}, indent=1)
+            if goes_on:
+                self.keep_flags(i, json.loads(text))
             replace_file(self.folder / "args.json", lambda file: file.write(text.encode()))
             (self.folder / "scores.json").unlink(missing_ok=True)  # of an earlier end
             for step, path in self.sheets().items():
@@ -2121,6 +2131,26 @@ class Study:
     def mark(self, i):
         """From here on speed is measured, so that scoring and drawing do not count."""
         self.marked = (time.perf_counter(), i)
+
+    def keep_flags(self, i, now):
+        """Before args.json is written anew, with the flags `now`, by a run that goes on from update i.
+
+        Where the flags up to there were others, args-to-300.json keeps them, if i is 300. Those of updates after i,
+        which this resume drops, go."""
+        numbered = {}
+        for path in self.folder.glob("args-to-*.json"):
+            number = path.stem.removeprefix("args-to-")
+            if number.isdecimal():
+                numbered[int(number)] = path
+        later = [numbered[n] for n in sorted(numbered) if n > i]
+        of_before = later[0] if later else self.folder / "args.json"
+        if of_before.exists() and i not in numbered:
+            before = read_json(of_before)
+            names = (before.keys() | now.keys()) - {"resume", "run_dir", "data_dir", "generate", "generate_to"}
+            if any(before.get(name) != now.get(name) for name in names):
+                (self.folder / f"args-to-{i}.json").write_bytes(of_before.read_bytes())
+        for path in later:
+            path.unlink(missing_ok=True)
 
     def keep_code(self, i):
         """Copies the script and metrics.py into the folder. A resume with changed code adds the changed file, under a
@@ -2484,6 +2514,7 @@ class Stop:
     """Set by Ctrl-C, SIGTERM or SIGHUP: the loop ends after its iteration. A second signal leaves at once."""
 
     before: ClassVar[dict] = {}  # the handlers that it took the place of
+    finished: ClassVar = None  # last.pt, once the training is over
 
     def __init__(self):
         self.signal = None
@@ -2514,8 +2545,9 @@ class Stop:
         if WORLD > 1:
             self.signal = from_rank_0(self.signal)
         self.put_back()
+        last = study.folder / "last.pt"
+        Stop.finished = last  # main() names it if Ctrl-C comes from here on
         if self.signal is not None:
-            last = study.folder / "last.pt"
             if step_of(last) == i:
                 say(f"stopped at step {i}: go on with --resume {last}")
             else:  # the disk has refused it
@@ -2526,6 +2558,7 @@ class Stop:
     @classmethod
     def put_back(cls):
         """The handlers of before. After an error in the loop too: a notebook would lose its next Ctrl-C."""
+        cls.finished = None
         if threading.current_thread() is threading.main_thread():
             while cls.before:
                 signal.signal(*cls.before.popitem())
@@ -2839,11 +2872,24 @@ def groups(runs):
     return together
 
 
+def unlike(runs):
+    """What run folders differ in beside flags: the code that ran, the test images, PyTorch's version, the GPU."""
+    values = defaultdict(set)
+    for run in runs:
+        args = read_json(Path(run) / "args.json") if Path(run, "args.json").exists() else {}
+        values["the test images"].add(repr(args.get("test_images")))
+        values["PyTorch's version"].add(args.get("torch"))
+        values["the GPU"].add(args.get("gpu"))
+        for path in Path(run).glob("*.py"):
+            values[path.name].add(path.read_bytes())
+    return [name for name, found in values.items() if len(found) > 1]
+
+
 TABLE_COLUMNS = {  # heading: the score, its format
     "FID": ("fid", ".1f"),
     "IS": ("inception_score", ".2f"),
     "coverage": ("coverage", ".3f"),
-    "classes": ("classes", ".4g"),
+    "classes": ("classes", ".1f"),
     "least": ("class_min", ".1%"),
     "labels right": ("label_accuracy", ".1%"),
     "modes": ("modes", ".0f"),
@@ -2858,6 +2904,8 @@ def scores_table(runs):
     rows = []
     networks = set()
     for label, members in groups(runs).items():
+        if unlike(members):
+            warn(f"the {len(members)} runs of {label} differ in more than the seed: in {', '.join(unlike(members))}")
         try:
             scores = [read_json(Path(run) / "scores.json") for run in members]
         except (OSError, ValueError) as e:
@@ -3011,6 +3059,8 @@ def panel(image, corner, size, name, curves):
             draw.text((x0 - 4, y), f"{10**t:.3g}" if log_scale else f"{t:g}", "#555555", font, anchor="rm")
     for i, (steps, means, least, largest) in enumerate(curves):
         colour = COLOURS[i % len(COLOURS)]
+        if len(steps) == 1:  # too few for a band
+            draw.line(places(steps, least) + places(steps, largest), colour, 1)
         if least != largest and len(places(steps, least)) > 1:
             shade = Image.new("L", image.size)
             ImageDraw.Draw(shade).polygon(places(steps, least) + places(steps, largest)[::-1], fill=60)
@@ -3024,7 +3074,7 @@ def panel(image, corner, size, name, curves):
 
 # COMMAND LINE ---------------------------------------------------------------------------------------------------------
 
-JPEG_EFFECT = "10,000 real MNIST images had FID[classifier] 2.0 as PNG, 3.9 as JPEG of quality 75"
+JPEG_EFFECT = "10,000 real MNIST images had FID[classifier] 1.3 as PNG, 3.3 as JPEG of quality 75"
 CROPPED = "--real folder --data-dir DIR crops and resizes real images as the scripts do"
 ARRAYS = (".npy", ".npz", ".pt", ".pth")
 
@@ -3190,18 +3240,24 @@ def cached(net, images, keep_features, folder, what):
     return sample
 
 
-# What a score is called, its name in the JSON object, its format, and what stands beside it.
+# What a score is called, its name in the JSON object, its format, and what stands beside it. real: that of the real
+# images that give the floor.
 SCORE_LINES = (
     ("FID", "fid", ".4g", "floor {floor:.4g}: real images against others, n {floor_n}"),
     ("FID, training", "fid_train", ".4g", "against training images"),
-    ("KID", "kid", ".4g", "+- {kid_std:.4g}"),
-    ("Inception Score", "inception_score", ".2f", "+- {inception_score_std:.2f}"),
-    ("Mode Score", "mode_score", ".2f", ""),
-    ("precision", "precision", ".3f", "k 3"),
-    ("recall", "recall", ".3f", "k 3"),
-    ("density", "density", ".3f", "k 5"),
-    ("coverage", "coverage", ".3f", "k 5"),
-    ("classes", "classes", "d", "of {class_min:.1%} to {class_max:.1%}"),
+    ("KID", "kid", ".4g", "real {kid_real:.4g}; spread over subsets {kid_std:.4g}"),
+    (
+        "Inception Score",
+        "inception_score",
+        ".2f",
+        "real {inception_score_real:.2f}; spread over ten parts {inception_score_std:.2f}",
+    ),
+    ("Mode Score", "mode_score", ".2f", "real {mode_score_real:.2f}"),
+    ("precision", "precision", ".3f", "real {precision_real:.3f}, k 3"),
+    ("recall", "recall", ".3f", "real {recall_real:.3f}, k 3"),
+    ("density", "density", ".3f", "real {density_real:.3f}, k 5"),
+    ("coverage", "coverage", ".3f", "real {coverage_real:.3f}, k 5"),
+    ("classes", "classes", "d", "of {classes_of}, shares {class_min:.1%} to {class_max:.1%}"),
     ("modes", "modes", "d", "of 1000, KL {modes_kl:.3f} to the uniform distribution"),
 )
 
@@ -3335,7 +3391,8 @@ def score_images(args, fake_path):
     """Scores of one set of fakes against --real: a dict, and its text for a reader.
 
     The floor is the FID between two sets of real images. No generator can beat it by much. For a data set these are
-    training and test images. If one of the two has fewer than n images, floor_n is their number.
+    training and test images. If one of the two has fewer than n images, floor_n is their number. The other scores of
+    the same two sets are kid_real, precision_real and so on.
 
     A folder has no such split. With --features classifier a network is trained on it. If the folder has 2,000 images or
     more, at least 1,000 of them are kept from that training, and the fakes are scored against these only: images that a
@@ -3410,15 +3467,21 @@ def score_images(args, fake_path):
     real_sample = embed_kept(images=real, keep_features=keep_features, what="real images")
     floor = {}
     train_sample = None
-    if "fid" in wanted:
+    if wanted:
         if others:
-            first = embed_kept(images=others.only(n), keep_features=False, what="other real images")
+            first = embed_kept(images=others.only(n), keep_features=keep_features, what="other real images")
             second = real_sample
         else:
             size = max(2, min(n, len(order) // 2))
-            first = embed_kept(images=everything.part(order[:size]), keep_features=False, what="half")
-            second = embed_kept(images=everything.part(order[size : 2 * size]), keep_features=False, what="half")
-        floor = {"floor": first.moments.fid(second.moments), "floor_n": first.n}
+            first = embed_kept(images=everything.part(order[:size]), keep_features=keep_features, what="half")
+            second = embed_kept(
+                images=everything.part(order[size : 2 * size]), keep_features=keep_features, what="half"
+            )
+        of_real = compare(first, second, wanted)
+        floor = {f"{name}_real": value for name, value in of_real.items() if not name.endswith("_std")}
+        if "fid_real" in floor:
+            floor["floor"] = floor.pop("fid_real")
+        floor["floor_n"] = first.n
         if of_data_set and args.split == "test":
             train_sample = first
     scores = compare(fake_sample, real_sample, wanted, train_sample)
@@ -3426,6 +3489,7 @@ def score_images(args, fake_path):
         scores |= class_shares(fake_sample.logits)
         if isinstance(net, Stacked):
             scores |= mode_coverage(fake_sample.logits.argmax(1), 1000)
+    scores["real"] = str(real.path)
     scores |= {"n_real": n, "n_fake": n, "features": net.name, "accuracy": net.accuracy, "labelled": net.labelled}
     scores |= {"jpeg_real": real.formats["JPEG"], "jpeg_fake": fake.formats["JPEG"]} | floor
     for images in (real, fake):

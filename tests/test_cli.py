@@ -888,6 +888,7 @@ def test_a_file_called_stacked_mnist_is_a_file(tmp_path, capsys, quick):
     flags = ["--json", "--fake", tmp_path / "fake.pt", "--real"]
     a, b = (json.loads(run(capsys, *flags, tmp_path / f"{n}.pt")) for n in ("stacked_mnist", "other"))
     assert "modes" not in a and a["labelled"] is False and "stacked_mnist" in a["features"]
+    assert (a.pop("real"), b.pop("real")) == (str(tmp_path / "stacked_mnist.pt"), str(tmp_path / "other.pt"))
     assert {k: v for k, v in a.items() if k != "features"} == {k: v for k, v in b.items() if k != "features"}
 
 
@@ -1139,11 +1140,18 @@ def test_table_is_mean_and_deviation_over_seeds(study_runs, tmp_path, capsys):
         "",
         "| run | weights | seeds | FID | IS | classes | attempts |",
         "|---|---|---|---|---|---|---|",
-        "| wgan_gp --lr-g 0.001 | last.pt | 3 | 13.0 ± 3.6 | 8.00 ± 0.00 | 10 ± 0 |  |",
-        "| wgan_gp --lr-g 0.001 | last.pt --reject drs | 3 | 6.5 ± 1.8 | 8.00 ± 0.00 | 10 ± 0 | 700 ± 0 |",
-        "| wgan_gp --lr-g 0.005 | last.pt | 1 | 40.0 | 8.00 | 10 |  |",
-        "| wgan_gp --lr-g 0.005 | last.pt --reject drs | 1 | 20.0 | 8.00 | 10 | 700 |",
+        "| wgan_gp --lr-g 0.001 | last.pt | 3 | 13.0 ± 3.6 | 8.00 ± 0.00 | 10.0 ± 0.0 |  |",
+        "| wgan_gp --lr-g 0.001 | last.pt --reject drs | 3 | 6.5 ± 1.8 | 8.00 ± 0.00 | 10.0 ± 0.0 | 700 ± 0 |",
+        "| wgan_gp --lr-g 0.005 | last.pt | 1 | 40.0 | 8.00 | 10.0 |  |",
+        "| wgan_gp --lr-g 0.005 | last.pt --reject drs | 1 | 20.0 | 8.00 | 10.0 | 700 |",
     ]
+    (Path(study_runs[0]) / "wgan_gp.py").write_text("lambda_ = 10")
+    (Path(study_runs[1]) / "wgan_gp.py").write_text("lambda_ = 10")
+    assert metrics.unlike(study_runs) == []
+    (Path(study_runs[3]) / "wgan_gp.py").write_text("lambda_ = 3")
+    metrics.main(["--table", *study_runs])
+    line = "the 3 runs of wgan_gp --lr-g 0.001 differ in more than the seed: in wgan_gp.py\n"
+    assert capsys.readouterr().err == line
     logs = [f"{r}/log.csv" for r in study_runs]
     assert list(metrics.groups(logs).values()) == [[logs[0], logs[1], logs[3]], [logs[2]]]
     for name in ("toy", "toy/x"):  # without a name, as toy2d.py's; without args.json, and of one folder's name
@@ -1410,6 +1418,8 @@ def test_the_scores_of_a_run_are_other_peoples_numbers_and_in_its_log(script, ca
         wanted = metric_fid.fid_statistics_to_metric(*stats, False)["frechet_inception_distance"]
         assert scores[name] == pytest.approx(wanted, rel=1e-6) and wanted > 0.1
     assert scores["coverage"] == compute_prdc(real.double().numpy(), fake.double().numpy(), 5)["coverage"] > 0.5
+    of_real = compute_prdc(real.double().numpy(), train.double().numpy(), 5)
+    assert scores["coverage_real"] == of_real["coverage"] > scores["coverage"]
     isc = metric_isc.isc_features_to_metric(logits.double(), splits=10, shuffle=True, rng_seed=2020)
     assert scores["inception_score"] == pytest.approx(isc["inception_score_mean"], rel=1e-10)
 

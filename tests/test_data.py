@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from prdc import compute_prdc
 
 import metrics
 
@@ -804,6 +805,10 @@ def test_the_floor_and_the_training_fid_are_of_the_real_sides_own(tmp_path, caps
     assert own["fid_train"] < 1e-9 < own["floor"]
     assert other["floor"] == pytest.approx(train.fid(test), rel=1e-3)
     assert other["fid_train"] == pytest.approx(far.fid(train), rel=1e-3)
+    real, others = (net.embed(light[split][0])[0].double().numpy() for split in ("test", "train"))
+    for names, k in ((("precision", "recall"), 3), (("density", "coverage"), 5)):
+        of_real = compute_prdc(real, others, k)
+        assert [other[f"{name}_real"] for name in names] == pytest.approx([of_real[name] for name in names], abs=0.02)
     torch.save(light["test"][0], tmp_path / "real.pt")
     filed = command(capsys, *flags, tmp_path / "real.pt")
     assert "fid_train" not in filed and filed["floor"] > 0 and filed["floor_n"] == 40

@@ -671,7 +671,7 @@ def test_a_run_in_a_thread_listens_to_no_signal():
     thread.start()
     thread.join()
     assert not made[0].is_set() and [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
-    made[0].leave_if_set(1, None)
+    made[0].leave_if_set(1, types.SimpleNamespace(folder=Path("none")))
 
 
 @pytest.mark.parametrize("ends_by", [None, RuntimeError, KeyboardInterrupt])

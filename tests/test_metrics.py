@@ -511,7 +511,7 @@ def test_radii_labels_and_scores_without_an_answer_are_refused():
 def test_class_shares_in_numpy():
     logits = randn(500, 8) + torch.tensor([2.5, 1, 0.5, 0.5, 0, 0, -1, -9])
     share = np.bincount(logits.numpy().argmax(1), minlength=8) / 500
-    wanted = {"classes": (share >= 1 / 32).sum(), "class_min": 0, "class_max": share.max()}
+    wanted = {"classes": (share >= 1 / 32).sum(), "classes_of": 8, "class_min": 0, "class_max": share.max()}
     assert metrics.class_shares(logits) == wanted and share.max() > 0.5 and 2 < wanted["classes"] < 8
 
 

@@ -247,7 +247,32 @@ def test_a_resume_from_an_earlier_step_drops_the_branch_after_it(w, monkeypatch)
     w.main(["--resume", "cut/earlier.pt", "--lr-g", str(lr_g), "--steps", "16"])
     os.unlink("cut/earlier.pt")
     assert [row["step"] for row in rows("cut", "scores.csv")] == ["4", "8", "12", "16"]
+    kept = json.loads(Path("cut/args-to-8.json").read_text())
+    assert (kept["steps"], kept["lr_g"]) == (8, lr_g)  # not the .1 of the branch that was dropped
+    os.unlink("cut/args-to-8.json")
     same_run("cut", "whole")
+
+
+def test_the_flags_of_every_stretch_of_a_run_are_kept(w):
+    """Up to 4 at the default, 4 to 8 at .1, then from 2 on at .2: the file of update 4 goes, as its updates have."""
+    w.main([*w.tiny, "--steps", "2", "--run-dir", "a"])
+    shutil.copy("a/last.pt", "a/earlier.pt")
+    lr_g = checkpoint("a/last.pt")["args"]["lr_g"]
+
+    def kept():
+        found = {path.name: json.loads(path.read_text()) for path in Path("a").glob("args*.json")}
+        return {name: (args["steps"], args["lr_g"]) for name, args in found.items()}
+
+    w.main(["--resume", "a/last.pt", "--steps", "4"])
+    w.main(["--resume", "a/last.pt", "--steps", "8", "--lr-g", "0.1"])
+    assert kept() == {"args-to-2.json": (2, lr_g), "args-to-4.json": (4, lr_g), "args.json": (8, 0.1)}
+    w.main(["--resume", "a/last.pt", "--steps", "8"])  # nothing has changed
+    assert len(kept()) == 3
+    w.main(["--resume", "a/earlier.pt", "--steps", "6", "--lr-g", "0.2"])
+    assert kept() == {"args-to-2.json": (2, lr_g), "args.json": (6, 0.2)}
+    os.unlink("a/args-to-2.json")
+    w.main(["--resume", "a/earlier.pt", "--steps", "6", "--lr-g", "0.3"])
+    assert kept() == {"args-to-2.json": (6, 0.2), "args.json": (6, 0.3)}
 
 
 def test_best_pt_of_an_abandoned_branch_is_not_the_best(w, monkeypatch):
@@ -340,12 +365,14 @@ def test_a_signal_during_the_last_write_is_not_lost(w, monkeypatch):
     assert not Path("a/samples.png").exists()
 
 
-def test_after_the_training_the_first_signal_leaves_at_once(w, monkeypatch):
+def test_after_the_training_the_first_signal_leaves_at_once(w, monkeypatch, capsys):
     monkeypatch.setattr(metrics.Study, "interpolations", lambda study: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(SystemExit) as stop:
         w.main([*w.tiny, "--steps", "5", "--run-dir", "a"])
     assert stop.value.code == 130 and checkpoint("a/last.pt")["step"] == 5
     assert not Path("a/traversal.png").exists()
+    line = f"stopped while scoring. The training is over: --resume {Path('a/last.pt')} scores again"
+    assert capsys.readouterr().out.splitlines()[-1] == line and metrics.Stop.finished is None
 
 
 def test_a_signal_in_an_evaluation_stops_after_it(w, monkeypatch):
