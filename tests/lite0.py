@@ -4,11 +4,13 @@
     python tests/lite0.py --data-dir data/faces runs/NAME/last.pt FOLDER ...
     python tests/lite0.py --dataset cifar10 --data-dir data runs/NAME/last.pt
 
-One line for each checkpoint of a script and each folder of PNG files: FID, coverage, precision and recall of 2,500
-samples against 2,500 training images; with --split test against test images, and of as many samples if these are fewer.
-Of fewer than 5,000 training images the first half is real, and the other half is for the floor.
-The first line is the floor: other training images. The samples of a checkpoint are of fresh z with a seed of their own,
-and of labels in the data's own shares.
+One line for each checkpoint of a script and each folder of images: FID, coverage, precision and recall of 2,500 samples
+against 2,500 training images; with --split test against test images, and of as many samples if these are fewer. Of
+fewer than 5,000 training images the first half is real, and the other half is for the floor. The first line is the
+floor: other training images. The last line, of two runs or more, has mean and standard deviation (n - 1).
+
+The samples of a checkpoint are of fresh z with a seed of their own, and of labels in the data's own shares. Of a folder
+with more images than are compared, as many are drawn at random, always the same ones; one with fewer is refused.
 
 The features are the last maps (1280 channels), averaged over the picture. The network wants more than 64 pixels, so the
 images are enlarged to 128 by bicubic interpolation. Its inputs are (x - 127) / 128 for x in 0..255, as its weights were
@@ -17,13 +19,13 @@ other only."""
 
 import argparse
 import importlib
+import inspect
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -55,18 +57,21 @@ def features(net, x):
 
 
 def samples(path, labels):
-    """Images uint8, one for each label (n,), of a checkpoint or of a folder of PNG files.
+    """Images uint8, one for each label (n,), of a checkpoint or of a folder of images.
 
     The labels themselves are for a conditional script."""
     if Path(path).is_dir():
-        files = sorted(Path(path).rglob("*.png"))[: len(labels)]
-        return torch.stack([torch.from_numpy(np.array(Image.open(f).convert("RGB"))).permute(2, 0, 1) for f in files])
+        images = metrics.Images(path, 3)
+        if len(images) < len(labels):
+            sys.exit(f"{path} holds {len(images)} images, and {len(labels)} are compared")
+        return torch.cat(list(images.only(len(labels)).batches(500)))
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     script = importlib.import_module(checkpoint["script"])
     args = argparse.Namespace(**checkpoint["args"])
     G = script.load(path)
     torch.manual_seed(1000)  # no run draws from this seed unless it is asked to
-    conditional = checkpoint["script"] == "cdcgan" or checkpoint["args"].get("conditional")
+    takes_labels = "y" in inspect.signature(G.forward).parameters
+    conditional = takes_labels and checkpoint["args"].get("conditional", True)  # wgan_clip.py is so by a flag
     out = []
     for y in labels.split(100):
         inputs = [metrics.sample_z(args, len(y), "cpu")]
@@ -77,11 +82,20 @@ def samples(path, labels):
     return torch.cat(out)
 
 
-def line(name, real, fake):
-    precision, recall = metrics.precision_recall(real, fake)
-    fid = metrics.fid(real, fake)
-    coverage = metrics.coverage(real, fake)
-    print(f"{name}: FID {fid:.1f}  coverage {coverage:.3f}  precision {precision:.3f}  recall {recall:.3f}", flush=True)
+NAMES = {"FID": ".1f", "coverage": ".3f", "precision": ".3f", "recall": ".3f"}
+
+
+def scores(real, fake):
+    """FID, coverage, precision and recall of features (n, 1280)."""
+    return metrics.fid(real, fake), metrics.coverage(real, fake), *metrics.precision_recall(real, fake)
+
+
+def line(name, values):
+    """Prints a line; values are texts or numbers, in the order of NAMES."""
+    parts = []
+    for (heading, form), value in zip(NAMES.items(), values):
+        parts.append(f"{heading} {value if isinstance(value, str) else format(value, form)}")
+    print(f"{name}: {'  '.join(parts)}", flush=True)
 
 
 def main():
@@ -107,9 +121,15 @@ def main():
     other = order[n : n + len(real)]
     net = network()
     real = features(net, real)
-    line("other real images", real, features(net, x[other]))
+    print(f"n {len(real)} + {len(real)}")
+    line("other real images", scores(real, features(net, x[other])))
+    rows = []
     for path in args.fakes:
-        line(path, real, features(net, samples(path, y[other])))
+        rows.append(scores(real, features(net, samples(path, y[other]))))
+        line(path, rows[-1])
+    if len(rows) > 1:
+        spread = zip(NAMES.values(), np.mean(rows, 0), np.std(rows, 0, ddof=1))
+        line(f"mean of {len(rows)}", [f"{mean:{form}} ± {deviation:{form}}" for form, mean, deviation in spread])
 
 
 if __name__ == "__main__":

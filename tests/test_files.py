@@ -364,3 +364,15 @@ def test_every_link_to_a_file_or_heading_resolves(page):
         target = (page.parent / path).resolve() if path else page
         assert target.exists(), link
         assert not heading or heading in anchors(target), link
+
+
+@pytest.mark.parametrize("name", ["lite0.py", "bench.py", "bench_metrics.py", "judges/make.py"])
+def test_tools_use_names_that_metrics_has(name):
+    """No test runs the whole of these."""
+    tree = ast.parse((ROOT / "tests" / name).read_text())
+    used = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "metrics":
+            used.add(node.attr)
+    assert used
+    assert not [attribute for attribute in used if not hasattr(metrics, attribute)]

@@ -21,5 +21,5 @@ if __name__ == "__main__":
             saved = torch.load(next(Path(folder).glob("*.pt")), weights_only=True)
         if name == "mnist":  # also for the single digits of stacked MNIST: the same ones, drawn again
             x, y, _ = metrics.load_data("stacked_mnist", data, 28, "train")
-            saved["pictures"].append(metrics.picture_key(x[:, :1], y // 100))
+            saved["pictures"].append(metrics.image_key(x[:, :1], y // 100))
         torch.save(saved, HERE / f"{name}.pt")
