@@ -846,7 +846,8 @@ def averaged(G):
 def update_ema(ema, G, decay):
     """ema <- d ema + (1 - d) G, with d = min(decay, (1 + t) / (10 + t)) at update t, which ema.updates counts.
 
-    (1 + t) / (10 + t) makes the average cover about the last ninth of the run, so that it soon forgets the untrained G.
+    (1 + t) / (10 + t) makes the average cover about the last ninth of the updates so far, so that it soon forgets the
+    untrained G.
     It reaches .995 after 1,790 updates and .9999 after 90,000. Batch norm's running statistics are copied."""
     ema.updates += 1
     d = ((1 + ema.updates) / (10 + ema.updates)).clamp(max=decay)

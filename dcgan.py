@@ -6,9 +6,9 @@ any real number, and p = sigmoid(f(x)). With softplus(t) = log(1 + e^t), softplu
 -log(1 - p).
 
     discriminator  min_D  E[softplus(-f(x))] + E[softplus(f(G(z)))]
-                          + (gp + r1/2) E||grad f(x)||^2 + (gp + r2/2) E||grad f(G(z))||^2
+                          + r1/2 E||grad f(x)||^2 + r2/2 E||grad f(G(z))||^2
     generator      min_G  E[softplus(-f(G(z)))]          --loss ns, non-saturating
-                   min_G  E[-softplus(f(G(z)))]          --loss minimax, eq. (1) as it stands
+                   min_G  E[-softplus(f(G(z)))]          --loss minimax; with --r1 0 this is eq. (1) as it stands
     relativistic   min_D  E[softplus(f(G(z)) - f(x))]    --loss relativistic, with the same penalties
                    min_G  E[softplus(f(x) - f(G(z)))]    (Jolicoeur-Martineau 2018, 1807.00734)
     where          z ~ N(0, I), or each component from U[-1, 1] (--prior)
@@ -16,11 +16,11 @@ any real number, and p = sigmoid(f(x)). With softplus(t) = log(1 + e^t), softplu
 ns and minimax have the same equilibrium. But while D is sure that fakes are fake, the gradient of minimax vanishes:
 that loss saturates, ns does not. A relativistic D only has to rate a real image above a fake one.
 
-The second line of D's objective is a penalty, which keeps f from changing too fast. By default r1 = 1 and gp = r2 = 0,
-so only real images are penalized. grad is the gradient with respect to the pixels of the image, not to the weights. At
-real images the penalty is called R1, with the weight r1/2, and at fake ones R2, with r2/2 (Mescheder et al. 2018,
-1801.04406). gp is one weight, added to both. All three pull the gradient to 0, where the penalty of WGAN-GP pulls its
-norm to 1. The relativistic loss with R1 and R2 is that of Huang et al. 2024, 2501.05441.
+The second line of D's objective is a penalty, which keeps f from changing too fast. By default r1 = 1 and r2 = 0, so
+only real images are penalized. grad is the gradient with respect to the pixels of the image, not to the weights. At
+real images the penalty is called R1, at fake ones R2 (Mescheder et al. 2018, 1801.04406). --gp adds one weight to both
+r1/2 and r2/2. They pull the gradient to 0, where the penalty of WGAN-GP pulls its norm to 1. The relativistic loss with
+R1 and R2 is that of Huang et al. 2024, 2501.05441.
 
     python dcgan.py                                      digits rendered at start-up, no download
     python dcgan.py --dataset mnist --epochs 200
@@ -863,7 +863,8 @@ def averaged(G):
 def update_ema(ema, G, decay):
     """ema <- d ema + (1 - d) G, with d = min(decay, (1 + t) / (10 + t)) at update t, which ema.updates counts.
 
-    (1 + t) / (10 + t) makes the average cover about the last ninth of the run, so that it soon forgets the untrained G.
+    (1 + t) / (10 + t) makes the average cover about the last ninth of the updates so far, so that it soon forgets the
+    untrained G.
     It reaches .995 after 1,790 updates and .9999 after 90,000. Batch norm's running statistics are copied."""
     ema.updates += 1
     d = ((1 + ema.updates) / (10 + ema.updates)).clamp(max=decay)

@@ -2,10 +2,10 @@
 
 Eghbal-zadeh, Zellinger and Widmer 2019, "Mixture Density Generative Adversarial Networks", arXiv 1811.00152. lk is the
 likelihood of a mixture of d + 1 Gaussians, lk(e) = 1/(d + 1) sum_i N(e; mu_i, sigma^2 I), with the mu_i on the corners
-of a regular simplex. lambda is its maximum, and u(x) = log lambda - log lk(D(x)), which is never below 0. In
-these formulas D(x) is a point. In the code D(x) returns the score -u(x), so u is -D(x).
+of a regular simplex. lambda is its maximum. D's layers map an image x to a point e(x), which the paper calls D(x), and
+u(x) = log lambda - log lk(e(x)) is never below 0. In the code D(x) returns the score -u(x).
 
-    discriminator  max_D  E[log lk(D(x))] + E[log(lambda - lk(D(G(z))))]
+    discriminator  max_D  E[log lk(e(x))] + E[log(lambda - lk(e(G(z))))]
                    i.e.   min_D  E[u(x)] - E[log(1 - exp(-u(G(z))))], plus r1/2 E||grad u(x)||^2, which the paper lacks
     generator      min_G  E[u(G(z))]                     --loss ns, non-saturating, not in the paper
                    min_G  E[log(1 - exp(-u(G(z))))]      --loss saturating, the paper's
@@ -876,7 +876,8 @@ def averaged(G):
 def update_ema(ema, G, decay):
     """ema <- d ema + (1 - d) G, with d = min(decay, (1 + t) / (10 + t)) at update t, which ema.updates counts.
 
-    (1 + t) / (10 + t) makes the average cover about the last ninth of the run, so that it soon forgets the untrained G.
+    (1 + t) / (10 + t) makes the average cover about the last ninth of the updates so far, so that it soon forgets the
+    untrained G.
     It reaches .995 after 1,790 updates and .9999 after 90,000. Batch norm's running statistics are copied."""
     ema.updates += 1
     d = ((1 + ema.updates) / (10 + ema.updates)).clamp(max=decay)

@@ -4,12 +4,13 @@ Metz, Poole, Pfau and Sohl-Dickstein 2017, "Unrolled Generative Adversarial Netw
 f(x) is D's logit, any real number, and p = sigmoid(f(x)) its probability that x is real. softplus(-f) is -log p, and
 softplus(f) is -log(1 - p). (The paper's f is the objective, here -L, and its f_K is that objective after K steps.)
 
+    D's loss       L(f) = E[softplus(-f(x))] + E[softplus(f(G(z)))]
+    D's steps      f_0 = f, and f_j is f_(j-1) after one step of D down L(f_(j-1)), without the penalty
+
     discriminator  min_D  L(f_0) + r1/2 E||grad f_0(x)||^2
     generator      min_G  E[softplus(-f_k(G(z)))]        --loss ns, non-saturating
                    min_G  -L(f_k)                        --loss minimax, the game of the paper
     where          grad is with respect to the pixels of x; the paper has no such penalty
-                   L(f) = E[softplus(-f(x))] + E[softplus(f(G(z)))]
-                   f_0 = f, and f_j is f_(j-1) after one step of D down L(f_(j-1)), without the penalty
                    z ~ N(0, I), or each component from U[-1, 1] (--prior)
 
 All k steps are on one batch: by gradient descent at --inner-lr, the default, or as D's own Adam would go on (--inner
@@ -853,7 +854,8 @@ def averaged(G):
 def update_ema(ema, G, decay):
     """ema <- d ema + (1 - d) G, with d = min(decay, (1 + t) / (10 + t)) at update t, which ema.updates counts.
 
-    (1 + t) / (10 + t) makes the average cover about the last ninth of the run, so that it soon forgets the untrained G.
+    (1 + t) / (10 + t) makes the average cover about the last ninth of the updates so far, so that it soon forgets the
+    untrained G.
     It reaches .995 after 1,790 updates and .9999 after 90,000. Batch norm's running statistics are copied."""
     ema.updates += 1
     d = ((1 + ema.updates) / (10 + ema.updates)).clamp(max=decay)

@@ -1,4 +1,4 @@
-"""WGAN: a critic scores images, G learns to score high, and clipping the critic's weights keeps scores from growing.
+"""WGAN: a critic scores images, G learns to score high, and clipping the critic's weights limits how steep it is.
 
 Arjovsky, Chintala and Bottou, "Wasserstein GAN", arXiv 1701.07875, algorithm 1. D, class Discriminator, is the critic,
 the paper's f: its score D(x) is any real number, not a probability.
@@ -6,6 +6,15 @@ the paper's f: its score D(x) is any real number, not a probability.
     critic     min_D  E[D(G(z))] - E[D(x)], then every weight of D is clipped to [-c, c]
     generator  min_G  -E[D(G(z))]
     where      z ~ N(0, I), or each component from U[-1, 1] (--prior); with --conditional D(x, y) and G(z, y)
+
+Why a critic: real and generated images hardly overlap. So a perfect discriminator exists, and the Jensen-Shannon
+divergence, which the GAN of 2014 lowers, is log 2 wherever the generated images lie: G gets no gradient from it
+(section 2). The Wasserstein distance W falls as they come nearer: it is how far images have to be moved, on average
+and by the cheapest plan, to turn the generated distribution into the real one. By the Kantorovich-Rubinstein duality,
+eq. (2), W is the largest E[f(x)] - E[f(G(z))] of all f with a gradient norm of at most 1 (1-Lipschitz functions). D
+learns to be such an f. Clipping limits its gradient norm, though not to 1: to some K, which depends on c and on the
+layers. Then the largest E[D(x)] - E[D(G(z))] is at most K W. `python toy2d.py --method wgan_clip --clip 0.01` and other
+c show that norm in two dimensions.
 
     python wgan_clip.py                                  digits rendered at start-up, no download
     python wgan_clip.py --dataset mnist --epochs 200
@@ -25,12 +34,9 @@ of G in place of five, and higher rates that fall to 0 (not on colour images). -
 what it sets. The networks, the size of the images and of z, and the average are ours with --paper too. Colour images
 have settings of their own (COLOUR).
 
-Without batch norm (--d-norm none) clipping bounds D's gradient by some K, which depends on c and on the layers. Then
-E[D(x)] - E[D(G(z))], of which w_dist in log.csv is the value in one batch, is at most K W. W is the Wasserstein
-distance: how far images have to be moved, on average and by the cheapest plan, to turn the generated distribution into
-the real one. Batch norm, the default here and in the authors' code, voids this bound: it undoes the scale of the
-weights before it, and real and fake go through D in separate batches, each with its own statistics. Then w_dist only
-says whether D tells them apart.
+w_dist in log.csv is E[D(x)] - E[D(G(z))] in one batch. Batch norm, the default here and in the authors' code, voids
+the bound K W: it undoes the scale of the weights before it, and real and fake go through D in separate batches, each
+with its own statistics. Then w_dist only says whether D tells them apart. --d-norm none goes without it.
 
 As in the authors' code all of D's parameters are clipped, batch norm's too. While training, G's batch norm uses the
 current batch. The images to look at come from `ema`, a copy of G with averaged weights and G's running statistics, in
@@ -849,7 +855,8 @@ def averaged(G):
 def update_ema(ema, G, decay):
     """ema <- d ema + (1 - d) G, with d = min(decay, (1 + t) / (10 + t)) at update t, which ema.updates counts.
 
-    (1 + t) / (10 + t) makes the average cover about the last ninth of the run, so that it soon forgets the untrained G.
+    (1 + t) / (10 + t) makes the average cover about the last ninth of the updates so far, so that it soon forgets the
+    untrained G.
     It reaches .995 after 1,790 updates and .9999 after 90,000. Batch norm's running statistics are copied."""
     ema.updates += 1
     d = ((1 + ema.updates) / (10 + ema.updates)).clamp(max=decay)

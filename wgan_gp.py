@@ -14,10 +14,10 @@ critic), the largest E[D(x)] - E[D(G(z))] is the Wasserstein distance: how far i
 by the cheapest plan, to turn the generated distribution into the real one. Far is measured in pixel values, as the
 Euclidean distance of two images.
 
-The penalty is soft, and asks for more than this limit: for a norm of 1, neither more nor less. The best critic has it
-on the lines between the fake and the real images that the cheapest plan pairs (section 2.3, proposition 1). Nobody
-knows that plan, so x_hat lies between random pairs. There a norm of 1 is not implied, but the paper found that asking
-for it does no harm (section 4).
+The penalty is soft, and asks for more than this limit: for a norm of 1, neither more nor less. The best critic has a
+norm of 1 on the lines between the fake and the real images that the cheapest plan pairs (section 2.3, proposition 1).
+Nobody knows that plan, so x_hat lies between random pairs. There a norm of 1 is not implied, but the paper found that
+asking for it does no harm (section 4).
 
     python wgan_gp.py                                    digits rendered at start-up, no download
     python wgan_gp.py --dataset mnist --epochs 6         real digits, six passes over them: 5,622 updates
@@ -31,8 +31,8 @@ tests/gallery/README.md has the protocol.
 
 The defaults differ from the paper: one update of the critic for one of G, the penalty on a quarter of each batch, and
 higher rates that fall to 0. --paper undoes this, and --help lists what it sets. The networks, the size of the images
-and of z, and the average are ours with --paper too. Colour images have settings of their own (COLOUR), and so have
-long runs (LONG).
+and of z, and the running average of G's weights are ours with --paper too. Colour images have settings of their own
+(COLOUR), and so have long runs (LONG).
 
 With batch norm the critic's score of an image would depend on the whole batch, and its gradient would not be that of
 one image's score. So the critic has none. While training, G's batch norm uses the current batch. The images to look at
@@ -246,9 +246,9 @@ def dcgan_init(module):
 def discriminator_loss(score_real, score_fake):
     """E[D(G(z))] - E[D(x)] for scores (B,): eq. (3) without its penalty.
 
-    Its negative is logged as w_dist. Of the best critic with a norm of at most 1 it would be the Wasserstein distance
-    W. This critic is not the best, as it has few updates, and the penalty allows it a norm above 1: with one norm
-    everywhere, 1 + W / (2 lambda) would be the best."""
+    Its negative is logged as w_dist. If this critic were the best of all with a norm of at most 1, w_dist would be the
+    Wasserstein distance W. It is not: it has had few updates, and the penalty lets its norm pass 1. How far? A critic
+    of norm s and w_dist s W has the loss -s W + lambda (s - 1)^2, which is least at s = 1 + W / (2 lambda)."""
     return score_fake.mean() - score_real.mean()
 
 
@@ -791,7 +791,8 @@ def averaged(G):
 def update_ema(ema, G, decay):
     """ema <- d ema + (1 - d) G, with d = min(decay, (1 + t) / (10 + t)) at update t, which ema.updates counts.
 
-    (1 + t) / (10 + t) makes the average cover about the last ninth of the run, so that it soon forgets the untrained G.
+    (1 + t) / (10 + t) makes the average cover about the last ninth of the updates so far, so that it soon forgets the
+    untrained G.
     It reaches .995 after 1,790 updates and .9999 after 90,000. Batch norm's running statistics are copied."""
     ema.updates += 1
     d = ((1 + ema.updates) / (10 + ema.updates)).clamp(max=decay)
