@@ -3,7 +3,7 @@
 Donahue, Krahenbuhl and Darrell, "Adversarial Feature Learning", arXiv 1605.09782, eq. (3). Dumoulin et al. had the same
 idea at the same time, with an E that draws z at random: "Adversarially Learned Inference", arXiv 1606.00704. Here, as
 in Donahue et al., z = E(x). f is D's logit, and sigmoid(f) its probability that a pair is E's. softplus(-f) is the
-negative logarithm of this probability, softplus(f) that of its complement.
+negative logarithm of this probability, softplus(f) that of its complement. Where the code says real, E's pair is meant.
 
     discriminator          min_D    E[softplus(-f(x, E(x)))] + E[softplus(f(G(z), z))] + r1/2 E[||grad f(x, E(x))||^2]
     generator and encoder  min_G,E  E[softplus(f(x, E(x)))] + E[softplus(-f(G(z), z))], the labels swapped

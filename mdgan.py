@@ -3,7 +3,8 @@
 Eghbal-zadeh, Zellinger and Widmer 2019, "Mixture Density Generative Adversarial Networks", arXiv 1811.00152. lk is the
 likelihood of a mixture of d + 1 Gaussians, lk(e) = 1/(d + 1) sum_i N(e; mu_i, sigma^2 I), with the mu_i on the corners
 of a regular simplex. lambda is its maximum. D's layers map an image x to a point e(x), which the paper calls D(x), and
-u(x) = log lambda - log lk(e(x)) is never below 0. In the code D(x) returns the score -u(x).
+u(x) = log lambda - log lk(e(x)) is never below 0. In the code D(x) returns the score -u(x). With exp(-u) as the
+probability p that x is real, these are the losses of the GAN of 2014: p = lk / lambda.
 
     discriminator  max_D  E[log lk(e(x))] + E[log(lambda - lk(e(G(z))))]
                    i.e.   min_D  E[u(x)] - E[log(1 - exp(-u(G(z))))], plus r1/2 E||grad u(x)||^2, which the paper lacks

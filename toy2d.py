@@ -5,14 +5,18 @@ D(x) is a score of any size. Where it is a logit, p(x) = sigmoid(D(x)) is the pr
     gan         D     min  -E[log p(x)] - E[log(1 - p(G(z)))]                           arXiv 1406.2661
                 G     min  -E[log p(G(z))]        or, with --loss minimax,  E[log(1 - p(G(z)))]
     unrolled    D     as gan                                                            arXiv 1611.02163
-                G     as gan, by the D that k more of D's own steps would lead to
+                G     minus all of D's loss or, with --loss ns, as gan; D_k stands for D there, which is D after k
+                      more of its own steps, so it depends on G
     wgan_clip   D     min  E[D(G(z))] - E[D(x)], then each weight is clipped to [-c, c] arXiv 1701.07875
                 G     min  -E[D(G(z))]
     wgan_gp     D     min  E[D(G(z))] - E[D(x)] + lambda E[(||grad D(x_hat)|| - 1)^2]   arXiv 1704.00028
                 G     min  -E[D(G(z))]        x_hat lies between a real point and a made one
     mdgan       D     min  E[u(x)] - E[log(1 - exp(-u(G(z))))]                          arXiv 1811.00152
                 G     min  E[u(G(z))]         or, with --loss minimax,  E[log(1 - exp(-u(G(z))))]
-                u is 0 where a fixed mixture of Gaussians is likeliest, and larger elsewhere; D(x) is -u
+                D's layers map x to a point of nine dimensions. There stands a mixture of ten Gaussians, which has
+                nothing to do with those of the data. u is 0 where it is likeliest, and larger elsewhere. D(x) is -u
+
+G's loss in unrolled and mdgan, and in all of --protocol metz, is minimax by default; in gan it is ns.
 
 Why modes are lost: if D stood still, the best G would put all its points where D is highest, on one spot. Points stay
 apart because D soon lowers its score where they crowd. A D that is much slower than G comes too late.

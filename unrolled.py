@@ -5,7 +5,8 @@ f(x) is D's logit, any real number, and p = sigmoid(f(x)) its probability that x
 softplus(f) is -log(1 - p). (The paper's f is the objective, here -L, and its f_K is that objective after K steps.)
 
     D's loss       L(f) = E[softplus(-f(x))] + E[softplus(f(G(z)))]
-    D's steps      f_0 = f, and f_j is f_(j-1) after one step of D down L(f_(j-1)), without the penalty
+    D's steps      theta_j = theta_(j-1) - eta grad L(f_(j-1)), and f_j is D with the weights theta_j; f_0 = f. Each L
+                   has G's images in it, so theta_k depends on G
 
     discriminator  min_D  L(f_0) + r1/2 E||grad f_0(x)||^2
     generator      min_G  E[softplus(-f_k(G(z)))]        --loss ns, non-saturating
@@ -13,10 +14,11 @@ softplus(f) is -log(1 - p). (The paper's f is the objective, here -L, and its f_
     where          grad is with respect to the pixels of x; the paper has no such penalty
                    z ~ N(0, I), or each component from U[-1, 1] (--prior)
 
-All k steps are on one batch: by gradient descent at --inner-lr, the default, or as D's own Adam would go on (--inner
-adam). Since they are learned on G(z), f_k depends on G, and G's gradient has two terms, eq. (12). The first is that of
-any GAN: how f_k(G(z)) changes with G(z) while D's weights stay. The second is how those weights would answer. It is
-what keeps G from a single mode: D would turn against it (section 2.4).
+All k steps are on one batch, without the penalty: by gradient descent at --inner-lr, the default, whose eta does not
+fall with D's rate, or as D's own Adam would go on (--inner adam). Since they are learned on G(z), f_k depends on G, and
+G's gradient has two terms, eq. (12). The first is that of any GAN: how f_k(G(z)) changes with G(z) while D's weights
+stay. The second is how those weights would answer. It is what keeps G from a single mode: D would turn against it
+(section 2.4).
 
     python unrolled.py                                   digits rendered at start-up, no download
     python unrolled.py --dataset mnist --epochs 200

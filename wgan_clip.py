@@ -1,4 +1,4 @@
-"""WGAN: a critic scores images, G learns to score high, and clipping the critic's weights limits how steep it is.
+"""WGAN: a critic scores images, G learns to score high, and clipping the critic's weights is to limit how steep it is.
 
 Arjovsky, Chintala and Bottou, "Wasserstein GAN", arXiv 1701.07875, algorithm 1. D, class Discriminator, is the critic,
 the paper's f: its score D(x) is any real number, not a probability.
@@ -8,13 +8,14 @@ the paper's f: its score D(x) is any real number, not a probability.
     where      z ~ N(0, I), or each component from U[-1, 1] (--prior); with --conditional D(x, y) and G(z, y)
 
 Why a critic: real and generated images hardly overlap. So a perfect discriminator exists, and the Jensen-Shannon
-divergence, which the GAN of 2014 lowers, is log 2 wherever the generated images lie: G gets no gradient from it
-(section 2). The Wasserstein distance W falls as they come nearer: it is how far images have to be moved, on average
-and by the cheapest plan, to turn the generated distribution into the real one. By the Kantorovich-Rubinstein duality,
-eq. (2), W is the largest E[f(x)] - E[f(G(z))] of all f with a gradient norm of at most 1 (1-Lipschitz functions). D
-learns to be such an f. Clipping limits its gradient norm, though not to 1: to some K, which depends on c and on the
-layers. Then the largest E[D(x)] - E[D(G(z))] is at most K W. `python toy2d.py --method wgan_clip --clip 0.01` and other
-c show that norm in two dimensions.
+divergence, which the minimax GAN of 2014 lowers, is log 2 wherever the generated images lie: G gets no gradient from it
+(section 2). (The non-saturating loss of dcgan.py has one all the same, but lowers no such distance.) The Wasserstein
+distance W falls as they come nearer: it is how far images have to be moved, on average and by the cheapest plan, to
+turn the generated distribution into the real one. By the Kantorovich-Rubinstein duality, eq. (2), W is the largest
+E[f(x)] - E[f(G(z))] of all f with a gradient norm of at most 1 (1-Lipschitz functions). D learns to be such an f.
+Clipping limits its gradient norm, though not to 1: to some K, which grows with a power of c, one factor for each layer.
+Then the largest E[D(x)] - E[D(G(z))] is at most K W. `python toy2d.py --method wgan_clip --clip 0.01` and other c show
+that norm in two dimensions.
 
     python wgan_clip.py                                  digits rendered at start-up, no download
     python wgan_clip.py --dataset mnist --epochs 200
