@@ -582,14 +582,16 @@ def resolve(p, argv, paper, mlp, colour=None, small_colour=None, long=None, grey
     3. --paper
     4. with --arch mlp: MLP. Else, for colour images of 32 pixels or more: COLOUR, over which SMALL_COLOUR goes below 64
        pixels. Else, in a long run: LONG, if none of its flags has a value so far
-    5. the flag's default; --image-size and --latent-dim have none, so suited_to() gives them"""
+    5. the flag's default; --image-size and --latent-dim have none, so suited_to() gives them
+
+    What colour images or the length of the run have set is printed."""
     p.epilog = f"--paper sets {as_flags(paper)}. --arch mlp sets {as_flags(mlp)}."
     if colour:
         p.epilog += f" Colour data sets and folders, of 32 pixels or more, set {as_flags(colour)}."
     if small_colour:
         p.epilog += f" Below 64 pixels they set {as_flags(small_colour)}."
     if long:
-        p.epilog += f" On other images --epochs 40 or --steps 40000, or more, sets {as_flags(long)}."
+        p.epilog += f" On other images --epochs 40 or --steps 40000, or more, sets {as_flags(long)}, if none is given."
     defaults = vars(p.parse_args([]))
     # Which flags were typed? argparse sets a default only where the namespace lacks the name. So parse into one that
     # has every name, as None: what is not None afterwards was typed.
@@ -626,16 +628,21 @@ def resolve(p, argv, paper, mlp, colour=None, small_colour=None, long=None, grey
     suited_side, latent_dim = suited_to(args, grey_side)
     side = args.image_size or suited_side
     preset = {}
+    because = None
     if args.arch == "mlp":
         preset |= mlp
     elif colour and args.dataset in COLOUR_SIDES and side >= 32:
+        because = "colour images set"
         preset |= colour
         if small_colour and side < 64:
             preset |= small_colour
     elif long and is_long(args) and not long.keys() & chosen.keys():  # a resumed run keeps its networks
+        because = "a long run sets"
         preset |= long
     if args.paper:
         preset |= paper
+    elif because and not args.resume:
+        say(f"{because} {as_flags({name: value for name, value in preset.items() if name not in given})}")
     args = argparse.Namespace(**{**defaults, **preset, **chosen})
     args.image_size = side
     args.latent_dim = args.latent_dim or latent_dim

@@ -2523,8 +2523,12 @@ class Stop:
             return  # only that one may listen
         for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
             signum = getattr(signal, name, None)  # Windows has no SIGHUP, and others no SIGBREAK
-            if signum and signal.getsignal(signum) != signal.SIG_IGN:  # nohup ignores it
+            if not signum:
+                continue
+            if signal.getsignal(signum) != signal.SIG_IGN:
                 self.before[signum] = signal.signal(signum, self.catch)
+            elif name == "SIGINT":  # by a shell script that started this run with &; by nohup it is SIGHUP
+                warn(f"this process does not hear Ctrl-C or kill -INT, as a job in the background: kill {os.getpid()}")
 
     def catch(self, signum, frame):
         if self.signal is not None:
@@ -2919,7 +2923,10 @@ def scores_table(runs):
                 continue  # best.pt is last.pt
             mine = [run[name] for run in scores if name in run]  # a seed may lack what --reject keeps
             try:
-                used = {f"{s['features']}, floor {s['floor']:.1f}, n {s['n_fake']}" for s in mine}
+                used = set()
+                for s in mine:
+                    real = f", coverage of real images {s['coverage_real']:.3f}" if "coverage_real" in s else ""
+                    used.add(f"{s['features']}, floor {s['floor']:.1f}{real}, n {s['n_fake']} of each")
             except (KeyError, TypeError, ValueError) as e:
                 raise ValueError(f"scores.json of {label} is damaged: {name} has no scores ({e})") from None
             networks |= used
@@ -3008,6 +3015,7 @@ def plot(runs, out):
     legend = 18 * len(labels) + 8
     image = Image.new("RGB", (width * columns, height * math.ceil(len(panels) / columns) + legend), "white")
     draw = ImageDraw.Draw(image)
+    draw.text((width * columns - 18, 15), "against updates of D", "#555555", ImageFont.load_default(13), anchor="rm")
     for i, label in enumerate(labels):
         y = 15 + 18 * i
         draw.line([(14, y), (44, y)], COLOURS[i % len(COLOURS)], 3)
