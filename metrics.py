@@ -2528,7 +2528,9 @@ class Stop:
             if signal.getsignal(signum) != signal.SIG_IGN:
                 self.before[signum] = signal.signal(signum, self.catch)
             elif name == "SIGINT":  # by a shell script that started this run with &; by nohup it is SIGHUP
-                warn(f"this process does not hear Ctrl-C or kill -INT, as a job in the background: kill {os.getpid()}")
+                say(
+                    f"this process does not hear Ctrl-C, as a script's job in the background; stop it: kill {os.getpid()}"
+                )
 
     def catch(self, signum, frame):
         if self.signal is not None:
@@ -3248,23 +3250,17 @@ def cached(net, images, keep_features, folder, what):
     return sample
 
 
-# What a score is called, its name in the JSON object, its format, and what stands beside it. real: that of the real
-# images that give the floor.
+# What a score is called, its name in the JSON object, its format, and what stands beside it.
 SCORE_LINES = (
     ("FID", "fid", ".4g", "floor {floor:.4g}: real images against others, n {floor_n}"),
     ("FID, training", "fid_train", ".4g", "against training images"),
-    ("KID", "kid", ".4g", "real {kid_real:.4g}; spread over subsets {kid_std:.4g}"),
-    (
-        "Inception Score",
-        "inception_score",
-        ".2f",
-        "real {inception_score_real:.2f}; spread over ten parts {inception_score_std:.2f}",
-    ),
-    ("Mode Score", "mode_score", ".2f", "real {mode_score_real:.2f}"),
-    ("precision", "precision", ".3f", "real {precision_real:.3f}, k 3"),
-    ("recall", "recall", ".3f", "real {recall_real:.3f}, k 3"),
-    ("density", "density", ".3f", "real {density_real:.3f}, k 5"),
-    ("coverage", "coverage", ".3f", "real {coverage_real:.3f}, k 5"),
+    ("KID", "kid", ".4g", "spread over subsets {kid_std:.4g}"),
+    ("Inception Score", "inception_score", ".2f", "spread over ten parts {inception_score_std:.2f}"),
+    ("Mode Score", "mode_score", ".2f", ""),
+    ("precision", "precision", ".3f", "k 3"),
+    ("recall", "recall", ".3f", "k 3"),
+    ("density", "density", ".3f", "k 5"),
+    ("coverage", "coverage", ".3f", "k 5"),
     ("classes", "classes", "d", "of {classes_of}, shares {class_min:.1%} to {class_max:.1%}"),
     ("modes", "modes", "d", "of 1000, KL {modes_kl:.3f} to the uniform distribution"),
 )
@@ -3279,7 +3275,10 @@ def scores_text(s, fake, real):
     for name, key, form, more in SCORE_LINES:
         if key in s:
             form = ".1f" if key.startswith("fid") and s[key] >= 1 else form  # FIDs span 1e-6 to 1e3
-            lines.append(f"{name:16} {format(s[key], form):>10}  {more.format(**s)}".rstrip())
+            parts = [more.format(**s)] if more else []
+            if f"{key}_real" in s and key != "modes":
+                parts.insert(0, f"real {format(s[f'{key}_real'], form)}")
+            lines.append(f"{name:16} {format(s[key], form):>10}  {'; '.join(parts)}".rstrip())
     if not s["labelled"]:
         lines.append("no labels        so no Inception Score, no Mode Score and no classes")
     return "\n".join(lines)
@@ -3485,7 +3484,7 @@ def score_images(args, fake_path):
             second = embed_kept(
                 images=everything.part(order[size : 2 * size]), keep_features=keep_features, what="half"
             )
-        of_real = compare(first, second, wanted)
+        of_real = compare(first, second, wanted if first.n >= 8 else [score for score in wanted if score == "fid"])
         floor = {f"{name}_real": value for name, value in of_real.items() if not name.endswith("_std")}
         if "fid_real" in floor:
             floor["floor"] = floor.pop("fid_real")
