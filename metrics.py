@@ -2528,9 +2528,7 @@ class Stop:
             if signal.getsignal(signum) != signal.SIG_IGN:
                 self.before[signum] = signal.signal(signum, self.catch)
             elif name == "SIGINT":  # by a shell script that started this run with &; by nohup it is SIGHUP
-                say(
-                    f"this process does not hear Ctrl-C, as a script's job in the background; stop it: kill {os.getpid()}"
-                )
+                say(f"as a script's job in the background this run does not hear Ctrl-C: kill {os.getpid()} stops it")
 
     def catch(self, signum, frame):
         if self.signal is not None:
