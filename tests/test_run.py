@@ -343,6 +343,19 @@ def test_a_second_signal_leaves_at_once(w, monkeypatch, first, second):
     assert stop.value.code == 128 + second and not Path("a/last.pt").exists()
 
 
+def test_a_background_job_of_a_shell_script_says_that_it_ignores_ctrl_c(w, monkeypatch, capsys):
+    """Such a shell starts it with SIGINT ignored, and it stays so: the script's own Ctrl-C is not meant for it."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        signal_at(monkeypatch, {3: [signal.SIGINT, signal.SIGINT]})
+        w.main([*w.tiny, "--steps", "5", "--run-dir", "a"])
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert checkpoint("a/last.pt")["step"] == 5
+    assert f"does not hear Ctrl-C: kill {os.getpid()} stops it" in capsys.readouterr().out
+
+
 def test_a_run_under_nohup_outlives_its_terminal(w, monkeypatch):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal_at(monkeypatch, {3: [signal.SIGHUP, signal.SIGHUP]})
