@@ -22,9 +22,10 @@ the mean and the standard deviation over seeds 0 to 2. FID is a distance between
 features of a small network that reads digits: lower is better, and real digits against other real ones have 1.3.
 tests/gallery/README.md has the protocol.
 
-With the published constants and d = 9 the ten Gaussians melt into one blob; a run's first lines say where its clusters
-lie. The published loss of G has the derivative 1 / (exp(u) - 1) in u, which is next to none where D is sure. The
-score -u is no logit: --reject naive means nothing here.
+e(x) lies in a box, [-2.5, 2.5]^d, with d = 9. By default sigma is .5 and the corners lie at a radius of 2. With the
+published radius (--mixture published) the ten Gaussians melt into one blob at d = 9; a run's first lines say where its
+clusters lie. grad is with respect to the pixels of x. The published loss of G has the derivative 1 / (exp(u) - 1) in u,
+which is next to none where D is sure. The score -u is no logit: --reject naive means nothing here.
 
 D has no batch norm. While training, G's batch norm uses the current batch. The images to look at come from `ema`, a
 copy of G with averaged weights and G's running statistics, in eval mode. Colour images have settings of their own
