@@ -93,8 +93,9 @@ SIDES = pytest.mark.parametrize("side", KERNELS)
 @SIDES
 @pytest.mark.parametrize("channels", [1, 3])
 def test_convolutional_pairs(module, side, channels):
-    """A norm after every hidden map of G. In D none, but for wgan_clip's, whose first block has none either."""
-    G, D = pair(module, "--image-size", side, "--latent-dim", 7, "--ngf", 2, "--ndf", 3, channels=channels)
+    """A norm after every hidden map of G. In D none, but for wgan_clip's if asked, whose first block has none."""
+    more = ["--d-norm", "batch"] if module is wgan_clip else []
+    G, D = pair(module, "--image-size", side, "--latent-dim", 7, "--ngf", 2, "--ndf", 3, *more, channels=channels)
     kernels = KERNELS[side]
     widths = [2 * 2**i for i in reversed(range(len(kernels)))]
     wanted = [up(7, widths[0], 1, 0)]
