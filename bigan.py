@@ -23,9 +23,9 @@ tests/gallery/README.md has the protocol.
 
 --resume FILE --probe prints what classifiers read from E. After the last command, but with --epochs 80 --amp, the
 nearest neighbour on the layer before E(x) gets 97.0 % of MNIST's test labels right. On pixels it is 96.9 %, and on that
-layer of an untrained E 96.4 %. (On E(x) itself it is 89.5 %, and 92.3 % on that of an untrained E.) The paper has 97.39
-% by another schedule: 200 epochs at a constant rate, then 200 in which it falls exponentially to 1 %, and an L2 penalty
-of 2.5e-5 on the weights.
+layer of an untrained E 96.4 %. On E(x) itself it is 89.5 %, and 92.3 % on that of an untrained E. The paper's 97.39 %
+come by another schedule: 200 epochs at a constant rate, then 200 in which it falls exponentially to 1 %, and an L2
+penalty of 2.5e-5 on the weights.
 
 G is never given a code of E, nor E an image of G. Yet each undoes the other where G and E are optimal against the best
 D (theorem 2): D can tell a pair (x, z) for certain unless both z = E(x) and x = G(z). E's last layer has the range of
@@ -658,7 +658,7 @@ def resolve(p, argv, paper, mlp, colour=None, small_colour=None, long=None, grey
     suited_side, latent_dim = suited_to(args, grey_side)
     side = args.image_size or suited_side
     preset = {}
-    because = None
+    because = None  # what to say of a preset that nobody has typed
     if args.arch == "mlp":
         preset |= mlp
     elif colour and args.dataset in COLOUR_SIDES and side >= 32:
@@ -884,8 +884,8 @@ def update_ema(ema, G, decay):
     """ema <- d ema + (1 - d) G, with d = min(decay, (1 + t) / (10 + t)) at update t, which ema.updates counts.
 
     (1 + t) / (10 + t) makes the average cover about the last ninth of the updates so far, so that it soon forgets the
-    untrained G.
-    It reaches .995 after 1,790 updates and .9999 after 90,000. Batch norm's running statistics are copied."""
+    untrained G. It reaches .995 after 1,790 updates and .9999 after 90,000. Batch norm's running statistics are
+    copied."""
     ema.updates += 1
     d = ((1 + ema.updates) / (10 + ema.updates)).clamp(max=decay)
     for average, p in zip(ema.parameters(), G.parameters()):

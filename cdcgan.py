@@ -628,7 +628,7 @@ def resolve(p, argv, paper, mlp, colour=None, small_colour=None, long=None, grey
     suited_side, latent_dim = suited_to(args, grey_side)
     side = args.image_size or suited_side
     preset = {}
-    because = None
+    because = None  # what to say of a preset that nobody has typed
     if args.arch == "mlp":
         preset |= mlp
     elif colour and args.dataset in COLOUR_SIDES and side >= 32:
@@ -854,8 +854,8 @@ def update_ema(ema, G, decay):
     """ema <- d ema + (1 - d) G, with d = min(decay, (1 + t) / (10 + t)) at update t, which ema.updates counts.
 
     (1 + t) / (10 + t) makes the average cover about the last ninth of the updates so far, so that it soon forgets the
-    untrained G.
-    It reaches .995 after 1,790 updates and .9999 after 90,000. Batch norm's running statistics are copied."""
+    untrained G. It reaches .995 after 1,790 updates and .9999 after 90,000. Batch norm's running statistics are
+    copied."""
     ema.updates += 1
     d = ((1 + ema.updates) / (10 + ema.updates)).clamp(max=decay)
     for average, p in zip(ema.parameters(), G.parameters()):

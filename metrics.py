@@ -52,7 +52,7 @@ import threading
 import time
 import unicodedata
 import zlib
-from collections import Counter, defaultdict
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -1974,8 +1974,9 @@ def rejected(kind, more, n, generator, head=None, percentile=60, burn_in=10_000,
 
 # STUDY: what watches a run and never trains ---------------------------------------------------------------------------
 
-NOT_LOGGED = {"n_real", "n_fake", "floor", "coverage_real", "classes_of", "accuracy", "inception_score_std"}
-NOT_LOGGED |= {"modes_real", "modes_kl_real"}
+NOT_LOGGED = set(
+    "n_real n_fake floor coverage_real classes_of accuracy inception_score_std modes_real modes_kl_real".split()
+)
 
 
 CLAIMED = []  # files by which Study.claim keeps other processes out of a run's folder
@@ -2877,16 +2878,20 @@ def groups(runs):
 
 
 def unlike(runs):
-    """What run folders differ in beside flags: the code that ran, the test images, PyTorch's version, the GPU."""
-    values = defaultdict(set)
+    """What run folders differ in beside flags: the code that ran, the test images, PyTorch's version, the GPU.
+
+    A file of code that some of the folders lack is a difference too: it is there after a resume with changed code."""
+    described = []
     for run in runs:
         args = read_json(Path(run) / "args.json") if Path(run, "args.json").exists() else {}
-        values["the test images"].add(repr(args.get("test_images")))
-        values["PyTorch's version"].add(args.get("torch"))
-        values["the GPU"].add(args.get("gpu"))
-        for path in Path(run).glob("*.py"):
-            values[path.name].add(path.read_bytes())
-    return [name for name, found in values.items() if len(found) > 1]
+        of_run = {"the test images": repr(args.get("test_images"))}
+        of_run |= {"PyTorch's version": args.get("torch"), "the GPU": args.get("gpu")}
+        of_run |= {path.name: path.read_bytes() for path in sorted(Path(run).glob("*.py"))}
+        described.append(of_run)
+    names = {}  # in order
+    for of_run in described:
+        names |= of_run
+    return [name for name in names if any(of_run.get(name) != described[0].get(name) for of_run in described)]
 
 
 TABLE_COLUMNS = {  # heading: the score, its format
@@ -2908,8 +2913,9 @@ def scores_table(runs):
     rows = []
     networks = set()
     for label, members in groups(runs).items():
-        if unlike(members):
-            warn(f"the {len(members)} runs of {label} differ in more than the seed: in {', '.join(unlike(members))}")
+        differences = unlike(members)
+        if differences:
+            warn(f"the {len(members)} runs of {label} differ in more than the seed: in {', '.join(differences)}")
         try:
             scores = [read_json(Path(run) / "scores.json") for run in members]
         except (OSError, ValueError) as e:
@@ -3143,7 +3149,7 @@ class Images:
         if self.bad:
             warn(f"left out {bad}")
         if self.channels == 1 and not all(all_grey(read_image(file)[0][None]) for file in self.items[:10]):
-            warn(f"the images of {folder} have colours, which are left out: what they are compared with is grey")
+            warn(f"the images of {folder} have colours, which are left out: the network that scores takes grey images")
 
     def __len__(self):
         return len(self.items)
@@ -3274,7 +3280,7 @@ def scores_text(s, fake, real):
         if key in s:
             form = ".1f" if key.startswith("fid") and s[key] >= 1 else form  # FIDs span 1e-6 to 1e3
             parts = [more.format(**s)] if more else []
-            if f"{key}_real" in s and key != "modes":
+            if f"{key}_real" in s:
                 parts.insert(0, f"real {format(s[f'{key}_real'], form)}")
             lines.append(f"{name:16} {format(s[key], form):>10}  {'; '.join(parts)}".rstrip())
     if not s["labelled"]:

@@ -5,8 +5,8 @@ D(x) is a score of any size. Where it is a logit, p(x) = sigmoid(D(x)) is the pr
     gan         D     min  -E[log p(x)] - E[log(1 - p(G(z)))]                           arXiv 1406.2661
                 G     min  -E[log p(G(z))]        or, with --loss minimax,  E[log(1 - p(G(z)))]
     unrolled    D     as gan                                                            arXiv 1611.02163
-                G     minus all of D's loss or, with --loss ns, as gan; D_k stands for D there, which is D after k
-                      more of its own steps, so it depends on G
+                G     min  minus all of D's loss  or, with --loss ns, as gan: both by D_k in the place of D. That is
+                      D after k more of its own steps, which depend on G
     wgan_clip   D     min  E[D(G(z))] - E[D(x)], then each weight is clipped to [-c, c] arXiv 1701.07875
                 G     min  -E[D(G(z))]
     wgan_gp     D     min  E[D(G(z))] - E[D(x)] + lambda E[(||grad D(x_hat)|| - 1)^2]   arXiv 1704.00028

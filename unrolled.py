@@ -14,11 +14,11 @@ softplus(f) is -log(1 - p). (The paper's f is the objective, here -L, and its f_
     where          grad is with respect to the pixels of x; the paper has no such penalty
                    z ~ N(0, I), or each component from U[-1, 1] (--prior)
 
-All k steps are on one batch, without the penalty: by gradient descent at --inner-lr, the default, whose eta does not
-fall with D's rate, or as D's own Adam would go on (--inner adam). Since they are learned on G(z), f_k depends on G, and
-G's gradient has two terms, eq. (12). The first is that of any GAN: how f_k(G(z)) changes with G(z) while D's weights
-stay. The second is how those weights would answer. It is what keeps G from a single mode: D would turn against it
-(section 2.4).
+All k steps are on one batch, without the penalty. By default they are of gradient descent: eta is --inner-lr, which
+does not fall with D's rate. With --inner adam D's own Adam would make them. Since they are learned on G(z), f_k depends
+on G, and G's gradient has two terms, eq. (12). The first is that of any GAN: how f_k(G(z)) changes with G(z) while D's
+weights stay. The second is how those weights would answer. It is what keeps G from a single mode: D would turn against
+it (section 2.4).
 
     python unrolled.py                                   digits rendered at start-up, no download
     python unrolled.py --dataset mnist --epochs 200
@@ -638,7 +638,7 @@ def resolve(p, argv, paper, mlp, colour=None, small_colour=None, long=None, grey
     suited_side, latent_dim = suited_to(args, grey_side)
     side = args.image_size or suited_side
     preset = {}
-    because = None
+    because = None  # what to say of a preset that nobody has typed
     if args.arch == "mlp":
         preset |= mlp
     elif colour and args.dataset in COLOUR_SIDES and side >= 32:
@@ -864,8 +864,8 @@ def update_ema(ema, G, decay):
     """ema <- d ema + (1 - d) G, with d = min(decay, (1 + t) / (10 + t)) at update t, which ema.updates counts.
 
     (1 + t) / (10 + t) makes the average cover about the last ninth of the updates so far, so that it soon forgets the
-    untrained G.
-    It reaches .995 after 1,790 updates and .9999 after 90,000. Batch norm's running statistics are copied."""
+    untrained G. It reaches .995 after 1,790 updates and .9999 after 90,000. Batch norm's running statistics are
+    copied."""
     ema.updates += 1
     d = ((1 + ema.updates) / (10 + ema.updates)).clamp(max=decay)
     for average, p in zip(ema.parameters(), G.parameters()):

@@ -9,13 +9,13 @@ the paper's f: its score D(x) is any real number, not a probability.
 
 Why a critic: real and generated images hardly overlap. So a perfect discriminator exists, and the Jensen-Shannon
 divergence, which the minimax GAN of 2014 lowers, is log 2 wherever the generated images lie: G gets no gradient from it
-(section 2). (The non-saturating loss of dcgan.py has one all the same, but lowers no such distance.) The Wasserstein
-distance W falls as they come nearer: it is how far images have to be moved, on average and by the cheapest plan, to
-turn the generated distribution into the real one. By the Kantorovich-Rubinstein duality, eq. (2), W is the largest
-E[f(x)] - E[f(G(z))] of all f with a gradient norm of at most 1 (1-Lipschitz functions). D learns to be such an f.
-Clipping limits its gradient norm, though not to 1: to some K, which grows with a power of c, one factor for each layer.
-Then the largest E[D(x)] - E[D(G(z))] is at most K W. `python toy2d.py --method wgan_clip --clip 0.01` and other c show
-that norm in two dimensions.
+(section 2). (The non-saturating loss of dcgan.py gives it one, but lowers no such distance.) The Wasserstein distance W
+falls as they come nearer: it is how far images have to be moved, on average and by the cheapest plan, to turn the
+generated distribution into the real one. By the Kantorovich-Rubinstein duality, eq. (2), W is the largest E[f(x)] -
+E[f(G(z))] of all f with a gradient norm of at most 1 (1-Lipschitz functions). D learns to be such an f. Clipping limits
+its gradient norm, though not to 1: to some K, which grows with a power of c, one factor for each layer. Then the
+largest E[D(x)] - E[D(G(z))] is at most K W. `python toy2d.py --method wgan_clip --clip 0.01` and other c show that norm
+in two dimensions.
 
     python wgan_clip.py                                  digits rendered at start-up, no download
     python wgan_clip.py --dataset mnist --epochs 200
@@ -642,7 +642,7 @@ def resolve(p, argv, paper, mlp, colour=None, small_colour=None, long=None, grey
     suited_side, latent_dim = suited_to(args, grey_side)
     side = args.image_size or suited_side
     preset = {}
-    because = None
+    because = None  # what to say of a preset that nobody has typed
     if args.arch == "mlp":
         preset |= mlp
     elif colour and args.dataset in COLOUR_SIDES and side >= 32:
@@ -868,8 +868,8 @@ def update_ema(ema, G, decay):
     """ema <- d ema + (1 - d) G, with d = min(decay, (1 + t) / (10 + t)) at update t, which ema.updates counts.
 
     (1 + t) / (10 + t) makes the average cover about the last ninth of the updates so far, so that it soon forgets the
-    untrained G.
-    It reaches .995 after 1,790 updates and .9999 after 90,000. Batch norm's running statistics are copied."""
+    untrained G. It reaches .995 after 1,790 updates and .9999 after 90,000. Batch norm's running statistics are
+    copied."""
     ema.updates += 1
     d = ((1 + ema.updates) / (10 + ema.updates)).clamp(max=decay)
     for average, p in zip(ema.parameters(), G.parameters()):
